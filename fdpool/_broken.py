@@ -1,0 +1,55 @@
+"""The two errors that are a `concurrent.futures` `BrokenProcessPool`: one task lost, or the pool."""
+
+from __future__ import annotations
+
+import os
+import signal
+from concurrent.futures.process import BrokenProcessPool
+
+from .errors import FdpoolError
+
+
+class WorkerLost(FdpoolError, BrokenProcessPool):
+    """A task's worker died while it ran the task. Only this task is lost; the pool goes on.
+
+    Attributes:
+        pid: process id that the worker had.
+        slot: number of the worker's slot.
+        signal: the signal that ended it, or None.
+        exit_code: its exit status, or None if a signal ended it or nobody knows.
+    """
+
+    may_have_run = True
+
+    def __init__(
+        self,
+        message: str,
+        pid: int = 0,
+        slot: int = 0,
+        signal: int | None = None,
+        exit_code: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.pid = pid
+        self.slot = slot
+        self.signal = signal
+        self.exit_code = exit_code
+
+
+class PoolBroken(FdpoolError, BrokenProcessPool):
+    """The whole pool is unusable: its initializer failed, its workers cannot start, or its
+    supervisor is gone. The message says which, and carries the cause."""
+
+
+def describe_status(status: int | None) -> str:
+    """Say in words what a wait status means: `"was killed by SIGKILL"`, `"exited with code 3"`."""
+    if status is None:
+        return "ended with an unknown status (something else in this process reaped it)"
+    if os.WIFSIGNALED(status):
+        number = os.WTERMSIG(status)
+        try:
+            name = signal.Signals(number).name
+        except ValueError:
+            name = f"signal {number}"
+        return f"was killed by {name}"
+    return f"exited with code {os.WEXITSTATUS(status)}"
