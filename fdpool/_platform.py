@@ -1,0 +1,73 @@
+"""What this kernel offers beyond POSIX, one small function each, with what is done without it.
+
+`FDPOOL_WITHOUT` in the environment (names separated by commas: memfd, pidfd, subreaper, pdeathsig)
+makes a feature look absent, so that the fallbacks can be tested on a kernel that has them all.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from typing import Any
+
+_PR_SET_PDEATHSIG = 1  # prctl(2)
+_PR_SET_CHILD_SUBREAPER = 36
+
+
+def has(feature: str) -> bool:
+    """True unless `feature` is named in FDPOOL_WITHOUT."""
+    without = os.environ.get("FDPOOL_WITHOUT")
+    return not without or feature not in without.split(",")
+
+
+def anonymous_file(name: str) -> int:
+    """A new close-on-exec descriptor of a file that has no name in any folder; the caller's to close.
+
+    A memfd where there is one (memfd_create(2)), else an unlinked temporary file: in /dev/shm if that
+    can be written, as memory is what is wanted.
+    """
+    if hasattr(os, "memfd_create") and has("memfd"):
+        return os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    folder = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    fd, path = tempfile.mkstemp(prefix=f"{name}-", dir=folder)
+    os.unlink(path)
+    return fd
+
+
+def open_pidfd(pid: int) -> int | None:
+    """A descriptor that is readable once `pid` has died (pidfd_open(2)), or None without such."""
+    if not hasattr(os, "pidfd_open") or not has("pidfd"):
+        return None
+    try:
+        return os.pidfd_open(pid)
+    except OSError:
+        return None
+
+
+def become_subreaper() -> bool:
+    """Let orphaned descendants become this process's children instead of init's; True if they will."""
+    return has("subreaper") and _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def signal_when_parent_dies(signal_number: int) -> bool:
+    """Have the kernel send `signal_number` to this process when its parent dies; True if it will.
+
+    prctl(2): "parent" is the *thread* that forked, so this is only sound where the parent forks in
+    its only thread, as the supervisor does.
+    """
+    return has("pdeathsig") and _prctl(_PR_SET_PDEATHSIG, signal_number)
+
+
+_libc: Any = None
+
+
+def _prctl(option: int, argument: int) -> bool:
+    global _libc
+    if sys.platform != "linux":
+        return False
+    if _libc is None:
+        import ctypes  # 6 ms, and only processes that call prctl need it
+
+        _libc = ctypes.CDLL(None, use_errno=True)
+    return bool(_libc.prctl(option, argument, 0, 0, 0) == 0)

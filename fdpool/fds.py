@@ -1,0 +1,174 @@
+"""Owning descriptors: the `Fd` handle that tasks carry, and close-once ownership of raw numbers."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from collections.abc import Iterable
+from typing import Protocol, runtime_checkable
+
+#: Most descriptors that one message can carry: the kernel's SCM_MAX_FD (unix(7)). 254 give EINVAL.
+SCM_MAX_FD = 253
+
+
+@runtime_checkable
+class HasFileno(Protocol):
+    """Anything with a `fileno()`, as `select.select` takes it."""
+
+    def fileno(self) -> int: ...
+
+
+class Fd:
+    """A bare descriptor that a task may carry: a directory, pidfd, eventfd, or any number.
+
+    `Fd(n)` *borrows*: the caller keeps `n`, and may close it as soon as `submit` has returned. The task
+    receives an `Fd` that *owns* its own descriptor of the same open file description (so file offset and
+    O_NONBLOCK are shared, see unix(7)); it is closed by `close()`, by `with`, or when it is
+    garbage-collected. `Fd.take(n)` makes an owning handle from a number.
+
+    Args:
+        fd: a descriptor number, or anything with `fileno()`.
+        reopen: hand over a *private* open file description of the same file, with its own offset and
+            flags (regular files only; through /proc/self/fd).
+
+    Raises:
+        TypeError: `fd` is neither an `int` nor has a `fileno()`.
+        ValueError: the number is negative, or too large to be a descriptor.
+
+    Not thread-safe: one thread at a time may close or detach it.
+    """
+
+    __slots__ = ("__weakref__", "_fd", "_owned", "reopen")
+
+    def __init__(self, fd: int | HasFileno, *, reopen: bool = False) -> None:
+        self._owned = False
+        self._fd = -1
+        self._fd = descriptor_number(fd)
+        self.reopen = reopen
+
+    @classmethod
+    def take(cls, fd: int) -> Fd:
+        """An `Fd` that owns `fd` from now on, and closes it when closed or collected."""
+        handle = cls(fd)
+        handle._owned = True
+        return handle
+
+    def fileno(self) -> int:
+        """The number; still owned as before.
+
+        Raises:
+            ValueError: the handle is closed or detached.
+        """
+        if self._fd < 0:
+            raise ValueError("this Fd is closed")
+        return self._fd
+
+    def detach(self) -> int:
+        """Give the number away: the caller owns it, and this handle counts as closed."""
+        fd = self.fileno()
+        self._fd, self._owned = -1, False
+        return fd
+
+    @property
+    def closed(self) -> bool:
+        """True once closed or detached."""
+        return self._fd < 0
+
+    def close(self) -> None:
+        """Close the descriptor if this handle owns it; safe to call again."""
+        fd, owned = self._fd, self._owned
+        self._fd, self._owned = -1, False
+        if owned:
+            os.close(fd)
+
+    def __enter__(self) -> Fd:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if self._owned:
+            self.close()
+
+    def __repr__(self) -> str:
+        if self._fd < 0:
+            return "<Fd closed>"
+        return f"<Fd {self._fd}{' owned' if self._owned else ''}{' reopen' if self.reopen else ''}>"
+
+
+def descriptor_number(fd: int | HasFileno) -> int:
+    """The number behind `fd`, checked to be one; nothing is opened or closed.
+
+    Raises:
+        TypeError: not a descriptor at all (a `bool` is not a number here).
+        ValueError: negative or beyond what a C int holds.
+    """
+    number: object = fd
+    if not isinstance(fd, int):
+        fileno = getattr(fd, "fileno", None)
+        if fileno is None:
+            raise TypeError(f"a descriptor is an int or has fileno(), not {fd!r}")
+        number = fileno()
+    if isinstance(number, bool) or not isinstance(number, int):
+        raise TypeError(f"a descriptor is an int or has fileno(), not {fd!r}")
+    if not 0 <= number < 2**31:
+        raise ValueError(f"{number} cannot be a descriptor: it must be in 0..{2**31 - 1}")
+    return number
+
+
+class OwnedFds:
+    """Descriptor numbers with one owner: closed once by `close()`, or given away by `detach()`.
+
+    Closing is also done when the object is collected, so that no error path leaks.
+    """
+
+    __slots__ = ("numbers",)
+
+    def __init__(self, numbers: Iterable[int] = ()) -> None:
+        self.numbers = list(numbers)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def detach(self) -> list[int]:
+        """The numbers, now the caller's."""
+        numbers, self.numbers = self.numbers, []
+        return numbers
+
+    def close(self) -> None:
+        """Close what is still owned; safe to call again."""
+        close_all(self.detach())
+
+    def __del__(self) -> None:
+        if self.numbers:
+            self.close()
+
+
+def duplicate(fd: int) -> int:
+    """A close-on-exec duplicate of `fd`, never one of 0 to 2; the caller's to close.
+
+    Even where the standard streams are closed, what is duplicated here must not land on their
+    numbers: a later `print` would write into it.
+    """
+    return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
+
+
+def above_stdio(fd: int) -> int:
+    """`fd` itself if it is above the standard streams, else a duplicate above them, `fd` closed."""
+    if fd > 2:
+        return fd
+    moved = duplicate(fd)
+    os.close(fd)
+    return moved
+
+
+def close_all(fds: Iterable[int]) -> None:
+    """Close every number; one that is not open is passed over (EBADF), so that the rest still are."""
+    for fd in fds:
+        try:
+            os.close(fd)
+        except OSError as error:
+            if error.errno != errno.EBADF:
+                raise
