@@ -1,0 +1,383 @@
+"""Which task goes to which slot: the pool's decisions, pure.
+
+It knows task ids, slot numbers and the time it is told; no socket, clock, thread or process. Each
+method is an event ("this has happened") and returns the actions to perform, in order; `_client`
+performs them. A task is in exactly one place: `queued` here, `given` to a slot, or done and forgotten.
+
+    submitted ──► queued ──SendTask──► given ──finished──► (done)
+                    ▲                    │  └──exited, begun──► LoseTask
+                    └── taken back, full, exited before it began ──┘
+
+A slot's inbox is the kernel's queue, so a task given may not have begun: whoever receives the datagram
+first owns it. That is what makes deep inboxes harmless: an idle worker's client takes back what a busy
+one has not begun (`TakeBack`), and a task that waits behind a long one never waits while a worker idles.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from enum import Enum
+from typing import NamedTuple, Union
+
+from ._slots import Event, Slot, State
+
+TaskId = int
+SlotNumber = int
+
+
+class SendTask(NamedTuple):
+    """Put the task in the slot's inbox; if there is no room, answer with `inbox_full`."""
+
+    slot: SlotNumber
+    task: TaskId
+
+
+class StartWorker(NamedTuple):
+    """Have a worker started for the slot; tasks may be sent to its inbox at once."""
+
+    slot: SlotNumber
+    generation: int
+
+
+class TakeBack(NamedTuple):
+    """Receive whatever still lies in the slot's inbox, and answer with `taken_back`."""
+
+    slot: SlotNumber
+
+
+class LoseTask(NamedTuple):
+    """The task had begun when the slot's worker died: fail it."""
+
+    slot: SlotNumber
+    task: TaskId
+
+
+class DismissWorker(NamedTuple):
+    """Tell the slot's worker that no task follows."""
+
+    slot: SlotNumber
+
+
+class BreakPool(NamedTuple):
+    """Workers die before they are ready, again and again: the pool is of no use."""
+
+    failures: int
+
+
+Action = Union[SendTask, StartWorker, TakeBack, LoseTask, DismissWorker, BreakPool]
+NOTHING: Sequence[Action] = ()
+
+
+class Where(Enum):
+    """What `withdraw` found."""
+
+    QUEUED = "queued"  # it was queued, and is forgotten now
+    INBOX = "inbox"  # it may still lie in an inbox: take that back, and ask again
+    BEGUN = "begun"  # a worker runs it
+    UNKNOWN = "unknown"  # never submitted, or done
+
+
+class _Seat:
+    """A slot with the tasks given to its worker, oldest first; only the oldest can have begun."""
+
+    __slots__ = ("given", "held_until", "rank", "slot")
+
+    def __init__(self, slot: Slot) -> None:
+        self.slot = slot
+        self.given: OrderedDict[TaskId, None] = OrderedDict()
+        self.held_until: float | None = None  # the kernel would not take more; 0.0: until a task ends
+        self.rank: int | None = None
+
+    @property
+    def waiting(self) -> int:
+        """How many of the given tasks have certainly not begun, unless they end this very moment."""
+        running = 1 if self.given and self.slot.state is not State.STARTING else 0
+        return len(self.given) - running
+
+
+class Dispatcher:
+    """Decides for one pool.
+
+    Args:
+        max_slots: most workers at a time.
+        depth: most tasks given to one worker, the running one included.
+        boot_limit: how many workers may die before they are ready, in a row, before the pool breaks.
+        kill_limit: the same where the last of them was killed from outside: somebody may kill a few that are
+            innocent, but an initializer for which memory never suffices must not be tried for ever.
+    """
+
+    def __init__(self, max_slots: int, depth: int = 16, boot_limit: int = 3, kill_limit: int = 12) -> None:
+        self.queued: OrderedDict[TaskId, None] = OrderedDict()
+        self.boot_failures = 0
+        self._boot_limit = boot_limit
+        self._kill_limit = kill_limit
+        self._depth = depth
+        self._seats = [_Seat(Slot(number)) for number in range(max_slots)]
+        self._given_to: dict[TaskId, _Seat] = {}
+        # Seats whose worker is starting or ready, by how soon a task given now would begin (see _rank):
+        # picking the best seat costs the same for 2 workers and for 256.
+        self._ranks: list[dict[SlotNumber, _Seat]] = [{} for _ in range(depth + 3)]
+        self._vacant = [seat.slot.number for seat in reversed(self._seats)]
+        self._paused: dict[SlotNumber, _Seat] = {}  # cooling or held: the seats that wait for the clock
+        self._dismissed = False
+
+    # -- what may be asked ---------------------------------------------------------------------------
+
+    @property
+    def idle(self) -> bool:
+        """True if no task is queued or given."""
+        return not self.queued and not self._given_to
+
+    def state(self, slot: SlotNumber) -> State:
+        """What the slot holds."""
+        return self._seats[slot].slot.state
+
+    def generation(self, slot: SlotNumber) -> int:
+        """How many workers were started for the slot."""
+        return self._seats[slot].slot.generation
+
+    def given(self, slot: SlotNumber) -> list[TaskId]:
+        """The slot's tasks, oldest first."""
+        return list(self._seats[slot].given)
+
+    def has_begun(self, task: TaskId) -> bool:
+        """True if the task is the oldest of a ready worker: it runs, or starts this moment."""
+        seat = self._given_to.get(task)
+        if seat is None or seat.slot.state is State.STARTING:
+            return False
+        return next(iter(seat.given)) == task
+
+    def next_deadline(self) -> float | None:
+        """When `tick` wants to be called next, or None."""
+        return min((moment for seat in self._paused.values() if (moment := self._resumes(seat))), default=None)
+
+    # -- tasks ---------------------------------------------------------------------------------------
+
+    def submitted(self, task: TaskId) -> Sequence[Action]:
+        """A new task, behind all that are queued."""
+        self.queued[task] = None
+        return self._assign()
+
+    def finished(self, slot: SlotNumber, task: TaskId) -> Sequence[Action]:
+        """The slot's worker has answered the task; a stray answer changes nothing."""
+        seat = self._seats[slot]
+        if task not in seat.given:
+            return NOTHING
+        del seat.given[task], self._given_to[task]
+        seat.held_until = None
+        self._place(seat)
+        return self._assign() if self.queued else self._relieve()
+
+    def inbox_full(self, slot: SlotNumber, task: TaskId, until: float) -> Sequence[Action]:
+        """The kernel would not take the task: it is first in the queue again, and the slot gets no other
+        until one of its tasks ends; or, if it has none and others fill the kernel, until the time `until`."""
+        seat = self._seats[slot]
+        self._requeue(seat, [task])
+        seat.held_until = 0.0 if seat.given else until
+        self._place(seat)
+        return NOTHING
+
+    def withdraw(self, task: TaskId) -> Where:
+        """Forget the task if it is queued; otherwise say where it is."""
+        if task in self.queued:
+            del self.queued[task]
+            return Where.QUEUED
+        seat = self._given_to.get(task)
+        if seat is None:
+            return Where.UNKNOWN
+        return Where.BEGUN if self.has_begun(task) else Where.INBOX
+
+    def slot_of(self, task: TaskId) -> SlotNumber | None:
+        """The slot that the task is given to, or None."""
+        seat = self._given_to.get(task)
+        return None if seat is None else seat.slot.number
+
+    def taken_back(
+        self, slot: SlotNumber, tasks: Iterable[TaskId], dropping: Iterable[TaskId] = ()
+    ) -> Sequence[Action]:
+        """These tasks were still in the slot's inbox: they are first in the queue again, or `dropping` forgotten."""
+        seat = self._seats[slot]
+        seat.held_until = None
+        self._requeue(seat, [task for task in tasks if task in seat.given])
+        for task in dropping:
+            self.queued.pop(task, None)
+        self._place(seat)
+        return self._assign()
+
+    # -- workers -------------------------------------------------------------------------------------
+
+    def readied(self, slot: SlotNumber) -> Sequence[Action]:
+        """The slot's worker takes tasks from now on."""
+        seat = self._seats[slot]
+        if seat.slot.step(Event.READIED) is State.READY:
+            self.boot_failures = 0
+        self._place(seat)
+        return self._relieve()
+
+    def exited(
+        self, slot: SlotNumber, unread: Iterable[TaskId], now: float, killed: bool = False
+    ) -> Sequence[Action]:
+        """The slot's worker has died; `unread` is what its inbox still held, in order; `killed` if from outside.
+
+        Every answer that it sent must have been told by `finished` before: what is then given, and not
+        unread, had begun.
+        """
+        seat = self._seats[slot]
+        if seat.slot.state in (State.VACANT, State.COOLING):
+            return NOTHING
+        self._requeue(seat, [task for task in unread if task in seat.given])
+        lost = list(seat.given)
+        for task in lost:
+            del self._given_to[task]
+        seat.given.clear()
+        seat.held_until = None
+        failed_boot = seat.slot.state is State.STARTING
+        self.boot_failures += failed_boot
+        state = seat.slot.exited(now, self.boot_failures)
+        self._place(seat)
+        if state is State.VACANT:
+            self._vacant.append(slot)
+        elif state is State.COOLING:
+            self._paused[slot] = seat
+        actions: list[Action] = [LoseTask(slot, task) for task in lost]
+        if failed_boot and self.boot_failures >= (self._kill_limit if killed else self._boot_limit):
+            return [*actions, BreakPool(self.boot_failures)]
+        return [*actions, *self._assign()]
+
+    def tick(self, now: float) -> Sequence[Action]:
+        """Time has passed: end the pauses that are over."""
+        for number, seat in list(self._paused.items()):
+            moment = self._resumes(seat)
+            if moment is not None and moment > now:
+                continue
+            del self._paused[number]
+            seat.held_until = None
+            if seat.slot.state is State.COOLING:
+                seat.slot.step(Event.COOLED)
+                self._vacant.append(number)
+            self._place(seat)
+        return self._assign()
+
+    def dismissed(self) -> Sequence[Action]:
+        """The pool is to end: no worker is started any more, and those that are there shall leave.
+
+        To be called when `idle`, so that nobody's inbox holds a task.
+        """
+        self._dismissed = True
+        actions: list[Action] = []
+        for seat in self._seats:
+            if seat.slot.state in (State.STARTING, State.READY):
+                seat.slot.step(Event.DISMISSED)
+                self._place(seat)
+                actions.append(DismissWorker(seat.slot.number))
+        return actions
+
+    def closed(self) -> list[TaskId]:
+        """The pool is over; returns the tasks that were not done, the begun ones first."""
+        tasks = [*self._given_to, *self.queued]
+        self.queued.clear()
+        self._given_to.clear()
+        self._paused.clear()
+        self._vacant.clear()
+        for seat in self._seats:
+            seat.given.clear()
+            seat.slot.step(Event.CLOSED)
+            self._place(seat)
+        return tasks
+
+    # -- how ---------------------------------------------------------------------------------------
+
+    def _assign(self) -> Sequence[Action]:
+        """Give queued tasks away while anyone has room: to who is idle, to a new worker, to the least laden."""
+        actions: list[Action] = []
+        queued = self.queued
+        while queued:
+            seat = self._best_seat()
+            if seat is None:
+                break
+            if seat.slot.state is State.VACANT:
+                seat.slot.step(Event.WANTED)
+                actions.append(StartWorker(seat.slot.number, seat.slot.generation))
+            task, _ = queued.popitem(last=False)
+            seat.given[task] = None
+            self._given_to[task] = seat
+            self._place(seat)
+            actions.append(SendTask(seat.slot.number, task))
+        return actions
+
+    def _best_seat(self) -> _Seat | None:
+        """Where the next task begins soonest, or None if every inbox is at its depth."""
+        ranks = self._ranks
+        if ranks[0]:
+            return next(reversed(ranks[0].values()))
+        if ranks[1]:
+            return next(reversed(ranks[1].values()))
+        if self._vacant and not self._dismissed:
+            return self._seats[self._vacant.pop()]
+        for rank in ranks[2:-1]:
+            if rank:
+                return next(iter(rank.values()))
+        return None
+
+    def _relieve(self) -> Sequence[Action]:
+        """Nothing is queued: if a worker is idle while another has tasks waiting, take those back."""
+        if not self._ranks[0] or self.queued:
+            return NOTHING
+        for rank in reversed(self._ranks[3:]):
+            for seat in rank.values():
+                if seat.waiting:
+                    return [TakeBack(seat.slot.number)]
+        return NOTHING
+
+    def _requeue(self, seat: _Seat, tasks: list[TaskId]) -> None:
+        for task in reversed(tasks):
+            del seat.given[task], self._given_to[task]
+            self.queued[task] = None
+            self.queued.move_to_end(task, last=False)
+
+    def _place(self, seat: _Seat) -> None:
+        """Put the seat where its rank says; if it is held, note that it waits for the clock."""
+        number = seat.slot.number
+        rank = self._rank(seat)
+        if rank != seat.rank:
+            if seat.rank is not None:
+                del self._ranks[seat.rank][number]
+            if rank is not None:
+                self._ranks[rank][number] = seat
+            seat.rank = rank
+        if seat.held_until:
+            self._paused[number] = seat
+
+    def _rank(self, seat: _Seat) -> int | None:
+        """0: ready and idle; 1: starting and idle; 2 + n: n tasks wait already; last: takes no more."""
+        state = seat.slot.state
+        if state is not State.READY and state is not State.STARTING:
+            return None
+        if seat.held_until is not None or len(seat.given) >= self._depth:
+            return len(self._ranks) - 1
+        if not seat.given:
+            return 0 if state is State.READY else 1
+        return 2 + seat.waiting
+
+    def _resumes(self, seat: _Seat) -> float | None:
+        return seat.slot.not_before if seat.slot.state is State.COOLING else seat.held_until
+
+    def _check(self) -> None:
+        """Assert the invariants; for the tests."""
+        # Invariant: a task is in exactly one place.
+        given = [task for seat in self._seats for task in seat.given]
+        assert len(given) == len(set(given)) == len(self._given_to)
+        assert not set(given) & set(self.queued)
+        assert all(task in self._given_to[task].given for task in given)
+        # Invariant: a seat stands in its own rank and in no other; only live seats have tasks.
+        for seat in self._seats:
+            number = seat.slot.number
+            assert seat.rank == self._rank(seat)
+            assert [i for i, rank in enumerate(self._ranks) if number in rank] == (
+                [] if seat.rank is None else [seat.rank]
+            )
+            assert not seat.given or seat.slot.state in (State.STARTING, State.READY, State.LEAVING)
+        # Invariant: exactly the vacant slots can be filled, once each.
+        vacant = [s.slot.number for s in self._seats if s.slot.state is State.VACANT]
+        assert sorted(self._vacant) == sorted(vacant)

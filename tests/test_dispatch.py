@@ -1,0 +1,226 @@
+"""The pure core: which task goes where, by hand-written stories."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fdpool._dispatch import (
+    Action,
+    BreakPool,
+    Dispatcher,
+    DismissWorker,
+    LoseTask,
+    SendTask,
+    StartWorker,
+    TakeBack,
+    Where,
+)
+
+
+def sent(actions: Sequence[Action]) -> list[tuple[int, int]]:
+    """The (slot, task) pairs that were sent."""
+    return [(action.slot, action.task) for action in actions if isinstance(action, SendTask)]
+
+
+def ready_pool(workers: int, depth: int = 4) -> Dispatcher:
+    """A dispatcher whose workers are all ready and idle."""
+    dispatcher = Dispatcher(workers, depth)
+    for task in range(-workers, 0):
+        dispatcher.submitted(task)
+    for slot in range(workers):
+        dispatcher.readied(slot)
+        for task in dispatcher.given(slot):
+            dispatcher.finished(slot, task)
+    assert dispatcher.idle
+    return dispatcher
+
+
+def test_the_first_task_starts_a_worker_and_lies_in_its_inbox_meanwhile() -> None:
+    dispatcher = Dispatcher(2)
+    assert dispatcher.submitted(1) == [StartWorker(0, 1), SendTask(0, 1)]
+
+
+def test_a_worker_is_started_only_if_none_is_idle() -> None:
+    dispatcher = ready_pool(1)
+    assert dispatcher.submitted(1) == [SendTask(0, 1)]
+    dispatcher = Dispatcher(3)
+    dispatcher.submitted(1)
+    dispatcher.readied(0)
+    dispatcher.finished(0, 1)
+    assert dispatcher.submitted(2) == [SendTask(0, 2)]
+    assert dispatcher.submitted(3) == [StartWorker(1, 1), SendTask(1, 3)]
+
+
+def test_no_more_workers_than_allowed_and_no_deeper_than_allowed() -> None:
+    dispatcher = Dispatcher(2, depth=3)
+    actions = [action for task in range(20) for action in dispatcher.submitted(task)]
+    assert sum(isinstance(action, StartWorker) for action in actions) == 2
+    assert len(sent(actions)) == 6
+    assert list(dispatcher.queued) == list(range(6, 20))
+
+
+def test_tasks_are_spread_evenly_when_all_are_busy() -> None:
+    dispatcher = ready_pool(3)
+    actions = [action for task in range(9) for action in dispatcher.submitted(task)]
+    assert sorted(slot for slot, _ in sent(actions)) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+
+
+def test_a_finished_task_makes_room_for_the_first_in_the_queue() -> None:
+    dispatcher = ready_pool(1, depth=2)
+    for task in (1, 2, 3, 4):
+        dispatcher.submitted(task)
+    assert dispatcher.finished(0, 1) == [SendTask(0, 3)]
+
+
+def test_an_idle_worker_gets_what_a_busy_one_has_not_begun() -> None:
+    dispatcher = ready_pool(2)
+    for task in (1, 2, 3, 4):
+        dispatcher.submitted(task)
+    (slot_of_1,) = [slot for slot in (0, 1) if 1 in dispatcher.given(slot)]
+    other = 1 - slot_of_1
+    for task in dispatcher.given(other):
+        actions = dispatcher.finished(other, task)
+    assert actions == [TakeBack(slot_of_1)]
+    waiting = dispatcher.given(slot_of_1)[1:]
+    assert sent(dispatcher.taken_back(slot_of_1, waiting))[0] == (other, waiting[0])
+
+
+def test_nothing_is_taken_back_when_the_busy_worker_has_nothing_waiting() -> None:
+    dispatcher = ready_pool(2)
+    dispatcher.submitted(1)
+    dispatcher.submitted(2)
+    assert dispatcher.finished(dispatcher.slot_of(2) or 0, 2) == ()
+
+
+def test_a_worker_that_is_still_starting_can_be_relieved_of_all_its_tasks() -> None:
+    dispatcher = Dispatcher(2)
+    dispatcher.submitted(1)
+    dispatcher.submitted(2)
+    dispatcher.readied(0)
+    assert dispatcher.finished(0, 1) == [TakeBack(1)]
+    assert sent(dispatcher.taken_back(1, [2])) == [(0, 2)]
+
+
+def test_a_take_back_that_finds_nothing_changes_nothing() -> None:
+    dispatcher = ready_pool(2)
+    for task in (1, 2, 3):
+        dispatcher.submitted(task)
+    before = [dispatcher.given(slot) for slot in (0, 1)]
+    assert list(dispatcher.taken_back(0, [])) == []
+    assert [dispatcher.given(slot) for slot in (0, 1)] == before
+
+
+def test_only_the_begun_task_is_lost_when_its_worker_dies() -> None:
+    dispatcher = ready_pool(1)
+    for task in (1, 2, 3):
+        dispatcher.submitted(task)
+    actions = dispatcher.exited(0, unread=[2, 3], now=0.0)
+    assert actions == [LoseTask(0, 1), StartWorker(0, 2), SendTask(0, 2), SendTask(0, 3)]
+
+
+def test_a_worker_killed_while_idle_is_noticed_by_nobody() -> None:
+    dispatcher = ready_pool(1)
+    assert list(dispatcher.exited(0, unread=[], now=0.0)) == []
+    assert dispatcher.submitted(1) == [StartWorker(0, 2), SendTask(0, 1)]
+
+
+def test_a_task_that_was_in_the_inbox_of_a_dead_idle_worker_is_run_by_the_next() -> None:
+    dispatcher = ready_pool(1)
+    dispatcher.submitted(1)
+    assert dispatcher.exited(0, unread=[1], now=0.0) == [StartWorker(0, 2), SendTask(0, 1)]
+
+
+def test_workers_that_die_before_they_are_ready_break_the_pool_at_the_limit() -> None:
+    dispatcher = Dispatcher(1, boot_limit=3)
+    dispatcher.submitted(1)
+    now = 0.0
+    for _ in range(2):
+        assert list(dispatcher.exited(0, unread=[1], now=now)) == []
+        deadline = dispatcher.next_deadline()
+        assert deadline is not None
+        assert deadline > now
+        assert list(dispatcher.tick(now)) == []
+        now = deadline
+        assert sent(dispatcher.tick(now)) == [(0, 1)]
+    assert dispatcher.exited(0, unread=[1], now=now) == [BreakPool(3)]
+
+
+def test_one_worker_that_becomes_ready_forgives_the_failures_before() -> None:
+    dispatcher = Dispatcher(1, boot_limit=2)
+    dispatcher.submitted(1)
+    for _ in range(5):
+        dispatcher.exited(0, unread=[1], now=0.0)
+        dispatcher.tick(100.0)
+        dispatcher.readied(0)
+        dispatcher.exited(0, unread=[1], now=100.0)
+    assert dispatcher.boot_failures == 0
+
+
+def test_a_queued_task_is_withdrawn_and_never_sent() -> None:
+    dispatcher = ready_pool(1, depth=1)
+    dispatcher.submitted(1)
+    dispatcher.submitted(2)
+    assert dispatcher.withdraw(2) is Where.QUEUED
+    assert list(dispatcher.finished(0, 1)) == []
+    assert dispatcher.idle
+
+
+def test_a_sent_task_is_withdrawn_by_taking_the_inbox_back() -> None:
+    dispatcher = ready_pool(1)
+    for task in (1, 2, 3):
+        dispatcher.submitted(task)
+    assert dispatcher.withdraw(2) is Where.INBOX
+    assert sent(dispatcher.taken_back(0, [2, 3], dropping=[2])) == [(0, 3)]
+    assert dispatcher.withdraw(2) is Where.UNKNOWN
+
+
+def test_the_oldest_task_of_a_ready_worker_has_begun() -> None:
+    dispatcher = Dispatcher(1)
+    dispatcher.submitted(1)
+    assert dispatcher.withdraw(1) is Where.INBOX
+    dispatcher.readied(0)
+    assert dispatcher.withdraw(1) is Where.BEGUN
+    assert dispatcher.has_begun(1)
+
+
+def test_a_full_inbox_gets_nothing_until_one_of_its_tasks_ends() -> None:
+    dispatcher = ready_pool(1)
+    dispatcher.submitted(1)
+    dispatcher.submitted(2)
+    dispatcher.inbox_full(0, 2, until=5.0)
+    assert list(dispatcher.submitted(3)) == []
+    assert dispatcher.next_deadline() is None
+    assert sent(dispatcher.finished(0, 1)) == [(0, 2), (0, 3)]
+
+
+def test_a_kernel_filled_by_others_is_asked_again_after_a_while() -> None:
+    dispatcher = ready_pool(1)
+    dispatcher.submitted(1)
+    dispatcher.inbox_full(0, 1, until=5.0)
+    assert dispatcher.next_deadline() == 5.0
+    assert list(dispatcher.tick(4.9)) == []
+    assert sent(dispatcher.tick(5.0)) == [(0, 1)]
+
+
+def test_stray_answers_change_nothing() -> None:
+    dispatcher = ready_pool(2)
+    dispatcher.submitted(1)
+    slot = dispatcher.slot_of(1)
+    assert slot is not None
+    assert list(dispatcher.finished(1 - slot, 1)) == []
+    assert list(dispatcher.finished(slot, 99)) == []
+    assert dispatcher.given(slot) == [1]
+
+
+def test_dismissed_workers_leave_and_no_other_is_started() -> None:
+    dispatcher = ready_pool(2)
+    assert dispatcher.dismissed() == [DismissWorker(0), DismissWorker(1)]
+    assert list(dispatcher.submitted(1)) == []
+
+
+def test_closing_returns_what_was_not_done() -> None:
+    dispatcher = ready_pool(1, depth=2)
+    for task in (1, 2, 3):
+        dispatcher.submitted(task)
+    assert dispatcher.closed() == [1, 2, 3]
+    assert dispatcher.idle
