@@ -1,0 +1,177 @@
+"""Every message that crosses a process boundary: the datagrams of the task link, and the control link's.
+
+Task link (client <-> worker): a header of 20 bytes, then the body. The header says everything that is
+needed to own, route or refuse the message; the body is a payload that only its addressee unpickles.
+Control link (client <-> supervisor): each frame is one of the records below, pickled. Both ends are
+this package's own code, and no worker holds an end of it.
+"""
+
+from __future__ import annotations
+
+import errno
+import pickle
+from struct import Struct
+from typing import NamedTuple, Union
+
+from .errors import WireError
+
+VERSION = 1
+
+#: Largest datagram of the task link, in bytes: what `payload` keeps inline, and room for headers. Far below
+#: SO_SNDBUF - 32 (212,960 by default, measured), so that no message can be too large to send; a receiver's
+#: buffer of this size never truncates.
+MAX_DATAGRAM = 68 * 1024
+
+# -- task link -----------------------------------------------------------------------------------
+
+# version, kind, flags, (pad), descriptors, (pad), body bytes, task id
+_HEADER = Struct("<BBBxHxxIQ")
+HEADER_BYTES = _HEADER.size
+MAX_BODY = MAX_DATAGRAM - HEADER_BYTES
+_SPILLED = 1
+
+# Kinds. To the worker:
+TASK = 1  # body: the call
+LEAVE = 2  # finish: no task follows
+# To the client:
+READY = 16  # the initializer is done, tasks are taken
+DONE = 17  # body: the result
+FAILED = 18  # body: the exception
+REFUSED = 19  # the task never ran, as its descriptors did not all arrive; body: REFUSAL, then a reason
+BOOT_FAILED = 20  # body: the exception that the initializer raised
+
+REFUSAL = Struct("<HH")  # descriptors wanted, descriptors got
+
+
+#: Errors of sendmsg(2) that pass: too many descriptors in flight for this user, or no memory for the
+#: message (unix(7)). What is in flight will land.
+MAY_YET_LAND = (errno.ETOOMANYREFS, errno.ENOBUFS, errno.ENOMEM)
+
+
+def explain_loss(wanted: int, got: int, receiver: str) -> str:
+    """Say that descriptors were lost between processes, and why that may be."""
+    return (
+        f"{receiver} received {got} of {wanted} descriptors: it may be at its limit of open files "
+        "(RLIMIT_NOFILE, `ulimit -n`), the control buffer was too small, or a security module (SELinux, "
+        "AppArmor) forbids the transfer"
+    )
+
+
+class Header(NamedTuple):
+    """The first 20 bytes of a datagram, taken apart."""
+
+    kind: int
+    spilled: bool
+    fd_count: int
+    task: int
+
+
+def pack_header(
+    kind: int, task: int = 0, body_bytes: int = 0, fd_count: int = 0, spilled: bool = False
+) -> bytes:
+    """The header of a datagram whose body and descriptors are those counted here."""
+    return _HEADER.pack(VERSION, kind, _SPILLED if spilled else 0, fd_count, body_bytes, task)
+
+
+def unpack_header(data: bytes) -> Header:
+    """Take a datagram's header apart, checked against the datagram's true length.
+
+    Raises:
+        WireError: too short, of another version, or its length is not what the header says.
+    """
+    if len(data) < HEADER_BYTES:
+        raise WireError(f"a datagram of {len(data)} bytes is shorter than its {HEADER_BYTES}-byte header")
+    version, kind, flags, fd_count, body_bytes, task = _HEADER.unpack_from(data)
+    if version != VERSION:
+        raise WireError(f"a datagram speaks version {version}, this side speaks {VERSION}")
+    if body_bytes != len(data) - HEADER_BYTES:
+        raise WireError(
+            f"a header promises {body_bytes} bytes of body, the datagram has {len(data) - HEADER_BYTES}"
+        )
+    return Header(kind, bool(flags & _SPILLED), fd_count, task)
+
+
+# -- control link: to the supervisor ---------------------------------------------------------------
+
+
+class Configure(NamedTuple):
+    """The first frame: what every worker is to be.
+
+    Its first descriptor is the file of the `Board`, the others belong to the initializer's payload.
+    """
+
+    argv: list[str]
+    path: list[str]
+    preload: tuple[str, ...]
+    initializer: bytes | None  # payload body of the call, or None
+    initializer_spilled: bool
+    max_tasks: int | None  # tasks after which a worker leaves by itself
+
+
+class StartWorker(NamedTuple):
+    """Fork a worker for `slot`; the frame's one descriptor is the worker's end of the slot's pair."""
+
+    slot: int
+    generation: int
+
+
+class EndWorker(NamedTuple):
+    """End a worker and all its descendants: SIGTERM, `grace_s` seconds, then SIGKILL."""
+
+    slot: int
+    generation: int
+    grace_s: float
+
+
+class Quit(NamedTuple):
+    """Every worker has gone or is to go now: kill what is left of the tree, then exit."""
+
+
+# -- control link: to the client ---------------------------------------------------------------------
+
+
+class WorkerStarted(NamedTuple):
+    """A worker runs; the frame's descriptor, if there is one, is its pidfd."""
+
+    slot: int
+    generation: int
+    pid: int
+
+
+class WorkerExited(NamedTuple):
+    """A worker has died and was reaped; what was left of its process group has been killed."""
+
+    slot: int
+    generation: int
+    pid: int
+    status: int | None  # as waitpid(2) gives it; None if unknown
+
+
+class StartFailed(NamedTuple):
+    """No worker could be forked for the slot."""
+
+    slot: int
+    generation: int
+    reason: str
+
+
+class PreloadFailed(NamedTuple):
+    """A module of `preload` could not be imported: no worker will ever start."""
+
+    module: str
+    reason: str
+
+
+ToSupervisor = Union[Configure, StartWorker, EndWorker, Quit]
+ToClient = Union[WorkerStarted, WorkerExited, StartFailed, PreloadFailed]
+
+
+def encode_control(message: ToSupervisor | ToClient) -> bytes:
+    """The frame body of one control message."""
+    return pickle.dumps(message, protocol=5)
+
+
+def decode_control(data: bytes) -> ToSupervisor | ToClient:
+    """The control message of one frame body; only for frames of the pool's own processes."""
+    message: ToSupervisor | ToClient = pickle.loads(data)
+    return message

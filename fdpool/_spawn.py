@@ -1,0 +1,187 @@
+"""The only fork and exec of the pool's own processes, and what a child must reset and close first.
+
+spawn_supervisor   a fresh interpreter, from any client, however many threads it runs
+fork_supervisor    a fork of the client, for `start_method="fork"`
+fork_worker        always from the single-threaded supervisor
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterable
+from typing import NoReturn
+
+from . import _platform, _trees, fds
+
+# What the interpreter runs first: the client's own search path, so that the same fdpool is found, and
+# nothing from the working directory that the client would not have found either.
+_BOOT = """import sys
+sys.path[:] = sys.argv[2:]
+from fdpool._supervisor import main_fresh
+main_fresh(int(sys.argv[1]))
+"""
+
+
+def spawn_supervisor(control_fd: int) -> int:
+    """Start a fresh interpreter as supervisor; returns its pid, the caller's to reap.
+
+    It inherits the standard streams (its stdin is the null device) and `control_fd`, which stays the
+    caller's here; it has default signal dispositions, an empty mask, and a process group of its own, so
+    that the terminal's signals do not reach it.
+
+    Raises:
+        OSError: the interpreter cannot be started.
+    """
+    import subprocess
+
+    if not sys.executable:
+        raise OSError(
+            "sys.executable is not known, so no fresh supervisor can start; use start_method='fork'"
+        )
+    # The public way to pass on -W, -X, -E ... of this interpreter does not exist; multiprocessing uses
+    # the same function (multiprocessing/util.py).
+    flags: list[str] = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
+    arguments = [sys.executable, *flags, "-c", _BOOT, str(control_fd), *map(str, sys.path)]
+    # dup2 of a descriptor onto itself clears close-on-exec in posix_spawn(3), which is all that is wanted.
+    # Missing standard streams become the null device, or the first file opened would be taken for stdout.
+    actions: list[tuple[object, ...]] = [(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)]
+    actions += [(os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_WRONLY, 0) for fd in (1, 2) if not _is_open(fd)]
+    actions.append((os.POSIX_SPAWN_DUP2, control_fd, control_fd))
+    return os.posix_spawn(
+        sys.executable,
+        arguments,
+        os.environ,
+        file_actions=actions,
+        setpgroup=0,
+        setsigmask=(),
+        setsigdef=sorted(signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}),
+    )
+
+
+def fork_supervisor(main: Callable[[], NoReturn]) -> int:
+    """Fork this process as supervisor and run `main()` there; returns the pid, the caller's to reap.
+
+    The child keeps the caller's memory and open files, as any fork does; the caller's at-fork hooks have
+    closed what belongs to its pools. Threads do not survive a fork, and a lock that one of them holds
+    stays held: the price of inherited memory, the caller's choice.
+    """
+    sys.stdout and sys.stdout.flush()
+    sys.stderr and sys.stderr.flush()
+    import warnings
+
+    with warnings.catch_warnings():
+        # Python 3.12 warns of any fork beside threads. The caller asked for this one by name.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        pid = _fork_masked()
+    if pid == 0:
+        _run_child(main)
+    _set_group(pid)
+    return pid
+
+
+def fork_worker(main: Callable[[], None], close: Iterable[int]) -> int:
+    """Fork a worker that runs `main()`; returns its pid.
+
+    In the child: its own process group, default signal dispositions, an empty mask, none of the
+    descriptors `close`, and the kernel's promise of a SIGTERM should the supervisor die.
+
+    Raises:
+        OSError: the fork failed (EAGAIN at RLIMIT_NPROC, ENOMEM).
+    """
+    parent = os.getpid()
+    pid = _fork_masked()
+    if pid == 0:
+
+        def child() -> None:
+            fds.close_all(close)
+            _trees.end_with_parent(parent)
+            _platform.signal_when_parent_dies(signal.SIGTERM)
+            if os.getppid() != parent:  # it died before the kernel had our wish
+                os._exit(1)
+            main()
+
+        _run_child(child)
+    _set_group(pid)
+    return pid
+
+
+def _fork_masked() -> int:
+    """Fork with every signal blocked, so that no handler of the parent's ever runs in the child."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        pid = os.fork()
+    except BaseException:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        raise
+    if pid:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return pid
+
+
+def _run_child(main: Callable[[], object]) -> NoReturn:
+    """Runs in: a forked child. Reset what was inherited, run `main`, and never return into the parent's stack."""
+    status = 1
+    try:
+        os.setpgid(0, 0)
+        _reset_signals()
+        _reset_exit_and_stdin()
+        main()
+        status = 0
+    except SystemExit as leaving:
+        status = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        flush_standard_streams()
+        os._exit(status)
+
+
+def flush_standard_streams() -> None:
+    """Flush what `print` has buffered; a stream that is closed or gone is no reason to fail at exit."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (AttributeError, ValueError, OSError):
+            continue
+
+
+def _reset_signals() -> None:
+    """Default dispositions and an empty mask, save what Python itself ignores at start-up (SIGPIPE, SIGXFSZ)."""
+    signal.set_wakeup_fd(-1)
+    kept = {signal.SIGKILL, signal.SIGSTOP, signal.SIGPIPE, getattr(signal, "SIGXFSZ", None)}
+    for number in signal.valid_signals() - kept:
+        if signal.getsignal(number) is not signal.SIG_DFL:
+            signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
+def _reset_exit_and_stdin() -> None:
+    """Forget the parent's exit handlers and its half-read stdin."""
+    import atexit
+
+    atexit._clear()
+    null = os.open(os.devnull, os.O_RDONLY)
+    if null != 0:
+        os.dup2(null, 0)
+        os.close(null)
+    sys.stdin = open(0, encoding="utf-8", closefd=False)
+
+
+def _set_group(pid: int) -> None:
+    """The parent's half of setpgid, so that the group exists whoever runs first (as shells do it)."""
+    try:
+        os.setpgid(pid, pid)
+    except (ProcessLookupError, PermissionError):
+        pass  # it has died, or has set its group itself and gone on
+
+
+def _is_open(fd: int) -> bool:
+    try:
+        os.fstat(fd)
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,262 @@
+"""The supervisor's loop: forks, reaps and kills workers as the client says; it decides nothing else.
+
+Runs in: a process of its own, single-threaded, so that it may fork at any time. Its life hangs on the
+client's: when the control link ends, or the client's pidfd says that it is dead, the whole tree is
+killed and the supervisor exits. It never unpickles anything that a worker or a task made.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import sys
+import time
+from typing import NoReturn
+
+from . import _messages, _platform, _spawn, _trees, _worker, fds
+from ._board import Page
+from ._messages import Configure, EndWorker, Quit, StartWorker
+from .wire import StreamSocket
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import psutil
+
+
+_IDLE_MS = 20.0  # nothing asked for so long is an idle moment
+
+
+class _Child:
+    """One worker: whose it is, and what is to be killed when its time is up."""
+
+    __slots__ = ("ending", "generation", "kill_at", "pid", "slot")
+
+    def __init__(self, slot: int, generation: int, pid: int) -> None:
+        self.slot = slot
+        self.generation = generation
+        self.pid = pid
+        self.kill_at: float | None = None
+        self.ending: list[psutil.Process] = []
+
+    @property
+    def mark(self) -> str:
+        return f"{os.getpid()}.{self.slot}.{self.generation}"
+
+
+class Supervisor:
+    """Serves one client over `control`, until it says Quit or is gone.
+
+    Args:
+        control: the supervisor's end of the control link; owned.
+        client_pidfd: readable once the client is dead, or None; owned. The link's EOF alone would not do:
+            a child that the client forked may hold a copy of its end.
+    """
+
+    def __init__(self, control: StreamSocket, client_pidfd: int | None) -> None:
+        self._control = control
+        self._client_pidfd = client_pidfd
+        self._configuration: Configure | None = None
+        self._board_fd = -1
+        self._initializer_fds: list[int] = []
+        self._children: dict[int, _Child] = {}
+        self._endings: list[_Child] = []
+        self._sigchld_read, self._sigchld_write = (fds.above_stdio(fd) for fd in os.pipe())
+        os.set_blocking(self._sigchld_read, False)
+        os.set_blocking(self._sigchld_write, False)
+        self._poll = select.poll()
+        self._warm = False
+
+    def run(self) -> None:
+        """Serve until the client has said Quit or is dead; then nothing that descends from here lives."""
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.set_wakeup_fd(self._sigchld_write, warn_on_full_buffer=False)
+        self._poll.register(self._control.fileno(), select.POLLIN)
+        self._poll.register(self._sigchld_read, select.POLLIN)
+        if self._client_pidfd is not None:
+            self._poll.register(self._client_pidfd, select.POLLIN)
+        try:
+            while self._turn():
+                pass
+        finally:
+            for pid in self._children:
+                _trees.kill_group(pid)
+            _trees.kill_descendants()
+
+    def _turn(self) -> bool:
+        """Wait once and handle what came; False when it is time to go."""
+        ready = {fd for fd, _ in self._poll.poll(self._poll_ms())}
+        if not ready and self._children and not self._warm:
+            self._warm_up()
+        if self._sigchld_read in ready:
+            self._forget_wakeups()
+            self._reap()
+        if self._client_pidfd is not None and self._client_pidfd in ready:
+            return False
+        self._kill_overdue(time.monotonic())
+        return self._control.fileno() not in ready or self._serve_frame()
+
+    def _poll_ms(self) -> float | None:
+        if self._children and not self._warm:
+            return _IDLE_MS
+        deadline = min((child.kill_at for child in self._endings if child.kill_at is not None), default=None)
+        return None if deadline is None else max(0.0, (deadline - time.monotonic()) * 1000 + 1)
+
+    def _warm_up(self) -> None:
+        """Import, in an idle moment, what each worker would otherwise import for itself.
+
+        cloudpickle costs a worker 32 ms at its first lambda, psutil 34 ms at the first tree to be ended
+        (measured); workers forked after this have them for nothing. Before the first worker it would be
+        somebody's waiting time.
+        """
+        self._warm = True
+        import gc
+
+        import cloudpickle  # noqa: F401
+        import psutil  # noqa: F401
+
+        gc.freeze()
+
+    def _serve_frame(self) -> bool:
+        """Do what one frame says; False if it is the last."""
+        try:
+            data, numbers = self._control.receive_bytes()
+        except (EOFError, OSError):
+            return False
+        message = _messages.decode_control(data)
+        if isinstance(message, StartWorker):
+            self._start_worker(message, numbers)
+        elif isinstance(message, EndWorker):
+            self._end_worker(message)
+        elif isinstance(message, Configure):
+            self._configure(message, numbers)
+        elif isinstance(message, Quit):
+            return False
+        return True
+
+    def _configure(self, message: Configure, numbers: list[int]) -> None:
+        import gc
+        import importlib
+
+        self._configuration = message
+        self._board_fd, *self._initializer_fds = numbers
+        sys.argv[:] = message.argv
+        sys.path[:] = message.path
+        for module in message.preload:
+            try:
+                importlib.import_module(module)
+            except BaseException as error:
+                reason = f"{type(error).__name__}: {error}"
+                self._tell(_messages.PreloadFailed(module, reason))
+                return
+        # What is shared copy-on-write stays shared only if the collector does not touch it
+        # (gc.freeze, Python 3.7: made for exactly this).
+        gc.freeze()
+
+    def _start_worker(self, message: StartWorker, numbers: list[int]) -> None:
+        slot, generation = message
+        inbox_fd = numbers[0]
+        os.environ[_trees.WORKER_MARK] = f"{os.getpid()}.{slot}.{generation}"
+        try:
+            pid = _spawn.fork_worker(lambda: self._be_worker(slot, inbox_fd), close=self._own_fds())
+        except OSError as error:
+            self._tell(_messages.StartFailed(slot, generation, f"fork failed: {error}"))
+            return
+        finally:
+            del os.environ[_trees.WORKER_MARK]
+            fds.close_all(numbers)
+        self._children[pid] = _Child(slot, generation, pid)
+        pidfd = _platform.open_pidfd(pid)
+        pidfds = [] if pidfd is None else [pidfd]
+        self._tell(_messages.WorkerStarted(slot, generation, pid), pidfds)
+        fds.close_all(pidfds)
+
+    def _be_worker(self, slot: int, inbox_fd: int) -> None:
+        """Runs in: the forked worker."""
+        configuration = self._configuration
+        assert configuration is not None
+        page = Page(self._board_fd, slot)
+        os.close(self._board_fd)
+        boot = _worker.Boot(
+            page,
+            configuration.initializer,
+            configuration.initializer_spilled,
+            self._initializer_fds,
+            configuration.max_tasks,
+        )
+        _worker.main(inbox_fd, boot)
+
+    def _own_fds(self) -> list[int]:
+        """What a worker must not keep: everything of this loop's, the initializer's descriptors excepted."""
+        own = [self._control.fileno(), self._sigchld_read, self._sigchld_write]
+        return own if self._client_pidfd is None else [*own, self._client_pidfd]
+
+    def _end_worker(self, message: EndWorker) -> None:
+        import psutil
+
+        for child in self._children.values():
+            if (child.slot, child.generation) == (message.slot, message.generation):
+                break
+        else:
+            return
+        child.ending = [psutil.Process(child.pid), *_trees.descendants(child.pid)]
+        if message.grace_s > 0:
+            _trees.signal_all(child.ending, signal.SIGTERM)
+        child.kill_at = time.monotonic() + message.grace_s
+        self._endings.append(child)
+        self._kill_overdue(time.monotonic())
+
+    def _kill_overdue(self, now: float) -> None:
+        """SIGKILL the trees whose grace is over, with what they have forked since."""
+        for child in [c for c in self._endings if c.kill_at is not None and c.kill_at <= now]:
+            self._endings.remove(child)
+            if child.pid in self._children:
+                child.ending += _trees.descendants(child.pid)
+            _trees.signal_all(child.ending, signal.SIGKILL)
+            _trees.kill_strays(child.mark, set(self._children))
+
+    def _reap(self) -> None:
+        """Collect every dead child: workers are reported, adopted orphans are just laid to rest."""
+        while (pid := _trees.next_dead_child()) is not None:
+            child = self._children.get(pid)
+            if child is not None and child not in self._endings:
+                _trees.kill_group(pid)  # before the pid can be used again
+            status = _trees.reap(pid)
+            if child is None:
+                continue
+            del self._children[pid]
+            if child not in self._endings:
+                _trees.kill_strays(child.mark, set(self._children))
+            self._tell(_messages.WorkerExited(child.slot, child.generation, pid, status))
+
+    def _forget_wakeups(self) -> None:
+        try:
+            while os.read(self._sigchld_read, 4096):
+                pass
+        except BlockingIOError:
+            pass
+
+    def _tell(self, message: _messages.ToClient, numbers: list[int] | None = None) -> None:
+        """Report to the client; if it is gone, the loop is about to learn that too."""
+        try:
+            self._control.send_bytes(_messages.encode_control(message), numbers or [])
+        except OSError:
+            pass
+
+
+def main(control_fd: int) -> NoReturn:
+    """Runs in: the supervisor process, fresh or forked. Serve on `control_fd`, then exit."""
+    client_pidfd = _platform.open_pidfd(os.getppid())
+    _platform.become_subreaper()
+    supervisor = Supervisor(StreamSocket.from_fd(control_fd), client_pidfd)
+    supervisor.run()
+    os._exit(0)
+
+
+def main_fresh(control_fd: int) -> NoReturn:
+    """As `main`, in a fresh interpreter: close what the client's inheritable descriptors left here first."""
+    highest = os.sysconf("SC_OPEN_MAX")
+    os.closerange(3, control_fd)
+    os.closerange(control_fd + 1, highest if highest > 0 else 1 << 20)
+    main(control_fd)

@@ -1,0 +1,169 @@
+"""Finding and ending processes together with everything that descends from them.
+
+A pid is only signalled while something keeps it from being used again: we are its parent and have not
+reaped it, a pidfd of ours says that it lives, or psutil has compared its start time.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import psutil
+
+#: Set in every worker to "<supervisor pid>.<slot>.<generation>" and inherited by the programs that its
+#: tasks start; it tells whose they were once they have left the worker's process group and lost their parent.
+WORKER_MARK = "FDPOOL_WORKER"
+
+_SWEEP_S = 5.0
+
+
+def descendants(pid: int) -> list[psutil.Process]:
+    """Every living descendant of `pid`, nearest first; empty if `pid` is gone."""
+    import psutil  # 34 ms, paid only where there is something to end
+
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def signal_all(processes: list[psutil.Process], number: int) -> None:
+    """Send a signal to each that still lives; those that are gone, or not ours to signal, are passed over."""
+    import psutil
+
+    for process in processes:
+        try:
+            process.send_signal(number)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+
+
+def kill_descendants(limit_s: float = _SWEEP_S) -> bool:
+    """SIGKILL everything that descends from this process, again and again until nothing is left.
+
+    A descendant may fork while we look, so one pass is not enough. Children of this process are reaped.
+    Returns False if something survived `limit_s` seconds (an unkillable process).
+    """
+    deadline = time.monotonic() + limit_s
+    while children_exist():
+        found = descendants(os.getpid())
+        signal_all(found, signal.SIGKILL)
+        for process in found:
+            _reap_if_child(process.pid, deadline)
+        if time.monotonic() > deadline:
+            return False
+    return True
+
+
+def children_exist() -> bool:
+    """True if this process has children; the dead among them are reaped on the way."""
+    while True:
+        try:
+            pid, _ = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return False
+        if pid == 0:
+            return True
+
+
+def next_dead_child() -> int | None:
+    """The pid of a dead child of ours, not yet reaped, so that it still cannot be used again; or None.
+
+    Where waitid(2) is missing (macOS), it is reaped here and `reap` remembers its status.
+    """
+    try:
+        if hasattr(os, "waitid"):
+            found = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            return None if found is None else found.si_pid
+        pid, _reaped[pid] = os.waitpid(-1, os.WNOHANG)
+    except ChildProcessError:
+        return None
+    return pid or None
+
+
+def reap(pid: int) -> int | None:
+    """The wait status of a dead child of ours, or None if somebody else has taken it."""
+    if pid in _reaped:
+        return _reaped.pop(pid)
+    try:
+        return os.waitpid(pid, 0)[1]
+    except ChildProcessError:
+        return None
+
+
+_reaped: dict[int, int] = {}
+
+
+def kill_group(pid: int) -> None:
+    """SIGKILL the process group that `pid` leads; `pid` must be an unreaped child of ours, dead or alive."""
+    try:
+        os.killpg(pid, signal.SIGKILL)
+    except (ProcessLookupError, PermissionError):  # PermissionError: macOS, where all members are zombies
+        pass
+
+
+def kill_strays(mark: str, known: set[int]) -> None:
+    """SIGKILL, with their descendants, the children of this process that carry `mark` and are not `known`.
+
+    For a subreaper: what a dead worker's programs left behind becomes our child, whatever group or
+    session it moved to.
+    """
+    strangers = [pid for pid in direct_children() if pid not in known]
+    if not strangers:
+        return
+    import psutil
+
+    for pid in strangers:
+        try:
+            process = psutil.Process(pid)
+            if process.environ().get(WORKER_MARK) == mark:
+                signal_all([process, *descendants(pid)], signal.SIGKILL)
+        except (psutil.NoSuchProcess, psutil.AccessDenied, OSError):
+            continue
+
+
+def direct_children() -> list[int]:
+    """Process ids of this process's children; one small read where the kernel lists them (proc(5))."""
+    try:
+        with open(f"/proc/self/task/{os.getpid()}/children", encoding="ascii") as listing:
+            return [int(pid) for pid in listing.read().split()]
+    except OSError:
+        import psutil
+
+        return [child.pid for child in psutil.Process().children()]
+
+
+def end_with_parent(parent: int) -> None:
+    """Install the SIGTERM behaviour of a worker: die of it, and if `parent` is dead take everything along.
+
+    With `signal_when_parent_dies(SIGTERM)` this is what keeps a killed supervisor from leaving a worker's
+    programs behind. Otherwise whoever sent the signal sees to the rest of the tree.
+    """
+
+    def on_sigterm(number: int, _frame: object) -> None:
+        if os.getppid() != parent:
+            kill_descendants(limit_s=1.0)
+        signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [number])
+        os.kill(os.getpid(), number)
+
+    signal.signal(signal.SIGTERM, on_sigterm)
+
+
+def _reap_if_child(pid: int, deadline: float) -> None:
+    """Wait for `pid` if it is a child of ours that was sent SIGKILL; a descendant further down is not."""
+    while time.monotonic() < deadline:
+        try:
+            reaped, _ = os.waitpid(pid, os.WNOHANG)
+        except OSError as error:
+            if error.errno != errno.ECHILD:
+                raise
+            return
+        if reaped:
+            return
+        time.sleep(0.0005)

@@ -1,0 +1,163 @@
+"""The loop in a worker: receive a call, run it, answer. The only place where user code runs.
+
+Runs in: a process forked by the supervisor, in its main thread, one task at a time. Everything that a
+task can do wrong ends here as an answer to that task: what it raises (anything, SystemExit included),
+what cannot be loaded or pickled, descriptors that did not arrive.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+import sys
+from typing import NamedTuple
+
+from . import _messages, payload, wire
+from ._board import Page
+from ._messages import HEADER_BYTES, MAX_DATAGRAM, Header
+from .errors import WireError
+from .fds import SCM_MAX_FD, close_all
+from .payload import Payload
+
+
+class Boot(NamedTuple):
+    """What a worker is told before it runs."""
+
+    page: Page
+    initializer: bytes | None
+    initializer_spilled: bool
+    initializer_fds: list[int]
+    max_tasks: int | None
+
+
+class Worker:
+    """One worker's state: its socket, and whether user code is running."""
+
+    def __init__(self, inbox: socket.socket) -> None:
+        self._inbox = inbox
+        self._pid = os.getpid()
+        self._in_task = False
+
+    def run(self, boot: Boot) -> None:
+        """Run the initializer, say READY, and serve until told to leave or `max_tasks` are done."""
+        signal.signal(signal.SIGINT, self._on_sigint)
+        if not self._initialize(boot):
+            raise SystemExit(1)
+        self._send(_messages.READY, 0, None)
+        tasks_left = boot.max_tasks
+        while tasks_left is None or tasks_left > 0:
+            received = wire.receive(self._inbox, MAX_DATAGRAM, SCM_MAX_FD)
+            try:
+                header = _messages.unpack_header(received.data)
+            except WireError:
+                close_all(received.fds)  # nobody that we know of speaks like that: let the task link live
+                continue
+            if header.kind == _messages.LEAVE:
+                close_all(received.fds)
+                return
+            if header.kind != _messages.TASK:
+                close_all(received.fds)
+                continue
+            if received.fds_lost or received.bytes_cut or len(received.fds) != header.fd_count:
+                self._refuse(header, received)
+                continue
+            boot.page.begin(header.task)
+            answer, kind = self._run_task(received.data[HEADER_BYTES:], received.fds, header.spilled)
+            del received
+            self._send(kind, header.task, answer)
+            del answer
+            if tasks_left is not None:
+                tasks_left -= 1
+
+    def _run_task(self, body: bytes, fds: list[int], spilled: bool) -> tuple[Payload, int]:
+        """Load the call, run it, and pickle what became of it; nothing that it does escapes."""
+        try:
+            self._in_task = True
+            fn, args, kwargs = payload.loads(body, fds, spilled)
+            result = fn(*args, **kwargs)
+            self._leave_if_forked()
+            fn = args = kwargs = None
+            answer = payload.dumps_result(result)
+            self._in_task = False
+            return answer, _messages.DONE
+        except BaseException as error:
+            self._in_task = False
+            self._leave_if_forked()
+            fn = args = kwargs = result = None
+            answer = payload.dumps_failure(error)
+            payload.release_frames(error)
+            return answer, _messages.FAILED
+
+    def _initialize(self, boot: Boot) -> bool:
+        if boot.initializer is None:
+            return True
+        try:
+            self._in_task = True
+            fn, args, kwargs = payload.loads(boot.initializer, boot.initializer_fds, boot.initializer_spilled)
+            fn(*args, **kwargs)
+            self._in_task = False
+            return True
+        except BaseException as error:
+            self._in_task = False
+            import logging
+
+            # As concurrent.futures does it, for those who watch its logger.
+            logging.getLogger("concurrent.futures").critical("Exception in initializer:", exc_info=True)
+            self._send(_messages.BOOT_FAILED, 0, payload.dumps_failure(error))
+            return False
+
+    def _refuse(self, header: Header, received: wire.Received) -> None:
+        """Tell the client that the task's descriptors did not arrive whole, and so the task never ran."""
+        got = len(received.fds)
+        close_all(received.fds)
+        reason = _messages.explain_loss(header.fd_count, got, f"worker {self._pid}")
+        body = _messages.REFUSAL.pack(header.fd_count, min(got, 0xFFFF)) + reason.encode()
+        self._send(_messages.REFUSED, header.task, Payload(body))
+
+    def _send(self, kind: int, task: int, answer: Payload | None) -> None:
+        """Send one answer, waiting as long as it takes: the client reads, or it is dead and so are we."""
+        body = b"" if answer is None else answer.body
+        fds = answer.fds.numbers if answer is not None and answer.fds else []
+        spilled = answer is not None and answer.spilled
+        header = _messages.pack_header(kind, task, len(body), len(fds), spilled)
+        pause_s = 0.001
+        while True:
+            try:
+                wire.send(self._inbox, (header, body), fds)
+                break
+            except OSError as error:
+                if error.errno not in _messages.MAY_YET_LAND:
+                    raise
+                select.select([], [], [], pause_s)
+                pause_s = min(pause_s * 2, 0.1)
+        if answer is not None:
+            answer.close()
+
+    def _on_sigint(self, _number: int, _frame: object) -> None:
+        """Interrupt the task, as Ctrl-C would; never the loop, which might lose a message half received."""
+        if self._in_task:
+            self._in_task = False
+            raise KeyboardInterrupt
+
+    def _leave_if_forked(self) -> None:
+        """A task may fork; a child that returns from it is not a worker and must not speak as one."""
+        if os.getpid() != self._pid:
+            os._exit(0)
+
+
+def main(inbox_fd: int, boot: Boot) -> None:
+    """Serve on the worker's end of its slot's pair until told to leave."""
+    Worker(socket.socket(fileno=inbox_fd)).run(boot)
+    _finish()
+
+
+def _finish() -> None:
+    """What an interpreter does at its end, as far as a forked one may: join threads, run exit handlers."""
+    import atexit
+
+    threading = sys.modules.get("threading")
+    if threading is not None:
+        threading._shutdown()
+    atexit._run_exitfuncs()
