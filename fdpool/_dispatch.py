@@ -150,7 +150,9 @@ class Dispatcher:
 
     def next_deadline(self) -> float | None:
         """When `tick` wants to be called next, or None."""
-        return min((moment for seat in self._paused.values() if (moment := self._resumes(seat))), default=None)
+        return min(
+            (moment for seat in self._paused.values() if (moment := self._resumes(seat))), default=None
+        )
 
     # -- tasks ---------------------------------------------------------------------------------------
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from fdpool._dispatch import (
     Action,
     BreakPool,
-    Dispatcher,
     DismissWorker,
+    Dispatcher,
     LoseTask,
     SendTask,
     StartWorker,

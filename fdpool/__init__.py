@@ -1,0 +1,71 @@
+"""fdpool: a process pool whose tasks carry open files, pipes and sockets.
+
+Names are imported when first used: the supervisor and the workers need few of them, and their start-up
+is somebody's waiting time.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ._broken import PoolBroken as PoolBroken
+    from ._broken import WorkerLost as WorkerLost
+    from .aio import AsyncDatagramSocket as AsyncDatagramSocket
+    from .aio import AsyncSocket as AsyncSocket
+    from .errors import DescriptorRefused as DescriptorRefused
+    from .errors import FdpoolError as FdpoolError
+    from .errors import FdTransferError as FdTransferError
+    from .errors import ForkedPool as ForkedPool
+    from .errors import NotLoadable as NotLoadable
+    from .errors import NotPicklable as NotPicklable
+    from .errors import PayloadTooLarge as PayloadTooLarge
+    from .errors import PoolShutDown as PoolShutDown
+    from .errors import RemoteError as RemoteError
+    from .errors import RemoteTraceback as RemoteTraceback
+    from .errors import WireError as WireError
+    from .fds import Fd as Fd
+    from .pool import Pool as Pool
+    from .wire import DatagramSocket as DatagramSocket
+    from .wire import StreamSocket as StreamSocket
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "aio": ("AsyncDatagramSocket", "AsyncSocket"),
+    "_broken": ("PoolBroken", "WorkerLost"),
+    "errors": (
+        "DescriptorRefused",
+        "FdTransferError",
+        "FdpoolError",
+        "ForkedPool",
+        "NotLoadable",
+        "NotPicklable",
+        "PayloadTooLarge",
+        "PoolShutDown",
+        "RemoteError",
+        "RemoteTraceback",
+        "WireError",
+    ),
+    "fds": ("Fd",),
+    "pool": ("Pool",),
+    "wire": ("DatagramSocket", "StreamSocket"),
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = sorted(_HOME_OF)  # noqa: PLE0605 - made from the table, so that no name is in one and not the other
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOME_OF.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    value = getattr(importlib.import_module(f".{home}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME_OF])

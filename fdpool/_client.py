@@ -1,0 +1,485 @@
+"""The client's side of one pool: it owns the tasks and the slots, and performs what `_dispatch` decides.
+
+How a task travels, and who may wait where:
+
+    submit    any thread     enters the task and posts "submitted" (`_critical`): whoever gets the lock asks
+                             `_dispatch` and performs its answer. Nothing there waits: sends are MSG_DONTWAIT.
+    answers   the pump       `_pump` waits for answers, deaths and deadlines, posts what they mean, and settles
+                             futures with the lock free, as their callbacks are user code.
+    the end   the pump       in phases, each entered when the one before has nothing left to do.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from enum import Enum
+from typing import Any
+
+from . import _control, _dispatch, _messages, _process, wire
+from ._answers import lost_descriptors, worker_lost
+from ._board import Board
+from ._broken import PoolBroken, describe_status
+from ._critical import Critical
+from ._dispatch import Action, Dispatcher, Where
+from ._links import SlotLink
+from ._messages import HEADER_BYTES, MAX_DATAGRAM
+from ._pump import Pump
+from ._tasks import Task, TaskFuture
+from .errors import ForkedPool, PoolShutDown
+from .fds import SCM_MAX_FD, OwnedFds, close_all
+from .payload import Payload
+
+#: Most tasks given to one worker, the running one included: enough that a worker need not wait for the
+#: client between short tasks.
+INBOX_DEPTH = 16
+
+RETRY_S = (
+    0.01  # pause before the kernel is asked again to take a message, where nothing of ours is in its way
+)
+_OUTSIDE = (
+    signal.SIGKILL,
+    signal.SIGTERM,
+)  # what kills from outside; a process's own faults have other signals
+_LEAVE_S = 5.0  # how long a dismissed worker may take for its exit handlers and threads
+_QUIT_S = 10.0  # how long the supervisor may take to clear up
+
+
+class Phase(Enum):
+    """Where in its life a pool is; it only ever moves down this list."""
+
+    NEW = "new"  # nothing started yet
+    SERVING = "serving"
+    DRAINING = "draining"  # shut down: finishes what was submitted
+    LEAVING = "leaving"  # no task is left; the workers go
+    QUITTING = "quitting"  # no worker is left; the supervisor goes
+    OVER = "over"
+    FORKED = "forked"  # this is a copy, in a forked child of the pool's process
+
+
+class Client:
+    """One pool's client side.
+
+    Args:
+        max_workers: how many slots.
+        fork: start the supervisor by forking this process.
+        preload: names of modules that the supervisor imports before it forks.
+        initializer: payload of a call that each worker runs first, or None; owned.
+        inherited: the same as it stands, for workers that are forked from this process; or None.
+        max_tasks: tasks after which a worker is replaced, or None.
+    """
+
+    def __init__(
+        self,
+        max_workers: int,
+        fork: bool,
+        preload: tuple[str, ...],
+        initializer: Payload | None,
+        inherited: Callable[[], object] | None,
+        max_tasks: int | None,
+    ) -> None:
+        self._max_workers = max_workers
+        self._fork = fork
+        self._preload = preload
+        self._initializer = initializer
+        self._inherited = inherited
+        self._max_tasks = max_tasks
+        self.phase = Phase.NEW
+        self.phase_ends = 0.0  # when LEAVING or QUITTING has taken its time
+        self.last_death = ""
+        self.tasks: dict[int, Task] = {}  # everything submitted and not settled
+        self.links: dict[int, SlotLink] = {}
+        self.control: _control.ControlLink | None = None
+        self._board: Board | None = None
+        depth = INBOX_DEPTH if max_tasks is None else min(INBOX_DEPTH, max_tasks)
+        self.dispatcher = Dispatcher(max_workers, depth)
+        self.critical = Critical(self._handle, self._torn)
+        self._ids = itertools.count(1)
+        self._broken: PoolBroken | None = None
+        self._grace_s: float | None = (
+            None  # once the workers are to be ended, not dismissed: SIGTERM to SIGKILL
+        )
+        self._pump: Pump | None = None
+        self._performers: dict[type, Callable[[Any], Sequence[Action]]] = {
+            _dispatch.SendTask: self._send_task,
+            _dispatch.StartWorker: self._start_worker,
+            _dispatch.TakeBack: self._take_back,
+            _dispatch.LoseTask: self._lose_task,
+            _dispatch.DismissWorker: self._dismiss_worker,
+            _dispatch.BreakPool: self._break_for_boots,
+        }
+        _process.register(self)
+
+    # -- for Pool and its futures ----------------------------------------------------------------------
+
+    @property
+    def is_over(self) -> bool:
+        """True once nothing of the pool is left."""
+        return self.phase is Phase.OVER
+
+    def check_usable(self) -> None:
+        """Raise what `submit` would, before any work is put into a payload."""
+        if self.phase is Phase.FORKED:
+            raise ForkedPool(
+                "this pool belongs to the process that made it, and this is a forked child of that: "
+                "make a new Pool here"
+            )
+        if self._broken is not None:
+            raise self._copy_of_broken()
+        if _process.exiting():
+            raise PoolShutDown("cannot schedule new futures after interpreter shutdown")
+        if self.phase not in (Phase.NEW, Phase.SERVING):
+            raise PoolShutDown("cannot schedule new futures after shutdown")
+
+    def submit(self, call: Payload, label: str) -> TaskFuture[Any]:
+        """Take over the payload of a call; returns its future.
+
+        Once the pool serves it never waits, so a finalizer or a signal handler may call it too.
+
+        Raises:
+            ForkedPool, PoolShutDown, PoolBroken: the pool takes no tasks; the payload is closed.
+        """
+        future: TaskFuture[Any] = TaskFuture()
+        task = next(self._ids)
+        future._client, future._task = self, task
+        # Entered first, checked second: who ends the pool sets the phase first and looks for tasks second,
+        # so one of the two always sees the other.
+        self.tasks[task] = Task(future, call, label)
+        if self.phase is not Phase.SERVING:
+            try:
+                self._begin_serving()
+            except BaseException:
+                self.tasks.pop(task, None)
+                call.close()
+                self.wake()
+                raise
+        self.critical.post(self.dispatcher.submitted, task)
+        return future
+
+    def withdraw(self, task: int) -> bool:
+        """Forget a task that no worker has begun, wherever it is; True if so, and then it will never run."""
+        if self.phase is Phase.FORKED or self.critical.is_mine:
+            return False
+        with self.critical:
+            self.critical.handle_posted()
+            where = self.dispatcher.withdraw(task)
+            if where is Where.INBOX:
+                slot = self.dispatcher.slot_of(task)
+                assert slot is not None
+                found = self._receive_inbox(slot)
+                mine = [task] if task in found else []
+                self._perform(self.dispatcher.taken_back(slot, found, dropping=mine))
+                where = Where.QUEUED if mine else Where.BEGUN
+            record = self.tasks.pop(task, None) if where is Where.QUEUED else None
+        if record is None:
+            return False
+        if record.payload is not None:
+            record.payload.close()
+        if self.phase is not Phase.SERVING:
+            self.wake()  # it may have been the last that the end waited for
+        return True
+
+    def has_begun(self, task: int) -> bool:
+        """True if a worker runs the task now, as far as can be known from here."""
+        if self.phase is Phase.FORKED or self.critical.is_mine:
+            return False
+        with self.critical:
+            self.critical.handle_posted()
+            return self.dispatcher.has_begun(task)
+
+    def shut_down(self, cancel: bool = False) -> None:
+        """Take no more tasks; finish (or, with `cancel`, drop) what has not begun. Does not wait."""
+        if self.phase is Phase.FORKED:
+            return
+        with self.critical:
+            if self.phase is Phase.NEW:
+                self.release()
+            elif self.phase is Phase.SERVING:
+                self.phase = Phase.DRAINING
+        if cancel:
+            # Newest first: what is queued goes before what lies in an inbox, or each place made there would
+            # be filled again from the queue.
+            for record in reversed(list(self.tasks.values())):
+                record.future.cancel()
+        self.wake()
+
+    def end(self, grace_s: float, reason: str) -> None:
+        """End every worker and what descends from it: SIGTERM, `grace_s` seconds, SIGKILL. Does not wait."""
+        self.shut_down(cancel=True)
+        self.critical.post(self.break_pool, PoolBroken(reason), grace_s)
+
+    def join(self) -> None:
+        """Wait until nothing of the pool is left; from a callback in the pump's own thread it returns at once."""
+        if self._pump is not None and self.phase is not Phase.FORKED:
+            self._pump.join()
+
+    def forget_in_child(self) -> None:
+        """Runs in: a forked child of the client, just after the fork. Close the copies, say nothing to anyone."""
+        self.phase = Phase.FORKED
+        self._close()
+
+    # -- performing: each action returns what follows from it. The caller holds the lock --------------------
+
+    def _handle(self, event: Callable[..., Sequence[Action]], *arguments: Any) -> None:
+        self._perform(event(*arguments))
+
+    def _perform(self, actions: Sequence[Action]) -> None:
+        if not actions:
+            return
+        todo = deque(actions)
+        while todo:
+            action = todo.popleft()
+            todo.extend(self._performers[type(action)](action))
+
+    def _send_task(self, action: _dispatch.SendTask) -> Sequence[Action]:
+        slot, task = action
+        record = self.tasks.get(task)
+        if record is None or record.payload is None:  # failed meanwhile
+            return self.dispatcher.finished(slot, task)
+        call = record.payload
+        numbers = call.fds.numbers if call.fds else ()
+        header = _messages.pack_header(_messages.TASK, task, len(call.body), len(numbers), call.spilled)
+        try:
+            sent = wire.try_send(self.links[slot].mine, (header, call.body), numbers)
+        except OSError as error:
+            if error.errno not in _messages.MAY_YET_LAND:
+                self.fail(task, error)
+                return self.dispatcher.finished(slot, task)
+            sent = False
+        if not sent:
+            self.wake()  # the pump must learn of the new deadline
+            return self.dispatcher.inbox_full(slot, task, time.monotonic() + RETRY_S)
+        if call.carries_fds:
+            # A copy kept here would hide from a reader that the task has closed its end.
+            record.payload = None
+            call.close()
+        return ()
+
+    def _start_worker(self, action: _dispatch.StartWorker) -> Sequence[Action]:
+        slot, generation = action
+        link = self.links.get(slot)
+        if link is None:
+            try:
+                link = SlotLink(slot)
+            except OSError as error:
+                return self.break_pool(PoolBroken(f"no socket pair for worker {slot}: {error}"))
+            self.links[slot] = link
+            assert self._pump is not None
+            self._pump.watch(link)
+        link.starting = True
+        self.tell(_messages.StartWorker(slot, generation), [link.theirs.fileno()])
+        return ()
+
+    def _take_back(self, action: _dispatch.TakeBack) -> Sequence[Action]:
+        return self.dispatcher.taken_back(action.slot, self._receive_inbox(action.slot))
+
+    def _lose_task(self, action: _dispatch.LoseTask) -> Sequence[Action]:
+        record = self.tasks.get(action.task)
+        if record is not None:
+            pid, status = self.links[action.slot].last_exit
+            begun = self._board is not None and self._board.begun(action.slot) == action.task
+            self.fail(action.task, worker_lost(pid, action.slot, status, record.label, begun))
+        return ()
+
+    def _dismiss_worker(self, action: _dispatch.DismissWorker) -> Sequence[Action]:
+        wire.try_send(self.links[action.slot].mine, (_messages.pack_header(_messages.LEAVE),))
+        return ()
+
+    def _break_for_boots(self, action: _dispatch.BreakPool) -> Sequence[Action]:
+        reason = (
+            f"{action.failures} workers in a row died before they were ready; the last one {self.last_death}"
+        )
+        return self.break_pool(PoolBroken(reason))
+
+    def worker_exited(self, slot: int) -> Sequence[Action]:
+        """Event: the slot's worker is dead, and every answer that it had sent has been posted before."""
+        status = self.links[slot].last_exit[1]
+        killed = status is not None and os.WIFSIGNALED(status) and os.WTERMSIG(status) in _OUTSIDE
+        unread = self._receive_inbox(slot)
+        return self.dispatcher.exited(
+            slot, self._received_not_begun(slot, unread) + unread, time.monotonic(), killed
+        )
+
+    def _received_not_begun(self, slot: int, unread: list[int]) -> list[int]:
+        """What a dead worker had received, but not begun, and can be sent again."""
+        assert self._board is not None
+        begun = self._board.begun(slot)
+        received = [task for task in self.dispatcher.given(slot) if task not in unread and task != begun]
+        return [
+            task
+            for task in received
+            if (record := self.tasks.get(task)) is not None and record.payload is not None
+        ]
+
+    def break_pool(self, error: PoolBroken, grace_s: float = 0.0) -> Sequence[Action]:
+        """Event: the pool is of no use any more. Fail every task, have the workers ended."""
+        if self.phase in (Phase.QUITTING, Phase.OVER, Phase.FORKED):
+            return ()
+        self._broken = self._broken or error
+        self._grace_s = grace_s
+        if self.phase is not Phase.LEAVING:
+            self.dispatcher.closed()
+            for task in list(self.tasks):
+                self.fail(task, self._copy_of_broken())
+        self.enter_leaving()
+        self.wake()
+        return ()
+
+    def fail(self, task: int, error: BaseException) -> None:
+        """Have the pump settle a task with an error, and close what the task still holds."""
+        record = self.tasks.get(task)
+        if record is not None and self._pump is not None:
+            if record.payload is not None:
+                record.payload.close()
+                record.payload = None
+            self._pump.settle_later(task, error)
+            self.wake()
+
+    def _receive_inbox(self, slot: int) -> list[int]:
+        """Take every datagram out of the slot's inbox; returns their tasks, which have their payloads again."""
+        found = []
+        while (received := wire.try_receive(self.links[slot].theirs, MAX_DATAGRAM, SCM_MAX_FD)) is not None:
+            header = _messages.unpack_header(received.data)
+            record = self.tasks.get(header.task)
+            if record is None or header.kind != _messages.TASK:
+                close_all(received.fds)
+                continue
+            found.append(header.task)
+            if record.payload is not None:
+                close_all(received.fds)  # a copy of the file that the kept payload has
+                continue
+            record.payload = Payload(received.data[HEADER_BYTES:], OwnedFds(received.fds), header.spilled)
+            if len(received.fds) != header.fd_count:
+                self.fail(header.task, lost_descriptors(header.fd_count, len(received.fds), "this process"))
+        return found
+
+    # -- beginning and end ---------------------------------------------------------------------------------
+
+    def _begin_serving(self) -> None:
+        """Start what a first task needs: the supervisor, then the pump (a fork comes before any thread of ours)."""
+        self.check_usable()
+        with self.critical:
+            if self.phase is not Phase.NEW:
+                unusable = self.phase is not Phase.SERVING
+            else:
+                unusable = False
+                first = _control.configuration(self._preload, self._initializer, self._max_tasks)
+                try:
+                    self._pump = Pump(self)
+                    self._board = Board(self._max_workers)
+                    self.control = _control.ControlLink(
+                        self._fork, first, self._board.fd, self._initializer, self._inherited
+                    )
+                    self._inherited = None
+                    self._pump.start()
+                    self.phase = Phase.SERVING
+                except (OSError, RuntimeError) as error:
+                    self._broken = PoolBroken(f"the pool's supervisor could not be started: {error}")
+                    self._broken.__cause__ = error
+                    if self.control is not None:
+                        self.control.bury(_QUIT_S)
+                    self.release()
+                    unusable = True
+        if unusable:
+            self.check_usable()
+
+    def enter_leaving(self) -> None:
+        """Dismiss the workers, or end them if the pool is broken; they have their time. Lock held."""
+        self.phase = Phase.LEAVING
+        if self._grace_s is None:
+            self.phase_ends = time.monotonic() + _LEAVE_S
+            self._perform(self.dispatcher.dismissed())
+            return
+        self.phase_ends = time.monotonic() + self._grace_s + _LEAVE_S
+        for slot, link in self.links.items():
+            if link.alive:
+                self.tell(_messages.EndWorker(slot, self.dispatcher.generation(slot), self._grace_s))
+
+    def wanted_at(self) -> float | None:
+        """When the pump is wanted next, whatever comes or not. Lock held."""
+        moments = [self.dispatcher.next_deadline()]
+        if self.phase in (Phase.LEAVING, Phase.QUITTING):
+            moments.append(self.phase_ends)
+        if self.control is not None and not self.control.flush():
+            moments.append(time.monotonic() + RETRY_S)
+        return min((moment for moment in moments if moment is not None), default=None)
+
+    def move_on(self) -> None:
+        """Runs in: the pump. Enter the next phase of the end if this one is done or has taken its time."""
+        if self.phase is Phase.SERVING:
+            return
+        with self.critical:
+            overdue = time.monotonic() >= self.phase_ends
+            if self.phase is Phase.DRAINING and not self.tasks:
+                self.enter_leaving()
+                overdue = False
+            if self.phase is Phase.LEAVING and not any(link.alive for link in self.links.values()):
+                self.phase, self.phase_ends = Phase.QUITTING, time.monotonic() + _QUIT_S
+                self.tell(_messages.Quit())
+            elif self.phase is Phase.LEAVING and overdue:
+                self._grace_s = 0.0
+                self.enter_leaving()
+            elif self.phase is Phase.QUITTING and overdue:
+                self.bury()
+
+    def supervisor_gone(self) -> None:
+        """Runs in: the pump. The control link has ended: as it should, or the workers are killed from here."""
+        with self.critical:
+            if self.phase is not Phase.QUITTING:
+                for link in self.links.values():
+                    link.kill()
+                status = None if self.control is None else self.control.bury(_QUIT_S)
+                reason = f"the pool's supervisor {describe_status(status)}; its workers have been killed"
+                self.break_pool(PoolBroken(reason))
+        assert self._pump is not None
+        self._pump.settle_all()
+        with self.critical:
+            self.bury()
+
+    def bury(self) -> None:
+        """Wait for the supervisor, which is going or is killed, and close everything. Lock held."""
+        if self.control is not None:
+            self.control.bury(_QUIT_S)
+        self.release()
+
+    def release(self) -> None:
+        """The pool is over: close what this object owns. Lock held."""
+        self.phase = Phase.OVER
+        self._close()
+        _process.unregister(self)
+
+    def _close(self) -> None:
+        for owned in (*self.links.values(), self.control, self._board, self._pump, self._initializer):
+            if owned is not None:
+                owned.close()
+        self.links.clear()
+        self.control = self._initializer = None
+
+    # -- small things ----------------------------------------------------------------------------------------
+
+    def tell(self, message: _messages.ToSupervisor, numbers: Sequence[int] = ()) -> None:
+        """Send a control message; the pump sends what cannot go at once. Lock held."""
+        if self.control is not None and not self.control.tell(message, numbers):
+            self.wake()
+
+    def wake(self) -> None:
+        """Make the pump look again; from any thread."""
+        if self._pump is not None:
+            self._pump.wake()
+
+    def _torn(self, error: BaseException) -> None:
+        """Something was raised in the middle of a decision: what the dispatcher believes may be wrong now."""
+        broken = PoolBroken(f"interrupted in the middle of a decision by {type(error).__name__}: {error}")
+        broken.__cause__ = error
+        self.break_pool(broken)
+
+    def _copy_of_broken(self) -> PoolBroken:
+        """A new instance each time: futures that share one would pile their tracebacks onto it."""
+        assert self._broken is not None
+        error = PoolBroken(*self._broken.args)
+        error.__cause__ = self._broken.__cause__
+        return error

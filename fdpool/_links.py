@@ -1,0 +1,134 @@
+"""What the client holds of a slot: both ends of its datagram pair, and the worker that serves it now."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+
+from . import _trees, fds, payload
+
+_PIDFD_SIGNAL_PROCESS_GROUP = 4  # pidfd_send_signal(2), Linux 6.9
+
+
+class SlotLink:
+    """One slot's sockets and worker.
+
+    The client keeps the worker's end as well: so the slot's inbox outlives its workers, and what a worker
+    has not received can be received here.
+
+    Attributes:
+        mine: the client's end.
+        theirs: the worker's end; workers come and go on duplicates of it.
+        pid: process id of the worker, or None while there is none.
+        last_exit: pid and wait status of the last worker that died.
+    """
+
+    __slots__ = ("_pidfd", "last_exit", "mine", "pid", "slot", "starting", "theirs")
+
+    def __init__(self, slot: int) -> None:
+        self.slot = slot
+        self.mine, self.theirs = (
+            socket.socket(fileno=fds.above_stdio(end.detach()))
+            for end in socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        )
+        for end in (self.mine, self.theirs):
+            payload.reserve(end.fileno())
+        self.pid: int | None = None
+        self.starting = False  # asked for, and not yet reported
+        self.last_exit: tuple[int, int | None] = (0, None)
+        self._pidfd: int | None = None
+
+    @property
+    def alive(self) -> bool:
+        """True from the moment a worker is asked for until its death is reported."""
+        return self.starting or self.pid is not None
+
+    def began(self, pid: int, pidfds: list[int]) -> None:
+        """A worker runs; its pidfd, if the kernel has such, is owned from now on."""
+        self.starting = False
+        self.pid = pid
+        self._pidfd = pidfds[0] if pidfds else None
+
+    def ended(self, pid: int, status: int | None) -> None:
+        """The worker is dead and reaped."""
+        self.starting = False
+        self.pid = None
+        self.last_exit = (pid, status)
+        self._close_pidfd()
+
+    def kill(self) -> None:
+        """SIGKILL the worker and its tree, without the supervisor: for when that is gone.
+
+        With a pidfd never a recycled pid; without one the pid is trusted, as its death would have
+        been reported had the supervisor lived to see it.
+        """
+        if self.pid is None:
+            return
+        below = _trees.descendants(self.pid)
+        try:
+            if self._pidfd is None or not self._is_dead():
+                os.killpg(self.pid, signal.SIGKILL)
+            else:
+                below = []  # whoever has its pid now is none of ours
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL, None, _PIDFD_SIGNAL_PROCESS_GROUP)
+        except OSError:
+            pass  # no such group any more, or a kernel without the flag
+        _trees.signal_all(below, signal.SIGKILL)
+        self.ended(self.pid, None)
+
+    def close(self) -> None:
+        """Close every descriptor held for the slot."""
+        self._close_pidfd()
+        for end in (self.mine, self.theirs):
+            payload.release(end.fileno())
+            end.close()
+
+    def _is_dead(self) -> bool:
+        assert self._pidfd is not None
+        poll = select.poll()
+        poll.register(self._pidfd, select.POLLIN)
+        return bool(poll.poll(0))
+
+    def _close_pidfd(self) -> None:
+        if self._pidfd is not None:
+            os.close(self._pidfd)
+            self._pidfd = None
+
+
+class Waker:
+    """A pipe that makes a selector return: `wake()` from any thread or signal handler, `clear()` by who woke."""
+
+    __slots__ = ("_read", "_write")
+
+    def __init__(self) -> None:
+        self._read, self._write = (fds.above_stdio(fd) for fd in os.pipe())
+        os.set_blocking(self._read, False)
+        os.set_blocking(self._write, False)
+
+    def fileno(self) -> int:
+        """The end that becomes readable."""
+        return self._read
+
+    def wake(self) -> None:
+        """Make `fileno()` readable; nothing happens if it is, or if the waker is closed."""
+        try:
+            os.write(self._write, b"\0")
+        except (BlockingIOError, OSError):
+            pass
+
+    def clear(self) -> None:
+        """Forget the wake-ups so far."""
+        try:
+            while len(os.read(self._read, 4096)) == 4096:
+                pass
+        except BlockingIOError:
+            pass
+
+    def close(self) -> None:
+        """Close both ends."""
+        if self._read >= 0:
+            os.close(self._read)
+            os.close(self._write)
+            self._read = self._write = -1

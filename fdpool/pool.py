@@ -1,0 +1,315 @@
+"""`Pool`: the executor that people use. It pickles calls, makes futures and maps; `_client` does the rest."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+if TYPE_CHECKING:
+    from multiprocessing.context import BaseContext
+
+    from typing_extensions import ParamSpec
+
+    P = ParamSpec("P")
+
+from . import _process, commands, payload
+from ._client import Client
+from ._cpus import usable_cpus
+from .commands import Stream
+from .errors import NotPicklable
+
+T = TypeVar("T")
+
+StartMethod = Literal["forkserver", "fork"]
+
+
+class Pool(Executor):
+    """A pool of worker processes whose tasks may carry open files, pipes and sockets.
+
+    A `concurrent.futures.Executor` with the contract of `ProcessPoolExecutor`, and more: functions may be
+    lambdas, closures, or defined in `__main__` (no `if __name__ == "__main__":` guard is needed);
+    arguments and results may hold open descriptors; and a worker that dies fails the one task it was running.
+
+    Nothing is started before the first task, and workers only as tasks need them. The pool must be shut
+    down: by `with`, by `shutdown()`, or at the latest at interpreter exit.
+
+    Args:
+        max_workers: most workers at a time; by default as many as the process may use processors (its
+            affinity, and its cgroup's quota).
+        mp_context: accepted so that `ProcessPoolExecutor` can be replaced as it stands; only its start method
+            counts: "fork" is `start_method="fork"`, every other is the default.
+        initializer: called in each worker before its first task. If it raises, the pool is broken.
+        initargs: its arguments. May hold descriptors, and what `multiprocessing` lets pass to children only
+            (locks, queues; of a context other than "fork"). With `start_method="fork"` they are inherited
+            if they cannot be pickled, as `initializer` itself is: anything will do.
+        max_tasks_per_child: tasks after which a worker is replaced by a fresh one; None for never.
+        start_method: "forkserver": workers are forked from a fresh, single-threaded interpreter, so it
+            does not matter what this process's threads do. "fork": from a fork of this process, made at the
+            first submit, so that workers inherit its memory.
+        preload: names of modules to import once, before workers are forked.
+
+    Raises:
+        ValueError, TypeError: an argument is of no use; nothing was started.
+
+    Thread-safe throughout. In a forked child of this process every call raises `ForkedPool` and the
+    parent's pool is left alone.
+    """
+
+    def __init__(
+        self,
+        max_workers: int | None = None,
+        mp_context: BaseContext | None = None,
+        initializer: Callable[..., object] | None = None,
+        initargs: tuple[Any, ...] = (),
+        *,
+        max_tasks_per_child: int | None = None,
+        start_method: StartMethod | None = None,
+        preload: Iterable[str] = (),
+    ) -> None:
+        if max_workers is None:
+            max_workers = usable_cpus()
+        elif max_workers <= 0:
+            raise ValueError(f"max_workers must be greater than 0, not {max_workers}")
+        if initializer is not None and not callable(initializer):
+            raise TypeError(f"initializer must be a callable, not {initializer!r}")
+        if max_tasks_per_child is not None:
+            if not isinstance(max_tasks_per_child, int):
+                raise TypeError(f"max_tasks_per_child must be an integer, not {max_tasks_per_child!r}")
+            if max_tasks_per_child <= 0:
+                raise ValueError(f"max_tasks_per_child must be >= 1, not {max_tasks_per_child}")
+        if start_method is None:
+            inherits = mp_context is not None and mp_context.get_start_method() == "fork"
+            start_method = "fork" if inherits else "forkserver"
+        if start_method not in ("forkserver", "fork"):
+            raise ValueError(f"start_method must be 'forkserver' or 'fork', not {start_method!r}")
+        if isinstance(preload, str):
+            raise TypeError(f"preload must be an iterable of module names, not the string {preload!r}")
+        self._max_workers = max_workers
+        fork = start_method == "fork"
+        boot, inherited = _first_call(initializer, tuple(initargs), fork)
+        self._client = Client(max_workers, fork, tuple(preload), boot, inherited, max_tasks_per_child)
+        # A pool that is dropped without shutdown finishes what it was given, as ProcessPoolExecutor does.
+        weakref.finalize(self, self._client.shut_down).atexit = False
+
+    @property
+    def max_workers(self) -> int:
+        """Most workers at a time."""
+        return self._max_workers
+
+    def worker_pids(self) -> list[int]:
+        """Process ids of the workers that are there now; may be out of date as soon as it is returned."""
+        return [link.pid for link in list(self._client.links.values()) if link.pid is not None]
+
+    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        """Run `fn(*args, **kwargs)` in a worker; returns the future of its result.
+
+        Descriptors among the arguments are borrowed until this returns: the caller keeps its own, and may
+        close them at once. Descriptors in the result belong to the caller.
+
+        Raises:
+            DescriptorRefused: an argument holds a file or socket that cannot be handed over.
+            PayloadTooLarge: more than 253 descriptors in one task.
+            PoolShutDown, PoolBroken, ForkedPool: this pool takes no tasks.
+
+        The future fails with:
+            what the task raised, with the worker's traceback as its `__cause__`;
+            NotPicklable, NotLoadable: an argument or the result could not travel;
+            WorkerLost: the worker died while it ran this task;
+            PoolBroken: the pool broke or was ended before.
+        """
+        self._client.check_usable()
+        try:
+            call = payload.dumps_call(fn, args, kwargs)
+        except NotPicklable as error:
+            failed: Future[T] = Future()
+            failed.set_exception(error)
+            return failed
+        return self._client.submit(call, getattr(fn, "__qualname__", None) or repr(fn))
+
+    def map(
+        self,
+        fn: Callable[..., T],
+        *iterables: Iterable[Any],
+        timeout: float | None = None,
+        chunksize: int = 1,
+        buffersize: int | None = None,
+    ) -> Iterator[T]:
+        """An iterator of `fn(*args)` for each `args` of `zip(*iterables)`, in order.
+
+        Args:
+            timeout: seconds from this call within which each result must be there; else `TimeoutError`.
+            chunksize: how many items travel as one task.
+            buffersize: most tasks submitted and not yet yielded; then `iterables` are read as results are
+                taken. None, the default, reads them all and submits everything at once.
+
+        Raises:
+            ValueError, TypeError: a size is not a positive integer.
+
+        An exception that a call raised is raised when its result is reached. Tasks not yet begun are
+        cancelled when the iterator is closed or fails.
+        """
+        if chunksize < 1:
+            raise ValueError(f"chunksize must be >= 1, not {chunksize}")
+        if buffersize is not None and not isinstance(buffersize, int):
+            raise TypeError(f"buffersize must be an integer or None, not {buffersize!r}")
+        if buffersize is not None and buffersize < 1:
+            raise ValueError(f"buffersize must be None or > 0, not {buffersize}")
+        deadline = None if timeout is None else time.monotonic() + timeout
+        items = zip(*iterables)
+        calls: Iterator[tuple[Callable[..., Any], tuple[Any, ...]]]
+        if chunksize == 1:
+            calls = ((fn, item) for item in items)
+        else:
+            calls = (
+                (_run_chunk, (fn, chunk))
+                for chunk in iter(lambda: list(itertools.islice(items, chunksize)), [])
+            )
+        first = calls if buffersize is None else itertools.islice(calls, buffersize)
+        pending = deque(self.submit(call, *args) for call, args in first)
+        # Only a weak reference: a dropped pool must not be kept by iterators that nobody reads.
+        results = _in_order(pending, calls, weakref.ref(self), deadline)
+        return results if chunksize == 1 else _flatten(results)
+
+    def run(
+        self,
+        args: Sequence[str | bytes | os.PathLike[str]] | str,
+        *,
+        stdin: Stream = None,
+        stdout: Stream = None,
+        stderr: Stream = None,
+        input: bytes | str | None = None,  # noqa: A002 - the name that subprocess.run gave it
+        capture_output: bool = False,
+        cwd: str | bytes | os.PathLike[str] | None = None,
+        env: Mapping[str, str] | None = None,
+        timeout: float | None = None,
+        check: bool = False,
+        text: bool | None = None,
+        encoding: str | None = None,
+        errors: str | None = None,
+    ) -> Future[subprocess.CompletedProcess[Any]]:
+        """Run a program in a worker, on this process's own descriptors; the future of its `CompletedProcess`.
+
+        The arguments are those of `subprocess.run`. A string is a shell command. `stdin`, `stdout` and
+        `stderr` may be files, sockets or numbers that are open here: they are borrowed until this
+        returns, and data flows between them and the program without passing through Python.
+
+        Args:
+            stdin: None is the null device.
+            stdout, stderr: None is this process's own.
+            timeout: seconds; then the program and all its descendants are killed.
+
+        Raises:
+            ValueError, TypeError, DescriptorRefused: nothing was run.
+
+        The future fails with `subprocess.CalledProcessError` (with `check`), `subprocess.TimeoutExpired`,
+        `OSError` if the program cannot be started, and as for `submit`.
+        """
+        command = commands.build(
+            args,
+            stdin=stdin,
+            stdout=stdout,
+            stderr=stderr,
+            input=input,
+            capture_output=capture_output,
+            cwd=cwd,
+            env=env,
+            timeout=timeout,
+            check=check,
+            text=text,
+            encoding=encoding,
+            errors=errors,
+        )
+        return self.submit(commands.run, command)
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Take no more tasks, finish those submitted, and free everything.
+
+        Args:
+            wait: return only when every task is settled and no process, thread or descriptor of the pool is left.
+            cancel_futures: cancel the tasks that no worker has begun.
+
+        Safe to call again, and from any thread. In a forked child it does nothing.
+        """
+        self._client.shut_down(cancel_futures)
+        if wait:
+            self._client.join()
+
+    def terminate_workers(self) -> None:
+        """Send SIGTERM to every worker and all that descends from it, SIGKILL after a second; shut down.
+
+        Tasks not begun are cancelled, those that run fail with `PoolBroken`. Does not wait; `shutdown()` does.
+        """
+        self._client.end(1.0, "the pool was ended by terminate_workers()")
+
+    def kill_workers(self) -> None:
+        """As `terminate_workers`, with SIGKILL at once."""
+        self._client.end(0.0, "the pool was ended by kill_workers()")
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Shut down and wait; but if Ctrl-C ended the block, kill the workers rather than wait for them."""
+        if kind is not None and issubclass(kind, KeyboardInterrupt):
+            self._client.end(0.0, "the pool's block was interrupted")
+        self.shutdown(wait=True)
+
+
+def _first_call(
+    initializer: Callable[..., object] | None, initargs: tuple[Any, ...], fork: bool
+) -> tuple[payload.Payload | None, Callable[[], object] | None]:
+    """What each worker calls first: as a payload, or as it stands, for workers that inherit this memory."""
+    if initializer is None:
+        return None, None
+    if not fork:
+        with _process.for_children():
+            return payload.dumps_call(initializer, initargs, {}), None
+    try:
+        return payload.dumps_call(initializer, initargs, {}), None
+    except NotPicklable:
+        return None, partial(initializer, *initargs)
+
+
+def _run_chunk(fn: Callable[..., T], chunk: list[tuple[Any, ...]]) -> list[T]:
+    """Runs in: a worker. Several items of a map as one task."""
+    return [fn(*item) for item in chunk]
+
+
+def _in_order(
+    pending: deque[Future[T]],
+    calls: Iterator[tuple[Callable[..., T], tuple[Any, ...]]],
+    pool: weakref.ref[Pool],
+    deadline: float | None,
+) -> Iterator[T]:
+    """Yield results in order, submitting one more call for each that is taken, as long as there are any."""
+    try:
+        while pending:
+            executor = pool()
+            if executor is not None and (call := next(calls, None)) is not None:
+                pending.append(executor.submit(call[0], *call[1]))
+            del executor
+            timeout = None if deadline is None else deadline - time.monotonic()
+            # No name here may keep the result while its reader has it (bpo-14406).
+            yield _result_or_cancel(pending.popleft(), timeout)
+    finally:
+        for future in pending:
+            future.cancel()
+
+
+def _result_or_cancel(future: Future[T], timeout: float | None) -> T:
+    try:
+        return future.result(timeout)
+    finally:
+        future.cancel()
+        del future  # or an exception and its own traceback would keep each other
+
+
+def _flatten(chunks: Iterator[list[T]]) -> Iterator[T]:
+    for chunk in chunks:
+        chunk.reverse()
+        while chunk:  # each item is let go of as it is yielded
+            yield chunk.pop()

@@ -1,0 +1,302 @@
+"""Cancelling tasks, and every way in which a pool can end."""
+
+from __future__ import annotations
+
+import concurrent.futures as cf
+import gc
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import psutil
+import pytest
+
+import fdpool
+from fdpool import Pool
+from tests.conftest import wait_until
+
+from . import helpers
+
+
+class Gate:
+    """A task that runs until it is let go."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._count = 0
+        self._writers: list[IO[bytes]] = []
+
+    def hold(self, pool: Pool) -> cf.Future[str]:
+        """Submit a task that says that it runs; return when it does."""
+        self._count += 1
+        path = self._folder / f"runs-{self._count}"
+        read, write = os.pipe()
+        self._writers.append(open(write, "wb"))
+        with open(read, "rb") as gate:
+            future = pool.submit(helpers.touch_and_wait, str(path), gate)
+        wait_until(path.exists)
+        return future
+
+    def open(self) -> None:
+        while self._writers:
+            self._writers.pop().close()
+
+
+@pytest.fixture
+def gate(tmp_path: Path) -> Iterator[Gate]:
+    gate = Gate(tmp_path)
+    yield gate
+    gate.open()
+
+
+def test_a_cancelled_task_never_starts(gate: Gate, tmp_path: Path) -> None:
+    """P9: queued, sent but not begun, running, finished."""
+    with Pool(1) as pool:
+        running = gate.hold(pool)
+        sent = [pool.submit(Path.touch, tmp_path / f"sent-{n}") for n in range(5)]
+        queued = [pool.submit(Path.touch, tmp_path / f"queued-{n}") for n in range(40)]
+        assert not running.cancel()
+        assert running.running()
+        assert not sent[0].running()
+        assert sent[1].cancel()
+        assert sent[1].cancelled()
+        assert queued[-1].cancel()
+        done, _ = cf.wait([sent[1], queued[-1]], timeout=5)
+        assert len(done) == 2
+        gate.open()
+        assert running.result() == str(tmp_path / "runs-1")
+        assert not running.cancel()
+        cf.wait([*sent, *queued])
+    assert not (tmp_path / "sent-1").exists()
+    assert not (tmp_path / "queued-39").exists()
+    assert (tmp_path / "sent-4").exists()
+
+
+def test_tasks_behind_a_cancelled_one_keep_their_order(gate: Gate) -> None:
+    with Pool(1) as pool:
+        gate.hold(pool)
+        read, write = os.pipe()
+        with open(write, "wb", buffering=0) as log:
+            futures = [pool.submit(lambda f, n: f.write(bytes([n])), log, n) for n in range(10)]
+        assert futures[3].cancel()
+        gate.open()
+        cf.wait(futures)
+        with open(read, "rb") as result:
+            assert result.read() == bytes([0, 1, 2, 4, 5, 6, 7, 8, 9])
+
+
+def test_a_cancelled_task_gives_its_descriptors_back(gate: Gate) -> None:
+    with Pool(1) as pool:
+        gate.hold(pool)
+        read, write = os.pipe()
+        with open(write, "wb") as end:
+            future = pool.submit(helpers.read_all, end)
+        assert future.cancel()
+        with open(read, "rb") as other:
+            assert other.read() == b""  # nobody holds the writing end any more
+        gate.open()
+
+
+def test_shutdown_finishes_what_was_submitted() -> None:
+    pool = Pool(2)
+    futures = [pool.submit(helpers.square, n) for n in range(200)]
+    pool.shutdown(wait=False)
+    assert [future.result() for future in futures] == [n * n for n in range(200)]
+    pool.shutdown()
+    with pytest.raises(RuntimeError, match="after shutdown"):
+        pool.submit(helpers.square, 1)
+
+
+def test_shutdown_can_cancel_what_has_not_begun(gate: Gate) -> None:
+    pool = Pool(1)
+    running = gate.hold(pool)
+    waiting = [pool.submit(helpers.square, n) for n in range(50)]
+    pool.shutdown(wait=False, cancel_futures=True)
+    assert all(future.cancelled() for future in waiting)
+    gate.open()
+    assert running.result()
+    pool.shutdown()
+
+
+def test_an_unused_pool_ends_at_once() -> None:
+    pool = Pool(2)
+    pool.shutdown()
+    pool.shutdown()
+    with pytest.raises(fdpool.PoolShutDown):
+        pool.submit(helpers.square, 1)
+
+
+def test_a_dropped_pool_finishes_its_tasks_and_goes() -> None:
+    """P12."""
+    pool = Pool(2)
+    results = pool.map(helpers.square, range(50))
+    future = pool.submit(helpers.square, 7)
+    pids = pool.worker_pids()
+    del pool
+    gc.collect()
+    assert list(results) == [n * n for n in range(50)]
+    assert future.result() == 49
+    wait_until(lambda: not any(psutil.pid_exists(pid) for pid in pids))
+
+
+def test_kill_workers_ends_running_tasks_and_what_they_started(gate: Gate) -> None:
+    pool = Pool(2)
+    gate.hold(pool)
+    below = pool.submit(lambda: subprocess.Popen(["sleep", "1000"]).pid).result()
+    running = [gate.hold(pool)]
+    waiting = [pool.submit(helpers.square, n) for n in range(40)]
+    pool.kill_workers()
+    for future in running:
+        with pytest.raises(fdpool.PoolBroken, match="kill_workers"):
+            future.result(timeout=10)
+    assert all(future.cancelled() for future in waiting[1:])
+    pool.shutdown()
+    assert not psutil.pid_exists(below)
+
+
+def test_terminate_workers_lets_a_program_end_by_itself(tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+    script = f"trap 'echo bye > {mark}; exit 0' TERM; echo ready; while :; do sleep 0.05; done"
+    pool = Pool(1)
+    read, write = os.pipe()
+    with open(write, "wb") as end:
+        future = pool.run(["sh", "-c", script], stdout=end)
+    with open(read, "rb") as lines:
+        assert lines.readline() == b"ready\n"
+    pool.terminate_workers()
+    pool.shutdown()
+    assert mark.read_text() == "bye\n"
+    with pytest.raises(fdpool.PoolBroken):
+        future.result()
+
+
+def test_shutdown_leaves_nothing_that_a_task_started() -> None:
+    with Pool(1) as pool:
+        one = pool.submit(lambda: subprocess.Popen(["sleep", "1000"]).pid).result()
+        other = pool.submit(lambda: subprocess.Popen(["sleep", "1000"], start_new_session=True).pid).result()
+    assert not psutil.pid_exists(one)
+    assert not psutil.pid_exists(other)
+
+
+def run_script(source: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run a program of its own, as a user would."""
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", textwrap.dedent(source)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        **options,
+    )
+
+
+def test_interpreter_exit_finishes_pending_work() -> None:
+    """P12."""
+    done = run_script(
+        """
+        import sys, fdpool
+        pool = fdpool.Pool(1)
+        for n in range(20):
+            pool.submit(lambda n=n: (print(n), sys.stdout.flush()))
+        """
+    )
+    assert done.stdout.split() == [str(n) for n in range(20)]
+    assert (done.stderr, done.returncode) == ("", 0)
+
+
+def test_submitting_while_the_interpreter_exits_is_refused() -> None:
+    done = run_script(
+        """
+        import atexit, fdpool
+        pool = fdpool.Pool(1)
+        @atexit.register
+        def late():
+            try:
+                pool.submit(print)
+            except RuntimeError as error:
+                print(error)
+        pool.submit(abs, 1).result()
+        """
+    )
+    assert "after interpreter shutdown" in done.stdout
+    assert (done.stderr, done.returncode) == ("", 0)
+
+
+@pytest.mark.parametrize("block", [True, False])
+def test_ctrl_c_ends_everything_at_once_with_one_traceback(block: bool, tmp_path: Path) -> None:
+    source = f"""
+        import time, fdpool
+        def main(pool):
+            futures = [pool.submit(time.sleep, 1000) for _ in range(8)]
+            print("ready", pool.submit, flush=True)
+            futures[0].result()
+        if {block}:
+            with fdpool.Pool(2) as pool:
+                main(pool)
+        else:
+            main(fdpool.Pool(2))
+        """
+    with subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(source)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as program:
+        assert program.stdout is not None
+        program.stdout.readline()
+        client = psutil.Process(program.pid)
+        wait_until(lambda: len(client.children(recursive=True)) == 3)
+        tree = client.children(recursive=True)
+        os.killpg(program.pid, signal.SIGINT)  # as a terminal does: the foreground group
+        _, errors = program.communicate(timeout=10)
+    assert errors.count("Traceback") == 1, errors
+    assert errors.rstrip().endswith("KeyboardInterrupt")
+    assert not any(process.is_running() for process in tree)
+
+
+def test_used_in_a_forked_child_the_pool_refuses_and_the_parent_does_not_notice() -> None:
+    """P11."""
+    with Pool(2) as pool:
+        assert pool.submit(helpers.square, 2).result() == 4
+        read, write = os.pipe()
+        pid = os.fork() if threading.active_count() == 1 else _fork_quietly()
+        if pid == 0:
+            try:
+                pool.submit(helpers.square, 3)
+                text = "submitted"
+            except fdpool.ForkedPool as error:
+                text = str(error)
+            pool.shutdown()
+            sockets = [name for name in helpers.open_numbers().values() if "eventpoll" in name]
+            os.write(write, f"{text}|{len(sockets)}".encode())
+            os._exit(0)
+        os.close(write)
+        with open(read) as answer:
+            text = answer.read()
+        os.waitpid(pid, 0)
+        assert text == (
+            "this pool belongs to the process that made it, and this is a forked child of that: "
+            "make a new Pool here|0"
+        )
+        assert pool.submit(helpers.square, 3).result() == 9
+
+
+def _fork_quietly() -> int:
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return os.fork()
+
+
+def test_many_pools_in_a_row_leave_nothing() -> None:
+    for n in range(20):
+        with Pool(2) as pool:
+            assert pool.submit(helpers.square, n).result() == n * n

@@ -1,0 +1,105 @@
+"""`map`, with the semantics of Python 3.14."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import os
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from fdpool import Pool
+
+from . import helpers
+
+
+@pytest.fixture
+def pool() -> Any:
+    with Pool(2) as pool:
+        yield pool
+
+
+@pytest.mark.parametrize("chunksize", [1, 2, 7, 1000])
+@pytest.mark.parametrize("buffersize", [None, 1, 5])
+def test_results_come_in_order(pool: Pool, chunksize: int, buffersize: int | None) -> None:
+    results = pool.map(pow, range(50), itertools.repeat(2), chunksize=chunksize, buffersize=buffersize)
+    assert list(results) == [n * n for n in range(50)]
+
+
+def test_it_stops_at_the_shortest_iterable(pool: Pool) -> None:
+    assert list(pool.map(pow, [1, 2, 3], [1, 2])) == [1, 4]
+    assert list(pool.map(pow, [], [])) == []
+
+
+def test_without_buffersize_everything_is_read_at_once(pool: Pool) -> None:
+    source = iter(range(100))
+    results = pool.map(helpers.square, source)
+    assert list(source) == []
+    assert list(results) == [n * n for n in range(100)]
+
+
+def test_with_buffersize_items_are_read_as_results_are_taken(pool: Pool) -> None:
+    source = itertools.count()
+    results = pool.map(helpers.square, source, buffersize=4)
+    assert next(source) == 4
+    assert [next(results) for _ in range(3)] == [0, 1, 4]
+    assert next(source) == 8
+    assert isinstance(results, Iterator)
+    results.close()  # type: ignore[attr-defined]
+
+
+def test_an_exception_is_raised_where_its_result_would_be(pool: Pool) -> None:
+    results = pool.map(divmod, [4, 4, 4], [2, 0, 1])
+    assert next(results) == (2, 0)
+    with pytest.raises(ZeroDivisionError):
+        next(results)
+
+
+def test_a_result_that_comes_too_late_is_a_timeout(pool: Pool) -> None:
+    pool.submit(helpers.square, 1).result()
+    read, write = os.pipe()
+    with open(write, "wb"), open(read, "rb") as gate, open(os.devnull, "rb") as null:
+        results = pool.map(helpers.read_all, [null, gate], timeout=1.0)
+        assert next(results) == b""
+        with pytest.raises(TimeoutError):
+            next(results)
+
+
+def test_an_iterator_that_is_closed_cancels_what_has_not_begun() -> None:
+    with Pool(1) as pool:
+        results = pool.map(helpers.spin, [0.05] * 100)
+        next(results)
+        begun = time.monotonic()
+        results.close()  # type: ignore[attr-defined]
+    assert time.monotonic() - begun < 2.5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ({"chunksize": 0}, ValueError),
+        ({"chunksize": -1}, ValueError),
+        ({"buffersize": 0}, ValueError),
+        ({"buffersize": -1}, ValueError),
+        ({"buffersize": 1.5}, TypeError),
+        ({"buffersize": "2"}, TypeError),
+    ],
+)
+def test_sizes_that_make_no_sense_are_refused(pool: Pool, arguments: Any, error: type[Exception]) -> None:
+    with pytest.raises(error):
+        pool.map(helpers.square, [1], **arguments)
+
+
+def test_an_unread_iterator_does_not_keep_the_pool() -> None:
+    pool = Pool(1)
+    results = pool.map(helpers.square, itertools.count(), buffersize=2)
+    assert next(results) == 0
+    pids = pool.worker_pids()
+    assert pids
+    del pool
+    gc.collect()
+    assert list(itertools.islice(results, 2)) == [1, 4]
+    assert list(results) == []

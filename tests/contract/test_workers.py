@@ -1,0 +1,322 @@
+"""Workers and the supervisor: starting, dying, being replaced, and leaving nothing."""
+
+from __future__ import annotations
+
+import concurrent.futures as cf
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+import fdpool
+from fdpool import Pool
+from tests.conftest import seconds_until_gone, wait_until
+
+from . import helpers
+
+START_METHODS = ["forkserver", "fork"]
+
+
+def supervisor_of(pool: Pool) -> psutil.Process:
+    """The supervisor: the parent of the pool's workers."""
+    wait_until(pool.worker_pids)
+    parent = psutil.Process(pool.worker_pids()[0]).parent()
+    assert parent is not None
+    return parent
+
+
+@pytest.mark.parametrize(
+    ("how", "expected"),
+    [
+        (signal.SIGKILL, "SIGKILL"),
+        (signal.SIGSEGV, "SIGSEGV"),
+        (signal.SIGABRT, "SIGABRT"),
+        (-3, "code 3"),
+        (0, "code 0"),
+    ],
+)
+def test_a_dead_worker_fails_only_the_task_it_was_running(how: int, expected: str) -> None:
+    """P4, T19: other tasks of the same worker, sent already, are run by the next one."""
+    with Pool(1) as pool:
+        before = pool.submit(helpers.square, 1)
+        dying = pool.submit(helpers.die, how)
+        behind = [pool.submit(helpers.square, n) for n in range(30)]
+        assert before.result() == 1
+        with pytest.raises(fdpool.WorkerLost, match=expected) as caught:
+            dying.result()
+        assert [future.result() for future in behind] == [n * n for n in range(30)]
+    error = caught.value
+    assert isinstance(error, cf.process.BrokenProcessPool)
+    assert error.may_have_run is True
+    assert error.slot == 0
+    assert error.pid > 0
+    assert (error.signal, error.exit_code) == ((how, None) if how > 0 else (None, -how))
+
+
+def test_a_worker_killed_while_idle_is_noticed_by_nobody() -> None:
+    with Pool(2) as pool:
+        for _ in range(50):
+            cf.wait([pool.submit(helpers.spin, 0.001) for _ in range(2)])
+            for pid in pool.worker_pids():
+                os.kill(pid, signal.SIGKILL)
+            # At once: the signal and the next task reach the worker at the same time.
+            assert [pool.submit(helpers.square, n).result(timeout=10) for n in range(4)] == [0, 1, 4, 9]
+
+
+def test_a_finished_result_is_not_lost_when_its_worker_dies_after_sending_it() -> None:
+    """T19: the answer is in the kernel's queue before the death is reported."""
+    with Pool(1, max_tasks_per_child=1) as pool:
+        assert [pool.submit(helpers.square, n).result() for n in range(20)] == [n * n for n in range(20)]
+
+
+def test_workers_are_replaced_after_their_number_of_tasks() -> None:
+    with Pool(1, max_tasks_per_child=3) as pool:
+        pids = [pool.submit(os.getpid).result() for _ in range(9)]
+    assert [pids[n : n + 3].count(pids[n]) for n in (0, 3, 6)] == [3, 3, 3]
+    assert len(set(pids)) == 3
+
+
+def test_a_stopped_worker_delays_only_its_own_task() -> None:
+    """W5."""
+    with Pool(2) as pool:
+        cf.wait([pool.submit(helpers.spin, 0.05) for _ in range(2)])
+        wait_until(lambda: len(pool.worker_pids()) == 2)
+        stopped = pool.worker_pids()[0]
+        os.kill(stopped, signal.SIGSTOP)
+        futures = [pool.submit(helpers.square, n) for n in range(100)]
+        wait_until(lambda: sum(future.done() for future in futures) >= 99)
+        os.kill(stopped, signal.SIGCONT)
+        assert [future.result() for future in futures] == [n * n for n in range(100)]
+
+
+@pytest.mark.parametrize("start_method", START_METHODS)
+def test_the_initializer_runs_once_in_each_worker(start_method: Any) -> None:
+    def initialize(value: int, file: Any) -> None:
+        import builtins
+
+        builtins.fdpool_test_value = (value, file.read(4))  # type: ignore[attr-defined]
+
+    def look() -> Any:
+        import builtins
+
+        return builtins.fdpool_test_value  # type: ignore[attr-defined]
+
+    with open(__file__, "rb", buffering=0) as file:
+        pool = Pool(1, initializer=initialize, initargs=(5, file), start_method=start_method)
+    with pool:
+        assert pool.submit(look).result() == (5, b'"""W')
+        os.kill(pool.worker_pids()[0], signal.SIGKILL)
+        assert pool.submit(look).result() == (5, b"orke")  # the replacement has it too; the offset is shared
+
+
+def test_a_failing_initializer_breaks_the_pool_and_says_with_what() -> None:
+    def fail() -> None:
+        raise LookupError("no configuration")
+
+    with Pool(2, initializer=fail) as pool:
+        futures = [pool.submit(helpers.square, n) for n in range(10)]
+        for future in futures:
+            with pytest.raises(fdpool.PoolBroken, match="initializer failed: LookupError: no configuration"):
+                future.result()
+        with pytest.raises(fdpool.PoolBroken, match="no configuration") as caught:
+            pool.submit(helpers.square, 1)
+        assert isinstance(caught.value.__cause__, LookupError)
+    assert len({id(future.exception()) for future in futures}) == 10
+
+
+def test_workers_that_die_again_and_again_before_they_are_ready_break_the_pool() -> None:
+    with Pool(2, initializer=os._exit, initargs=(9,)) as pool:
+        with pytest.raises(fdpool.PoolBroken, match="before they were ready.*exited with code 9"):
+            pool.submit(helpers.square, 1).result(timeout=30)
+
+
+def test_a_module_that_cannot_be_preloaded_breaks_the_pool_and_is_named() -> None:
+    with Pool(1, preload=["no_such_module_here"]) as pool:
+        with pytest.raises(fdpool.PoolBroken, match="no_such_module_here.*ModuleNotFoundError"):
+            pool.submit(helpers.square, 1).result()
+
+
+def test_preloaded_modules_are_there_when_a_worker_starts() -> None:
+    def loaded() -> bool:
+        import sys
+
+        return "wave" in sys.modules
+
+    with Pool(1, preload=["wave"]) as pool:
+        assert pool.submit(loaded).result()
+    with Pool(1) as pool:
+        assert not pool.submit(loaded).result()
+
+
+inherited = {"value": 0}
+
+
+def test_start_method_fork_inherits_memory_and_the_default_does_not() -> None:
+    inherited["value"] = 42
+
+    def look() -> int:
+        from tests.contract import test_workers
+
+        return test_workers.inherited["value"]
+
+    with Pool(1, start_method="fork") as pool:
+        assert pool.submit(look).result() == 42
+    with Pool(1) as pool:
+        assert pool.submit(look).result() == 0
+    inherited["value"] = 0
+
+
+@pytest.mark.parametrize("start_method", START_METHODS)
+def test_a_worker_holds_its_own_channel_and_no_other(start_method: Any) -> None:
+    """P12, T21: what else it has open, it has from its client's standard streams."""
+    with Pool(3, start_method=start_method) as pool:
+        cf.wait([pool.submit(helpers.spin, 0.05) for _ in range(6)])
+        wait_until(lambda: len(pool.worker_pids()) == 3)
+        for pid in pool.worker_pids():
+            assert os.getpgid(pid) == pid
+            sockets = [target for target in _targets(pid) if target.startswith("socket:")]
+            ours = [target for target in _targets(os.getpid()) if target.startswith("socket:")]
+            if start_method == "forkserver":
+                assert len(sockets) == 1
+                assert not [target for target in _targets(pid) if "pidfd" in target or "eventpoll" in target]
+            else:
+                links = [target for link in pool._client.links.values() for target in _names(link)]
+                assert len([target for target in sockets if target in links]) == 1
+                assert len(ours) >= len(sockets)
+
+
+def _targets(pid: int) -> list[str]:
+    found = []
+    for entry in os.listdir(f"/proc/{pid}/fd"):
+        try:
+            found.append(os.readlink(f"/proc/{pid}/fd/{entry}"))
+        except FileNotFoundError:
+            continue  # the descriptor that listed the folder
+    return found
+
+
+def _names(link: Any) -> list[str]:
+    return [os.readlink(f"/proc/self/fd/{end.fileno()}") for end in (link.mine, link.theirs)]
+
+
+@pytest.mark.parametrize("start_method", START_METHODS)
+def test_nothing_is_left_within_a_second_when_the_client_is_killed(start_method: str, tmp_path: Path) -> None:
+    source = f"""
+        import os, subprocess, sys, time
+        sys.path.insert(0, {os.getcwd()!r})
+        import fdpool
+        def busy(subprocess=subprocess, os=os):
+            here = subprocess.Popen(["sleep", "1000"])
+            elsewhere = subprocess.Popen(["sleep", "1000"], start_new_session=True)
+            os.write(1, f"{{here.pid}} {{elsewhere.pid}}\\n".encode())
+            while True: pass
+        pool = fdpool.Pool(3, start_method={start_method!r})
+        for _ in range(2):
+            pool.submit(busy)
+        pool.submit(time.sleep, 1000)
+        time.sleep(1000)
+        """
+    with subprocess.Popen([sys.executable, "-c", textwrap.dedent(source)], stdout=subprocess.PIPE) as program:
+        assert program.stdout is not None
+        started = [int(pid) for _ in range(2) for pid in program.stdout.readline().split()]
+        tree = psutil.Process(program.pid).children(recursive=True)
+        assert len(tree) >= 7
+        assert {process.pid for process in tree} >= set(started)
+        program.kill()
+        assert seconds_until_gone(tree) < 1.0
+
+
+@pytest.mark.parametrize("start_method", START_METHODS)
+def test_nothing_is_left_and_nothing_hangs_when_the_supervisor_is_killed(start_method: Any) -> None:
+    """W4."""
+
+    def start_two() -> tuple[int, int]:
+        here = subprocess.Popen(["sleep", "1000"])
+        elsewhere = subprocess.Popen(["sleep", "1000"], start_new_session=True)
+        return here.pid, elsewhere.pid
+
+    pool = Pool(2, start_method=start_method)
+    started = pool.submit(start_two).result()
+    running = pool.submit(time.sleep, 1000)
+    waiting = [pool.submit(helpers.square, n) for n in range(40)]
+    supervisor = supervisor_of(pool)
+    tree = supervisor.children(recursive=True)
+    supervisor.kill()
+    assert seconds_until_gone(tree) < 1.0, started
+    with pytest.raises(fdpool.PoolBroken, match=r"supervisor was killed by SIGKILL"):
+        running.result(timeout=5)
+    for future in waiting:
+        if future.exception(timeout=5) is not None:
+            assert isinstance(future.exception(), fdpool.PoolBroken)
+    with pytest.raises(fdpool.PoolBroken):
+        pool.submit(helpers.square, 1)
+    pool.shutdown()
+
+
+def test_what_a_killed_worker_had_started_is_killed_too() -> None:
+    def start() -> tuple[int, int]:
+        here = subprocess.Popen(["sleep", "1000"])
+        elsewhere = subprocess.Popen(["sleep", "1000"], start_new_session=True)
+        return here.pid, elsewhere.pid
+
+    with Pool(1) as pool:
+        started = pool.submit(start).result()
+        os.kill(pool.worker_pids()[0], signal.SIGKILL)
+        wait_until(lambda: not any(psutil.pid_exists(pid) for pid in started))
+
+
+def test_recovery_from_a_killed_worker_takes_no_noticeable_time() -> None:
+    with Pool(1) as pool:
+        pool.submit(helpers.square, 1).result()
+        dying = pool.submit(helpers.die, signal.SIGKILL)
+        with pytest.raises(fdpool.WorkerLost):
+            dying.result()
+        begun = time.monotonic()
+        assert pool.submit(helpers.square, 3).result() == 9
+        assert time.monotonic() - begun < 1.0
+
+
+def test_killing_workers_from_outside_loses_no_more_tasks_than_workers() -> None:
+    stop = threading.Event()
+    kills = 0
+    with Pool(2) as pool:
+
+        def assassin() -> None:
+            nonlocal kills
+            while not stop.wait(0.01):
+                for pid in pool.worker_pids()[:1]:
+                    try:
+                        os.kill(pid, signal.SIGKILL)
+                        kills += 1
+                    except ProcessLookupError:
+                        continue
+
+        killer = threading.Thread(target=assassin)
+        killer.start()
+        futures = {n: pool.submit(helpers.square, n) for n in range(3000)}
+        lost = [n for n, future in futures.items() if isinstance(future.exception(), fdpool.WorkerLost)]
+        stop.set()
+        killer.join()
+        assert all(future.result() == n * n for n, future in futures.items() if n not in lost)
+    assert len(lost) <= kills
+
+
+@pytest.mark.parametrize(
+    "without", ["memfd", "pidfd", "subreaper", "pdeathsig", "memfd,pidfd,subreaper,pdeathsig"]
+)
+def test_the_pool_works_without_what_only_linux_has(without: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FDPOOL_WITHOUT", without)
+    with Pool(2) as pool:
+        assert list(pool.map(helpers.square, range(20))) == [n * n for n in range(20)]
+        assert pool.submit(len, b"x" * 1_000_000).result() == 1_000_000
+        with pytest.raises(fdpool.WorkerLost):
+            pool.submit(helpers.die, signal.SIGKILL).result()
+        assert pool.submit(helpers.square, 3).result() == 9
