@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
 from typing import Any
 
 _PR_SET_PDEATHSIG = 1  # prctl(2)
@@ -29,6 +28,8 @@ def anonymous_file(name: str) -> int:
     """
     if hasattr(os, "memfd_create") and has("memfd"):
         return os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    import tempfile  # 10 ms, and a memfd does not need it
+
     folder = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     fd, path = tempfile.mkstemp(prefix=f"{name}-", dir=folder)
     os.unlink(path)
@@ -45,9 +46,9 @@ def open_pidfd(pid: int) -> int | None:
         return None
 
 
-def become_subreaper() -> bool:
-    """Let orphaned descendants become this process's children instead of init's; True if they will."""
-    return has("subreaper") and _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+def become_subreaper(wanted: bool = True) -> bool:
+    """Let orphaned descendants become this process's children instead of init's, or no longer; True if done."""
+    return has("subreaper") and _prctl(_PR_SET_CHILD_SUBREAPER, int(wanted))
 
 
 def signal_when_parent_dies(signal_number: int) -> bool:

@@ -6,7 +6,7 @@ import errno
 import fcntl
 import os
 from collections.abc import Iterable
-from typing import Protocol, runtime_checkable
+from typing import NoReturn, Protocol, runtime_checkable
 
 #: Most descriptors that one message can carry: the kernel's SCM_MAX_FD (unix(7)). 254 give EINVAL.
 SCM_MAX_FD = 253
@@ -81,6 +81,11 @@ class Fd:
         self._fd, self._owned = -1, False
         if owned:
             os.close(fd)
+
+    def __reduce_ex__(self, _protocol: object) -> NoReturn:
+        raise TypeError(
+            f"{self!r} can only travel in a task or a result of a Pool; a copy would be a bare number"
+        )
 
     def __enter__(self) -> Fd:
         return self

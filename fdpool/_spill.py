@@ -1,0 +1,158 @@
+"""The memory file of a large payload: how its bytes and buffers are laid out, written and mapped.
+
+Layout, from offset 0: the pickle; at the next multiple of 8, one u64 length per buffer; then each buffer,
+page-aligned so that an array in it is as aligned as one from malloc. All little-endian. The message itself
+holds only `HEAD`: the pickle's length and the number of buffers.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import struct
+import sys
+from typing import TYPE_CHECKING, Any
+
+from . import _platform
+from .fds import above_stdio
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+HEAD = struct.Struct("<QQ")
+
+_PAGE = mmap.PAGESIZE
+_NOTHING = bytes(_PAGE)
+_IOV_MAX = 1024  # Linux's UIO_MAXIOV, and POSIX's largest _XOPEN_IOV_MAX in use
+# fcntl(2); the names are in Python's fcntl module only where it was built against new enough headers.
+_F_ADD_SEALS = 1033
+_F_SEAL_SHRINK, _F_SEAL_GROW = 2, 4
+
+Bytes = bytes | bytearray | memoryview
+
+
+def write(chunks: Sequence[Bytes], buffers: Sequence[memoryview]) -> tuple[int, bytes]:
+    """A new memory file that holds a pickle (in chunks) and its buffers.
+
+    Returns:
+        Its descriptor, the caller's to close, and the body for the message.
+
+    Raises:
+        OSError: the file cannot be made or filled (EMFILE, ENOSPC, EFBIG); nothing is left open.
+    """
+    pickled = sum(map(len, chunks))
+    pieces: list[Bytes] = list(chunks)
+    end = pickled
+    if buffers:
+        table = struct.pack(f"<{len(buffers)}Q", *[buffer.nbytes for buffer in buffers])
+        end = _pad(pieces, end, 8)
+        pieces.append(table)
+        end += len(table)
+    for buffer in buffers:
+        end = _pad(pieces, end, _PAGE)
+        pieces.append(buffer)
+        end += buffer.nbytes
+    fd = _acquire()
+    try:
+        _write_all(fd, pieces)
+        _seal(fd)
+    except OSError as error:
+        _release(fd)
+        raise OSError(
+            error.errno, f"no room for a payload of {end} bytes in memory: {error.strerror}"
+        ) from error
+    except BaseException:
+        _release(fd)
+        raise
+    return fd, HEAD.pack(pickled, len(buffers))
+
+
+def read(body: Bytes, fd: int) -> tuple[memoryview, list[memoryview]]:
+    """The pickle and the buffers in the memory file `fd`, which stays the caller's to close at once.
+
+    The views are writable and private to this process: what is written to them is copied first, page by page.
+    The mapping lives as long as any view of it. Before Python 3.13 it also holds a duplicate of `fd`
+    (`mmap` keeps one for its `resize`).
+
+    Raises:
+        ValueError: the lengths in `body` do not fit the file. That is checked before anything is mapped, as
+            touching a page beyond the end would be SIGBUS.
+        OSError: the file cannot be mapped.
+    """
+    if len(body) != HEAD.size:
+        raise ValueError(f"the head of a memory file has {HEAD.size} bytes, not {len(body)}")
+    pickled, count = HEAD.unpack(body)
+    size = os.fstat(fd).st_size
+    table = _aligned(pickled, 8)
+    if not 0 < pickled <= size or (count and table + 8 * count > size):
+        raise ValueError(
+            f"a memory file of {size} bytes cannot hold a pickle of {pickled} and {count} buffers"
+        )
+    lengths: Sequence[int] = ()
+    if count:
+        lengths = struct.unpack(f"<{count}Q", os.pread(fd, 8 * count, table))
+    spans = []
+    end = table + 8 * count if count else pickled
+    for length in lengths:
+        start = _aligned(end, _PAGE)
+        end = start + length
+        spans.append((start, end))
+    if end > size:
+        raise ValueError(f"buffers reach to {end}, but the memory file has {size} bytes")
+    view = memoryview(_map(fd, end))
+    return view[:pickled], [view[start:stop] for start, stop in spans]
+
+
+def _aligned(offset: int, to: int) -> int:
+    return -(-offset // to) * to
+
+
+def _pad(pieces: list[Bytes], end: int, to: int) -> int:
+    """Fill up to the next multiple of `to`: zeros in the same writev are cheaper than a second call."""
+    start = _aligned(end, to)
+    if start != end:
+        pieces.append(memoryview(_NOTHING)[: start - end])
+    return start
+
+
+def _acquire() -> int:
+    """A memory file to fill. This and `_release` are the only two places that know where such come from."""
+    return above_stdio(_platform.anonymous_file("fdpool-payload"))
+
+
+def _release(fd: int) -> None:
+    os.close(fd)
+
+
+def _seal(fd: int) -> None:
+    """Fix the size, so that no holder can cut the file under a mapping (SIGBUS); F_ADD_SEALS in fcntl(2)."""
+    try:
+        fcntl.fcntl(fd, _F_ADD_SEALS, _F_SEAL_SHRINK | _F_SEAL_GROW)
+    except OSError:
+        pass  # EINVAL: the fallback of `anonymous_file` is a plain file, which has no seals
+
+
+def _write_all(fd: int, pieces: Sequence[Bytes]) -> None:
+    """Write `pieces` one after another from offset 0.
+
+    writev measured 1.2 to 1.5 times faster than copying into a shared mapping of the new file, at every size
+    from 1 KiB to 64 MiB: a write faults no pages in. It may be short (Linux stops at 0x7ffff000 bytes).
+    """
+    views = [view for piece in pieces if (view := memoryview(piece)).nbytes]
+    offset = first = 0
+    while first < len(views):
+        wrote = os.pwritev(fd, views[first : first + _IOV_MAX], offset)
+        offset += wrote
+        while first < len(views) and wrote >= views[first].nbytes:
+            wrote -= views[first].nbytes
+            first += 1
+        if wrote:
+            views[first] = views[first][wrote:]
+
+
+def _map(fd: int, length: int) -> mmap.mmap:
+    options: dict[str, Any] = {"flags": mmap.MAP_PRIVATE, "prot": mmap.PROT_READ | mmap.PROT_WRITE}
+    if sys.version_info >= (3, 13):
+        options["trackfd"] = False  # no duplicate of fd: a kept array then pins memory, and no descriptor
+    return mmap.mmap(fd, length, **options)
