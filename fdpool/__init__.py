@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from .errors import WireError as WireError
     from .fds import Fd as Fd
     from .pool import Pool as Pool
-    from .wire import DatagramSocket as DatagramSocket
-    from .wire import StreamSocket as StreamSocket
+    from .sockets import DatagramSocket as DatagramSocket
+    from .sockets import StreamSocket as StreamSocket
 
 __version__ = "0.1.0"
 
@@ -49,7 +49,7 @@ _HOMES = {
     ),
     "fds": ("Fd",),
     "pool": ("Pool",),
-    "wire": ("DatagramSocket", "StreamSocket"),
+    "sockets": ("DatagramSocket", "StreamSocket"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 

@@ -15,7 +15,7 @@ from typing import NoReturn
 
 from . import _messages, _platform, _process, _spawn
 from .payload import Payload
-from .wire import StreamSocket
+from .sockets import StreamSocket
 
 
 class ControlLink:
@@ -58,8 +58,10 @@ class ControlLink:
     def tell(self, message: _messages.ToSupervisor, numbers: Sequence[int] = ()) -> bool:
         """Send a frame, or queue what the kernel will not take now; True if all has gone.
 
-        A dead supervisor is not an error here: the end of the link will say it.
+        A dead supervisor, or one that is buried, is not an error here: the end of the link says it.
         """
+        if self.socket.closed:
+            return True
         self.socket.queue_bytes(_messages.encode_control(message), numbers)
         return self.flush()
 

@@ -45,7 +45,10 @@ def _quotas(root: Path, membership: Path) -> list[tuple[int, int]]:
             if v2:
                 words = _read(place / "cpu.max").split()
             else:
-                words = [*_read(place / "cpu.cfs_quota_us").split(), *_read(place / "cpu.cfs_period_us").split()]
+                words = [
+                    *_read(place / "cpu.cfs_quota_us").split(),
+                    *_read(place / "cpu.cfs_period_us").split(),
+                ]
             if len(words) == 2 and words[0].isdigit() and words[1].isdigit() and int(words[1]) > 0:
                 found.append((int(words[0]), int(words[1])))
             if place == base:

@@ -61,7 +61,7 @@ class _ToChildren:
         return fd
 
     @staticmethod
-    def DupFd(fd: int) -> Fd:  # noqa: N802 - multiprocessing's name
+    def DupFd(fd: int) -> Fd:
         return Fd(fd)
 
 
@@ -69,7 +69,7 @@ class _ToChildren:
 def for_children() -> Iterator[None]:
     """In this block, and thread, multiprocessing's locks and queues may be pickled: it goes to our children."""
     before = context.get_spawning_popen()
-    context.set_spawning_popen(_ToChildren())
+    context.set_spawning_popen(_ToChildren())  # type: ignore[arg-type]
     try:
         yield
     finally:

@@ -17,10 +17,12 @@ from typing import NoReturn
 from . import _messages, _platform, _spawn, _trees, _worker, fds
 from ._board import Page
 from ._messages import Configure, EndWorker, Quit, StartWorker
-from .wire import StreamSocket
+from .sockets import StreamSocket
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import psutil
 
 
@@ -51,10 +53,14 @@ class Supervisor:
         control: the supervisor's end of the control link; owned.
         client_pidfd: readable once the client is dead, or None; owned. The link's EOF alone would not do:
             a child that the client forked may hold a copy of its end.
+        inherited: what each worker calls first, if this process is a fork of the client.
     """
 
-    def __init__(self, control: StreamSocket, client_pidfd: int | None) -> None:
+    def __init__(
+        self, control: StreamSocket, client_pidfd: int | None, inherited: Callable[[], object] | None
+    ) -> None:
         self._control = control
+        self._inherited = inherited
         self._client_pidfd = client_pidfd
         self._configuration: Configure | None = None
         self._board_fd = -1
@@ -183,6 +189,7 @@ class Supervisor:
             configuration.initializer,
             configuration.initializer_spilled,
             self._initializer_fds,
+            self._inherited,
             configuration.max_tasks,
         )
         _worker.main(inbox_fd, boot)
@@ -245,18 +252,32 @@ class Supervisor:
             pass
 
 
-def main(control_fd: int) -> NoReturn:
-    """Runs in: the supervisor process, fresh or forked. Serve on `control_fd`, then exit."""
-    client_pidfd = _platform.open_pidfd(os.getppid())
-    _platform.become_subreaper()
-    supervisor = Supervisor(StreamSocket.from_fd(control_fd), client_pidfd)
-    supervisor.run()
-    os._exit(0)
+def main(control_fd: int, inherited: Callable[[], object] | None = None) -> NoReturn:
+    """Runs in: a fork of the client. Serve on `control_fd`, then exit; `inherited` is each worker's first call."""
+    _serve(StreamSocket.from_fd(control_fd), inherited)
 
 
 def main_fresh(control_fd: int) -> NoReturn:
-    """As `main`, in a fresh interpreter: close what the client's inheritable descriptors left here first."""
+    """As `main`, in a fresh interpreter: first close what the client's inheritable descriptors left here, and
+    take over what a fork would have inherited: multiprocessing's key, without which no manager answers a task.
+    """
     highest = os.sysconf("SC_OPEN_MAX")
     os.closerange(3, control_fd)
     os.closerange(control_fd + 1, highest if highest > 0 else 1 << 20)
-    main(control_fd)
+    control = StreamSocket.from_fd(control_fd)
+    try:
+        key, _ = control.receive_bytes()
+    except (EOFError, OSError):
+        os._exit(1)
+    from multiprocessing import process  # 2 ms
+
+    process.current_process().authkey = key
+    _serve(control, None)
+
+
+def _serve(control: StreamSocket, inherited: Callable[[], object] | None) -> NoReturn:
+    client_pidfd = _platform.open_pidfd(os.getppid())
+    _platform.become_subreaper()
+    supervisor = Supervisor(control, client_pidfd, inherited)
+    supervisor.run()
+    os._exit(0)

@@ -12,14 +12,20 @@ import select
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from typing import NamedTuple
 
 from . import _messages, payload, wire
 from ._board import Page
 from ._messages import HEADER_BYTES, MAX_DATAGRAM, Header
+from ._spawn import flush_standard_streams
 from .errors import WireError
 from .fds import SCM_MAX_FD, close_all
 from .payload import Payload
+
+_FINISH_S = (
+    2.0  # how long what a failed initializer leaves behind (threads, exit handlers) may delay the news
+)
 
 
 class Boot(NamedTuple):
@@ -29,6 +35,7 @@ class Boot(NamedTuple):
     initializer: bytes | None
     initializer_spilled: bool
     initializer_fds: list[int]
+    inherited: Callable[[], object] | None
     max_tasks: int | None
 
 
@@ -91,12 +98,16 @@ class Worker:
             return answer, _messages.FAILED
 
     def _initialize(self, boot: Boot) -> bool:
-        if boot.initializer is None:
+        if boot.initializer is None and boot.inherited is None:
             return True
         try:
             self._in_task = True
-            fn, args, kwargs = payload.loads(boot.initializer, boot.initializer_fds, boot.initializer_spilled)
-            fn(*args, **kwargs)
+            if boot.inherited is not None:
+                boot.inherited()
+            elif boot.initializer is not None:
+                fds, spilled = boot.initializer_fds, boot.initializer_spilled
+                fn, args, kwargs = payload.loads(boot.initializer, fds, spilled)
+                fn(*args, **kwargs)
             self._in_task = False
             return True
         except BaseException as error:
@@ -105,8 +116,29 @@ class Worker:
 
             # As concurrent.futures does it, for those who watch its logger.
             logging.getLogger("concurrent.futures").critical("Exception in initializer:", exc_info=True)
-            self._send(_messages.BOOT_FAILED, 0, payload.dumps_failure(error))
+            self._tell_boot_failed(payload.dumps_failure(error))
             return False
+
+    def _tell_boot_failed(self, failure: Payload) -> None:
+        """Tell the client once everything is out that was written and logged: it kills the workers at that news."""
+        import threading
+
+        untold = threading.Lock()
+
+        def tell() -> None:
+            if untold.acquire(blocking=False):
+                self._send(_messages.BOOT_FAILED, 0, failure)
+
+        overdue = threading.Timer(_FINISH_S, tell)
+        overdue.daemon = True
+        overdue.start()
+        try:
+            _finish()
+            flush_standard_streams()
+        finally:
+            overdue.cancel()
+            tell()
+            overdue.join()
 
     def _refuse(self, header: Header, received: wire.Received) -> None:
         """Tell the client that the task's descriptors did not arrive whole, and so the task never ran."""
@@ -149,8 +181,27 @@ class Worker:
 
 def main(inbox_fd: int, boot: Boot) -> None:
     """Serve on the worker's end of its slot's pair until told to leave."""
+    _begin()
     Worker(socket.socket(fileno=inbox_fd)).run(boot)
     _finish()
+
+
+def _begin() -> None:
+    """What multiprocessing does at the start of its own processes (`BaseProcess._bootstrap`), if it is loaded.
+
+    What was the parent's to finalize is not ours, inherited queues start their threads anew, and our own
+    are waited for at our end: all of it is forgotten with the parent's exit handlers otherwise.
+    """
+    util = sys.modules.get("multiprocessing.util")
+    if util is None:
+        return
+    import atexit
+    from multiprocessing import process
+
+    process._children = set()  # type: ignore[attr-defined]
+    util._finalizer_registry.clear()
+    util._run_after_forkers()
+    atexit.register(util._exit_function)
 
 
 def _finish() -> None:

@@ -3,7 +3,6 @@
 Everything that a task may be: tiny, large, with descriptors in and out, failing, running a program; submitted
 from several threads while workers are killed at random moments. At the end each future must be settled and each
 result right, no more tasks may be lost than workers were killed, no task may have run twice (each leaves a
-mark in a ledger), and no descriptor or process may be left. A run is repeated by its seed, as far as the kernel lets it.
 """
 
 from __future__ import annotations

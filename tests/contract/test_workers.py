@@ -226,11 +226,13 @@ def test_nothing_is_left_within_a_second_when_the_client_is_killed(start_method:
         """
     with subprocess.Popen([sys.executable, "-c", textwrap.dedent(source)], stdout=subprocess.PIPE) as program:
         assert program.stdout is not None
-        started = [int(pid) for _ in range(2) for pid in program.stdout.readline().split()]
-        tree = psutil.Process(program.pid).children(recursive=True)
-        assert len(tree) >= 7
-        assert {process.pid for process in tree} >= set(started)
-        program.kill()
+        try:
+            started = [int(pid) for _ in range(2) for pid in program.stdout.readline().split()]
+            tree = psutil.Process(program.pid).children(recursive=True)
+            assert len(tree) >= 7
+            assert {process.pid for process in tree} >= set(started)
+        finally:
+            program.kill()
         assert seconds_until_gone(tree) < 1.0
 
 
