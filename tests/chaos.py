@@ -19,7 +19,7 @@ from collections import Counter
 from typing import Any
 
 import fdpool
-from tests.conftest import children, open_descriptors
+from tests.process_state import children, open_descriptors
 
 
 def mark(ledger: int, number: int) -> None:

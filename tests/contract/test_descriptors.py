@@ -16,7 +16,7 @@ import pytest
 import fdpool
 from fdpool import Fd, Pool, _messages
 from fdpool._messages import HEADER_BYTES
-from tests.conftest import open_descriptors, wait_until
+from tests.process_state import open_descriptors, wait_until
 
 from . import helpers
 

@@ -15,7 +15,7 @@ import pytest
 
 import fdpool
 from fdpool import Pool
-from tests.conftest import wait_until
+from tests.process_state import wait_until
 
 from . import helpers
 

@@ -18,7 +18,7 @@ import pytest
 
 import fdpool
 from fdpool import Pool
-from tests.conftest import seconds_until_gone, wait_until
+from tests.process_state import seconds_until_gone, wait_until
 
 from . import helpers
 
