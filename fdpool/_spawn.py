@@ -47,7 +47,7 @@ def spawn_supervisor(control_fd: int) -> int:
     # dup2 of a descriptor onto itself clears close-on-exec in posix_spawn(3), which is all that is wanted.
     # Missing standard streams become the null device, or the first file opened would be taken for stdout.
     actions: list[tuple[object, ...]] = [(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)]
-    actions += [(os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_WRONLY, 0) for fd in (1, 2) if not _is_open(fd)]
+    actions += [(os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_WRONLY, 0) for fd in (1, 2) if not _is_passed_on(fd)]
     actions.append((os.POSIX_SPAWN_DUP2, control_fd, control_fd))
     return os.posix_spawn(
         sys.executable,
@@ -179,9 +179,9 @@ def _set_group(pid: int) -> None:
         pass  # it has died, or has set its group itself and gone on
 
 
-def _is_open(fd: int) -> bool:
+def _is_passed_on(fd: int) -> bool:
+    """True for a standard stream; False where there is none, or where a file of the client's has its number."""
     try:
-        os.fstat(fd)
+        return os.get_inheritable(fd)
     except OSError:
         return False
-    return True

@@ -53,7 +53,7 @@ class Supervisor:
         control: the supervisor's end of the control link; owned.
         client_pidfd: readable once the client is dead, or None; owned. The link's EOF alone would not do:
             a child that the client forked may hold a copy of its end.
-        inherited: what each worker calls first, if this process is a fork of the client.
+        inherited: what each worker calls first if there is no payload of it; only in a fork of the client.
     """
 
     def __init__(
@@ -119,9 +119,11 @@ class Supervisor:
         self._warm = True
         import gc
 
-        import cloudpickle  # noqa: F401
-        import psutil  # noqa: F401
-
+        try:
+            import cloudpickle
+            import psutil  # noqa: F401
+        except Exception:
+            return  # then whoever needs it will say so
         gc.freeze()
 
     def _serve_frame(self) -> bool:
@@ -253,7 +255,7 @@ class Supervisor:
 
 
 def main(control_fd: int, inherited: Callable[[], object] | None = None) -> NoReturn:
-    """Runs in: a fork of the client. Serve on `control_fd`, then exit; `inherited` is each worker's first call."""
+    """Runs in: a fork of the client. Serve on `control_fd`, then exit; `inherited` as for `Supervisor`."""
     _serve(StreamSocket.from_fd(control_fd), inherited)
 
 

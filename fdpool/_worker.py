@@ -12,6 +12,7 @@ import select
 import signal
 import socket
 import sys
+import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -23,9 +24,7 @@ from .errors import WireError
 from .fds import SCM_MAX_FD, close_all
 from .payload import Payload
 
-_FINISH_S = (
-    2.0  # how long what a failed initializer leaves behind (threads, exit handlers) may delay the news
-)
+_FINISH_S = 2  # how long what a failed initializer leaves behind (threads, exit handlers) may delay the news
 
 
 class Boot(NamedTuple):
@@ -80,6 +79,15 @@ class Worker:
 
     def _run_task(self, body: bytes, fds: list[int], spilled: bool) -> tuple[Payload, int]:
         """Load the call, run it, and pickle what became of it; nothing that it does escapes."""
+        if len(fds) > spilled and _reports_unclosed():
+            # Descriptors that a task is handed are closed as it lets go of them: that is the contract, and no
+            # carelessness of the task's, which `-W error` and `-X dev` would report.
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ResourceWarning)
+                return self._run_call(body, fds, spilled)
+        return self._run_call(body, fds, spilled)
+
+    def _run_call(self, body: bytes, fds: list[int], spilled: bool) -> tuple[Payload, int]:
         try:
             self._in_task = True
             fn, args, kwargs = payload.loads(body, fds, spilled)
@@ -102,12 +110,12 @@ class Worker:
             return True
         try:
             self._in_task = True
-            if boot.inherited is not None:
-                boot.inherited()
-            elif boot.initializer is not None:
+            if boot.initializer is not None:
                 fds, spilled = boot.initializer_fds, boot.initializer_spilled
                 fn, args, kwargs = payload.loads(boot.initializer, fds, spilled)
                 fn(*args, **kwargs)
+            elif boot.inherited is not None:
+                boot.inherited()
             self._in_task = False
             return True
         except BaseException as error:
@@ -120,25 +128,21 @@ class Worker:
             return False
 
     def _tell_boot_failed(self, failure: Payload) -> None:
-        """Tell the client once everything is out that was written and logged: it kills the workers at that news."""
-        import threading
+        """Tell the client, but first let out what was written and logged: it ends the workers at that news."""
 
-        untold = threading.Lock()
+        def give_up(_number: int, _frame: object) -> None:
+            raise TimeoutError
 
-        def tell() -> None:
-            if untold.acquire(blocking=False):
-                self._send(_messages.BOOT_FAILED, 0, failure)
-
-        overdue = threading.Timer(_FINISH_S, tell)
-        overdue.daemon = True
-        overdue.start()
+        signal.signal(signal.SIGALRM, give_up)
+        signal.alarm(_FINISH_S)
         try:
             _finish()
-            flush_standard_streams()
+        except TimeoutError:
+            pass  # a thread that the initializer left behind does not end
         finally:
-            overdue.cancel()
-            tell()
-            overdue.join()
+            signal.alarm(0)
+        flush_standard_streams()
+        self._send(_messages.BOOT_FAILED, 0, failure)
 
     def _refuse(self, header: Header, received: wire.Received) -> None:
         """Tell the client that the task's descriptors did not arrive whole, and so the task never ran."""
@@ -177,6 +181,12 @@ class Worker:
         """A task may fork; a child that returns from it is not a worker and must not speak as one."""
         if os.getpid() != self._pid:
             os._exit(0)
+
+
+def _reports_unclosed() -> bool:
+    """True if a ResourceWarning would be heard of; the filters that Python starts with ignore it."""
+    first = next((entry for entry in warnings.filters if issubclass(ResourceWarning, entry[2])), None)
+    return first is None or first[0] != "ignore"
 
 
 def main(inbox_fd: int, boot: Boot) -> None:

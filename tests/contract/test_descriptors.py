@@ -6,6 +6,9 @@ import dataclasses
 import os
 import resource
 import socket
+import subprocess
+import sys
+import textwrap
 import threading
 from functools import partial
 from pathlib import Path
@@ -298,6 +301,42 @@ def test_a_pipe_end_handed_to_a_task_is_held_by_nobody_else(pool: Pool) -> None:
         pool.submit(lambda f: f.close(), end)
     with open(read, "rb") as other:
         assert other.read() == b""
+
+
+@pytest.mark.parametrize("flags", [["-W", "error"], ["-X", "dev"]])
+def test_a_file_that_a_task_leaves_to_be_closed_is_no_warning(flags: list[str]) -> None:
+    source = """
+        import fdpool
+        def fail(file): raise LookupError
+        with fdpool.Pool(1) as pool, open("/etc/passwd") as file:
+            print(pool.submit(len, [file]).result())
+            try:
+                pool.submit(fail, file).result()
+            except LookupError:
+                print("failed")
+        """
+    done = subprocess.run(
+        [sys.executable, *flags, "-c", textwrap.dedent(source)], capture_output=True, text=True, check=False
+    )
+    assert (done.stdout, done.stderr, done.returncode) == ("1\nfailed\n", "", 0)
+
+
+def test_with_a_standard_stream_closed_no_file_of_ours_takes_its_place() -> None:
+    """R2: what the client opens lands on the free number, and is handed to nobody as a standard stream."""
+    source = """
+        import os, sys
+        os.close(1)
+        kept = os.open("/etc/passwd", os.O_RDONLY)
+        assert kept == 1
+        import fdpool
+        def look(): return [os.readlink(f"/proc/self/fd/{n}") for n in (0, 1, 2)]
+        with fdpool.Pool(1) as pool:
+            names = pool.submit(look).result()
+            done = pool.run(["sh", "-c", "echo unheard"]).result()
+        print(names[:2], done.returncode, file=sys.stderr)
+        """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(source)], stderr=subprocess.PIPE, text=True, check=False)
+    assert done.stderr == "['/dev/null', '/dev/null'] 0\n"
 
 
 def test_descriptors_of_tasks_submitted_from_many_threads_never_cross(tmp_path: Path) -> None:
