@@ -120,7 +120,7 @@ class Supervisor:
         import gc
 
         try:
-            import cloudpickle
+            import cloudpickle  # noqa: F401
             import psutil  # noqa: F401
         except Exception:
             return  # then whoever needs it will say so

@@ -335,7 +335,9 @@ def test_with_a_standard_stream_closed_no_file_of_ours_takes_its_place() -> None
             done = pool.run(["sh", "-c", "echo unheard"]).result()
         print(names[:2], done.returncode, file=sys.stderr)
         """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(source)], stderr=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(source)], stderr=subprocess.PIPE, text=True, check=False
+    )
     assert done.stderr == "['/dev/null', '/dev/null'] 0\n"
 
 
