@@ -11,6 +11,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ._broken import PoolBroken as PoolBroken
     from ._broken import WorkerLost as WorkerLost
+    from ._completed import CommandFailed as CommandFailed
+    from ._completed import CommandTimedOut as CommandTimedOut
+    from ._completed import CompletedCommand as CompletedCommand
+    from ._completed import SpawnError as SpawnError
+    from ._pipeline import CompletedPipeline as CompletedPipeline
     from .aio import AsyncDatagramSocket as AsyncDatagramSocket
     from .aio import AsyncSocket as AsyncSocket
     from .errors import DescriptorRefused as DescriptorRefused
@@ -24,8 +29,10 @@ if TYPE_CHECKING:
     from .errors import RemoteError as RemoteError
     from .errors import RemoteTraceback as RemoteTraceback
     from .errors import WireError as WireError
+    from .exec_server import ExecServer as ExecServer
     from .fds import Fd as Fd
     from .pool import Pool as Pool
+    from .running import RunningCommand as RunningCommand
     from .sockets import DatagramSocket as DatagramSocket
     from .sockets import StreamSocket as StreamSocket
 
@@ -34,6 +41,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "aio": ("AsyncDatagramSocket", "AsyncSocket"),
     "_broken": ("PoolBroken", "WorkerLost"),
+    "_completed": ("CommandFailed", "CommandTimedOut", "CompletedCommand", "SpawnError"),
+    "_pipeline": ("CompletedPipeline",),
     "errors": (
         "DescriptorRefused",
         "FdTransferError",
@@ -47,8 +56,10 @@ _HOMES = {
         "RemoteTraceback",
         "WireError",
     ),
+    "exec_server": ("ExecServer",),
     "fds": ("Fd",),
     "pool": ("Pool",),
+    "running": ("RunningCommand",),
     "sockets": ("DatagramSocket", "StreamSocket"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}

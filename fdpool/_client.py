@@ -24,7 +24,7 @@ from . import _control, _dispatch, _messages, _process, wire
 from ._answers import lost_descriptors, worker_lost
 from ._board import Board
 from ._broken import PoolBroken, describe_status
-from ._critical import Critical
+from ._critical import Critical, Mask, block_in_main, mask_now, put_back
 from ._dispatch import Action, Dispatcher, Where
 from ._links import SlotLink
 from ._messages import HEADER_BYTES, MAX_DATAGRAM
@@ -69,7 +69,7 @@ class Client:
         fork: start the supervisor by forking this process.
         preload: names of modules that the supervisor imports before it forks.
         initializer: payload of a call that each worker runs first, or None; owned.
-        inherited: the same as it stands, for workers that are forked from this process; or None.
+        inherited: with `fork`, that call as it stands, if there is no payload of it.
         max_tasks: tasks after which a worker is replaced, or None.
     """
 
@@ -135,29 +135,33 @@ class Client:
         if self.phase not in (Phase.NEW, Phase.SERVING):
             raise PoolShutDown("cannot schedule new futures after shutdown")
 
-    def submit(self, call: Payload, label: str) -> TaskFuture[Any]:
-        """Take over the payload of a call; returns its future.
+    def submit(self, call: Payload, label: str, future: TaskFuture[Any] | None = None) -> TaskFuture[Any]:
+        """Take over the payload of a call; returns its future, which is `future` if that is given.
 
         Once the pool serves it never waits, so a finalizer or a signal handler may call it too.
 
         Raises:
             ForkedPool, PoolShutDown, PoolBroken: the pool takes no tasks; the payload is closed.
         """
-        future: TaskFuture[Any] = TaskFuture()
+        future = TaskFuture() if future is None else future
         task = next(self._ids)
         future._client, future._task = self, task
-        # Entered first, checked second: who ends the pool sets the phase first and looks for tasks second,
-        # so one of the two always sees the other.
-        self.tasks[task] = Task(future, call, label)
-        if self.phase is not Phase.SERVING:
-            try:
-                self._begin_serving()
-            except BaseException:
-                self.tasks.pop(task, None)
-                call.close()
-                self.wake()
-                raise
-        self.critical.post(self.dispatcher.submitted, task)
+        mask = block_in_main()  # a task that Ctrl-C left entered and not posted would never end
+        try:
+            # Entered first, checked second: who ends the pool sets the phase first and looks for tasks second,
+            # so one of the two always sees the other.
+            self.tasks[task] = Task(future, call, label)
+            if self.phase is not Phase.SERVING:
+                try:
+                    self._begin_serving(mask)
+                except BaseException:
+                    self.tasks.pop(task, None)
+                    call.close()
+                    self.wake()
+                    raise
+            self.critical.post_blocked(self.dispatcher.submitted, task)
+        finally:
+            put_back(mask)
         return future
 
     def withdraw(self, task: int) -> bool:
@@ -183,6 +187,19 @@ class Client:
             self.wake()  # it may have been the last that the end waited for
         return True
 
+    def stop(self, task: int) -> bool:
+        """Ask the worker that runs the task to stop it, which commands know how to do; False if none runs it."""
+        if self.phase is Phase.FORKED or self.critical.is_mine or self._board is None:
+            return False
+        with self.critical:
+            self.critical.handle_posted()
+            slot = self.dispatcher.slot_of(task)
+            if slot is None:
+                return False
+            self._board.ask_to_stop(slot, task)
+            self.links[slot].wake_worker()
+            return True
+
     def has_begun(self, task: int) -> bool:
         """True if a worker runs the task now, as far as can be known from here."""
         if self.phase is Phase.FORKED or self.critical.is_mine:
@@ -191,20 +208,32 @@ class Client:
             self.critical.handle_posted()
             return self.dispatcher.has_begun(task)
 
+    def let_go(self) -> None:
+        """The pool was dropped: finish what was submitted, and end. Never waits, as this is for a finalizer:
+        that may run anywhere, in the middle of this very client's decisions too."""
+        if self.phase is not Phase.FORKED:
+            self.critical.post(self._close_doors)
+
+    def _close_doors(self) -> Sequence[Action]:
+        """Event: no more tasks are taken."""
+        if self.phase is Phase.NEW:
+            self.release()
+        elif self.phase is Phase.SERVING:
+            self.phase = Phase.DRAINING
+        self.wake()
+        return ()
+
     def shut_down(self, cancel: bool = False) -> None:
         """Take no more tasks; finish (or, with `cancel`, drop) what has not begun. Does not wait."""
         if self.phase is Phase.FORKED:
             return
         with self.critical:
-            if self.phase is Phase.NEW:
-                self.release()
-            elif self.phase is Phase.SERVING:
-                self.phase = Phase.DRAINING
+            self._close_doors()
         if cancel:
             # Newest first: what is queued goes before what lies in an inbox, or each place made there would
             # be filled again from the queue.
             for record in reversed(list(self.tasks.values())):
-                record.future.cancel()
+                TaskFuture.cancel(record.future)  # not what a command makes of it: what runs shall finish
         self.wake()
 
     def end(self, grace_s: float, reason: str) -> None:
@@ -271,7 +300,11 @@ class Client:
             assert self._pump is not None
             self._pump.watch(link)
         link.starting = True
-        self.tell(_messages.StartWorker(slot, generation), [link.theirs.fileno()])
+        try:
+            self.tell(_messages.StartWorker(slot, generation), [link.theirs.fileno()])
+        except OSError as error:
+            link.starting = False
+            return self.break_pool(PoolBroken(f"worker {slot} cannot be asked for: {error}"))
         return ()
 
     def _take_back(self, action: _dispatch.TakeBack) -> Sequence[Action]:
@@ -359,8 +392,11 @@ class Client:
 
     # -- beginning and end ---------------------------------------------------------------------------------
 
-    def _begin_serving(self) -> None:
-        """Start what a first task needs: the supervisor, then the pump (a fork comes before any thread of ours)."""
+    def _begin_serving(self, mask: Mask | None) -> None:
+        """Start what a first task needs: the supervisor, then the pump (a fork comes before any thread of ours).
+
+        `mask` is what signals this thread blocked before `submit`; None if they are blocked still.
+        """
         self.check_usable()
         with self.critical:
             if self.phase is not Phase.NEW:
@@ -369,7 +405,7 @@ class Client:
                 unusable = False
                 first = _control.configuration(self._preload, self._initializer, self._max_tasks)
                 try:
-                    self._pump = Pump(self)
+                    self._pump = Pump(self, mask_now() if mask is None else mask)
                     self._board = Board(self._max_workers)
                     self.control = _control.ControlLink(
                         self._fork, first, self._board.fd, self._initializer, self._inherited
@@ -381,8 +417,9 @@ class Client:
                     self._broken = PoolBroken(f"the pool's supervisor could not be started: {error}")
                     self._broken.__cause__ = error
                     if self.control is not None:
-                        self.control.bury(_QUIT_S)
+                        self.control.bury(0.0)
                     self.release()
+                    self._pump = None  # a thread that has not started cannot be joined
                     unusable = True
         if unusable:
             self.check_usable()
@@ -421,17 +458,20 @@ class Client:
                 self.phase, self.phase_ends = Phase.QUITTING, time.monotonic() + _QUIT_S
                 self.tell(_messages.Quit())
             elif self.phase is Phase.LEAVING and overdue:
-                self._grace_s = 0.0
-                self.enter_leaving()
+                if self._grace_s == 0.0:  # the supervisor does not do as it was told (it is stopped, say)
+                    self.kill_all()
+                    self.bury(0.0)
+                else:
+                    self._grace_s = 0.0
+                    self.enter_leaving()
             elif self.phase is Phase.QUITTING and overdue:
-                self.bury()
+                self.bury(0.0)
 
     def supervisor_gone(self) -> None:
         """Runs in: the pump. The control link has ended: as it should, or the workers are killed from here."""
         with self.critical:
             if self.phase is not Phase.QUITTING:
-                for link in self.links.values():
-                    link.kill()
+                self.kill_all()
                 status = None if self.control is None else self.control.bury(_QUIT_S)
                 reason = f"the pool's supervisor {describe_status(status)}; its workers have been killed"
                 self.break_pool(PoolBroken(reason))
@@ -440,10 +480,15 @@ class Client:
         with self.critical:
             self.bury()
 
-    def bury(self) -> None:
-        """Wait for the supervisor, which is going or is killed, and close everything. Lock held."""
+    def kill_all(self) -> None:
+        """SIGKILL every worker and its tree, without the supervisor. Lock held."""
+        for link in self.links.values():
+            link.kill()
+
+    def bury(self, limit_s: float = _QUIT_S) -> None:
+        """Wait for the supervisor, which is going or is killed after `limit_s`, and close everything. Lock held."""
         if self.control is not None:
-            self.control.bury(_QUIT_S)
+            self.control.bury(limit_s)
         self.release()
 
     def release(self) -> None:
@@ -457,7 +502,7 @@ class Client:
             if owned is not None:
                 owned.close()
         self.links.clear()
-        self.control = self._initializer = None
+        self.control = self._initializer = self._inherited = None
 
     # -- small things ----------------------------------------------------------------------------------------
 

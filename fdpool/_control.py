@@ -26,7 +26,7 @@ class ControlLink:
         configuration: the first frame.
         board_fd: the file of the pool's `Board`; borrowed.
         initializer: the payload that the configuration speaks of; borrowed until this returns.
-        inherited: with `fork`, a call that each worker makes first.
+        inherited: with `fork`, the call that each worker makes first if there is no payload of it.
 
     Raises:
         OSError: the supervisor cannot be started.
@@ -51,9 +51,13 @@ class ControlLink:
         self.socket = mine
         self._pidfd = _platform.open_pidfd(self.pid)
         numbers = initializer.fds.numbers if initializer is not None and initializer.fds else []
-        if not fork:
-            self.socket.queue_bytes(_process.multiprocessing_key())  # `_supervisor.main_fresh` takes it
-        self.tell(configuration, [board_fd, *numbers])
+        try:
+            if not fork:
+                self.socket.queue_bytes(_process.multiprocessing_key())  # `_supervisor.main_fresh` takes it
+            self.tell(configuration, [board_fd, *numbers])
+        except BaseException:
+            self.bury(0.0)
+            raise
 
     def tell(self, message: _messages.ToSupervisor, numbers: Sequence[int] = ()) -> bool:
         """Send a frame, or queue what the kernel will not take now; True if all has gone.
@@ -73,6 +77,10 @@ class ControlLink:
             return self.socket.flush()
         except (BrokenPipeError, ConnectionResetError):
             return True
+        except OSError as error:
+            if error.errno in _messages.MAY_YET_LAND:
+                return False
+            raise
 
     def try_receive(self) -> tuple[_messages.ToClient, list[int]] | None:
         """One frame and its descriptors (the caller's), or None if none has come.

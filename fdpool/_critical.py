@@ -4,9 +4,9 @@ Events are posted to a queue; whoever finds the lock free handles all of them, a
 leaves its event to the holder, who looks again after releasing. So `post` never waits, and may be called
 from a finalizer or a signal handler that interrupted a holder in the same thread.
 
-In the main thread signals are blocked while the lock is held, as a handler that raises there (Ctrl-C) could
-tear a decision in two. One that is delivered through another of the program's threads cannot be kept out;
-then `torn` is told, rather than anything guessed.
+In the main thread signals are blocked from before the lock is taken until after it is free again, as a handler
+that raises there (Ctrl-C) could tear a decision in two, or leave the lock taken. One that is delivered through
+another of the program's threads cannot be kept out; then `torn` is told, rather than anything guessed.
 """
 
 from __future__ import annotations
@@ -36,14 +36,40 @@ _BLOCKED = tuple(
 )
 
 
-def block_signals() -> None:
-    """Block, in this thread, the signals for which programs usually have handlers."""
-    _sigmask(signal.SIG_BLOCK, _BLOCKED)
+Mask = set[int]
 
 
-def unblock_signals() -> None:
-    """Undo `block_signals`."""
-    _sigmask(signal.SIG_UNBLOCK, _BLOCKED)
+def block_signals() -> Mask:
+    """Block, in this thread, the signals for which programs usually have handlers; returns its mask before.
+
+    A program may have blocked some of them itself (for sigwait(3), say), so that mask is what is to be put back.
+    Where a handler that is due raises, nothing is blocked.
+    """
+    before: Mask = _sigmask(signal.SIG_BLOCK, ())
+    try:
+        # Runs the handlers that are due, too, and would take the mask along with what they raise.
+        _sigmask(signal.SIG_BLOCK, _BLOCKED)
+    except BaseException:
+        _sigmask(signal.SIG_SETMASK, before)
+        raise
+    return before
+
+
+def block_in_main() -> Mask | None:
+    """`block_signals` if this is the main thread, the only one that runs handlers; else None."""
+    return block_signals() if threading.get_ident() == _main_thread else None
+
+
+def put_back(mask: Mask | None) -> None:
+    """Undo what returned `mask`; a handler for what has come meanwhile runs in here, and may raise."""
+    if mask is not None:
+        _sigmask(signal.SIG_SETMASK, mask)
+
+
+def mask_now() -> Mask:
+    """This thread's mask."""
+    mask: Mask = _sigmask(signal.SIG_BLOCK, ())
+    return mask
 
 
 class Critical:
@@ -57,9 +83,9 @@ class Critical:
     """
 
     def __init__(self, handle: Callable[..., None], torn: Callable[[BaseException], None]) -> None:
-        self._lock = threading.Lock()
-        self._holder: int | None = None
-        self._masked = False
+        # Never entered twice. It knows by itself who holds it, also where that was interrupted on the way in.
+        self._lock: Any = threading.RLock()
+        self._mask: Mask | None = None  # of the holder, to be put back
         self._events: deque[tuple[Any, ...]] = deque()
         self._handle = handle
         self._torn = torn
@@ -72,26 +98,44 @@ class Critical:
     @property
     def is_mine(self) -> bool:
         """True if this thread holds the lock: then a finalizer or handler has interrupted a decision."""
-        return self._holder == threading.get_ident()
+        mine: bool = self._lock._is_owned()
+        return mine
 
     def post(self, *event: Any) -> None:
         """Have `handle(*event)` called, now or by the present holder. Never waits; from any thread or handler."""
+        mask = block_in_main()
+        try:
+            self.post_blocked(*event)
+        finally:
+            put_back(mask)
+
+    def post_blocked(self, *event: Any) -> None:
+        """`post`, where the caller has called `block_in_main`."""
         self._events.append(event)
-        self.drain()
+        self._drain()
 
     def drain(self) -> None:
         """Handle what is posted, unless another holds the lock."""
-        while self._events:
-            if not self._lock.acquire(blocking=False):
-                return  # its holder will look again
-            self._acquired()
+        if self._events:
+            mask = block_in_main()
             try:
+                self._drain()
+            finally:
+                put_back(mask)
+
+    def _drain(self) -> None:
+        while self._events and not self.is_mine:
+            try:
+                if not self._lock.acquire(blocking=False):
+                    return  # its holder will look again
                 self.handle_posted()
             except BaseException as error:
-                self._torn(error)
+                if self.is_mine:
+                    self._torn(error)
                 raise
             finally:
-                self._release()
+                if self.is_mine:
+                    self._lock.release()
 
     def handle_posted(self) -> None:
         """The caller holds the lock: handle everything that is posted."""
@@ -104,27 +148,27 @@ class Critical:
             raise RuntimeError(
                 "a finalizer or a signal handler ran in the middle of a decision: it may submit, no more"
             )
-        self._lock.acquire()
-        self._acquired()
+        mask = block_in_main()
+        try:
+            self._lock.acquire()
+            self._mask = mask
+        except BaseException:
+            if self.is_mine:
+                self._lock.release()
+            put_back(mask)
+            raise
 
     def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
-        if error is not None:
-            self._torn(error)
-        self._release()
-        self.drain()
-
-    def _acquired(self) -> None:
-        self._holder = threading.get_ident()
-        if self._holder == _main_thread:
-            block_signals()
-            self._masked = True
-
-    def _release(self) -> None:
-        masked, self._masked = self._masked, False
-        self._holder = None
-        self._lock.release()
-        if masked:
-            unblock_signals()
+        mask = self._mask
+        try:
+            if error is not None:
+                self._torn(error)
+        finally:
+            try:
+                self._lock.release()
+                self._drain()
+            finally:
+                put_back(mask)
 
 
 _main_thread = threading.main_thread().ident

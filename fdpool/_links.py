@@ -47,9 +47,9 @@ class SlotLink:
 
     def began(self, pid: int, pidfds: list[int]) -> None:
         """A worker runs; its pidfd, if the kernel has such, is owned from now on."""
-        self.starting = False
-        self.pid = pid
         self._pidfd = pidfds[0] if pidfds else None
+        self.pid = pid
+        self.starting = False  # last: another thread that ends the pool must not find it dead in between
 
     def ended(self, pid: int, status: int | None) -> None:
         """The worker is dead and reaped."""
@@ -77,6 +77,16 @@ class SlotLink:
             pass  # no such group any more, or a kernel without the flag
         _trees.signal_all(below, signal.SIGKILL)
         self.ended(self.pid, None)
+
+    def wake_worker(self) -> None:
+        """Make the worker's poll(2) return, if its task waits for that; SIGURG does nothing to any other."""
+        try:
+            if self._pidfd is not None:
+                signal.pidfd_send_signal(self._pidfd, signal.SIGURG)
+            elif self.pid is not None:
+                os.kill(self.pid, signal.SIGURG)
+        except OSError:
+            pass  # it has died
 
     def close(self) -> None:
         """Close every descriptor held for the slot."""

@@ -68,7 +68,10 @@ def _prctl(option: int, argument: int) -> bool:
     if sys.platform != "linux":
         return False
     if _libc is None:
-        import ctypes  # 6 ms, and only processes that call prctl need it
+        try:
+            import ctypes  # 6 ms, and only processes that call prctl need it
+        except ImportError:
+            return False  # an interpreter that was built without libffi
 
         _libc = ctypes.CDLL(None, use_errno=True)
     return bool(_libc.prctl(option, argument, 0, 0, 0) == 0)

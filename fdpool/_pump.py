@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 from . import _messages, payload, wire
 from ._answers import open_answer
 from ._broken import PoolBroken, describe_status
-from ._critical import block_signals, unblock_signals
+from ._critical import Mask, block_signals, put_back
 from ._links import SlotLink, Waker
 from ._messages import HEADER_BYTES, MAX_DATAGRAM, Header
-from .errors import WireError
+from .errors import FdTransferError, WireError
 from .fds import SCM_MAX_FD, close_all
 
 if TYPE_CHECKING:
@@ -32,11 +32,17 @@ _ALL = 1 << 30
 class Pump:
     """The waiting thread of `client`. Made and closed by it; `watch`, `wake` and `settle_later` are for any thread."""
 
-    def __init__(self, client: Client) -> None:
+    def __init__(self, client: Client, mask: Mask) -> None:
         self._client = client
-        self._thread = threading.Thread(target=self._run, name="fdpool-pump", daemon=True)
-        self._waker = Waker()
+        self._mask = mask  # the signals that callbacks find blocked
+        thread = threading.Thread(target=self._run, name="fdpool-pump", daemon=True)
+        self._thread: threading.Thread | None = thread
         self._selector = selectors.DefaultSelector()
+        try:
+            self._waker = Waker()
+        except BaseException:
+            self._selector.close()
+            raise
         self._selector.register(self._waker, selectors.EVENT_READ)
         self._ticks_at: float | None = None
         self._to_settle: deque[tuple[int, tuple[Header, wire.Received] | None, BaseException | None]] = (
@@ -51,12 +57,17 @@ class Pump:
         """
         assert self._client.control is not None
         self._selector.register(self._client.control.socket, selectors.EVENT_READ, self._client.control)
+        assert self._thread is not None
         self._thread.start()
 
     def join(self) -> None:
         """Wait for the thread's end; from that thread itself, return at once."""
-        if threading.current_thread() is not self._thread:
-            self._thread.join()
+        thread = self._thread
+        if thread is not None and threading.current_thread() is not thread:
+            thread.join()
+            self._thread = (
+                None  # an ended thread that is kept in a cycle looks like a leak (threading._dangling)
+            )
 
     def watch(self, link: SlotLink) -> None:
         """Receive what comes on a slot from now on."""
@@ -163,7 +174,7 @@ class Pump:
         """Settle what is due, with signals let through: a callback may start programs, which inherit the mask."""
         if not self._to_settle:
             return
-        unblock_signals()
+        put_back(self._mask)
         try:
             while self._to_settle:
                 self._settle(*self._to_settle.popleft())
@@ -192,6 +203,12 @@ class Pump:
                 future.set_exception(error)
         except InvalidStateError:
             pass  # its owner has settled it by hand
+        except BaseException:
+            # concurrent.futures logs what a callback raises, but SystemExit and its like it lets through, and the
+            # pool would stand still.
+            import logging
+
+            logging.getLogger("concurrent.futures").exception("exception calling callback for %r", future)
         finally:
             # Only now: as long as a task is in there, the pool does not end.
             del self._client.tasks[task]
@@ -205,10 +222,14 @@ class Pump:
         try:
             while (frame := control.try_receive()) is not None:
                 self._take_report(*frame)
-        except EOFError:
+        except EOFError as ended:
+            ended.__traceback__ = None  # the link keeps it, and it would keep this thread's frames
             self._selector.unregister(control.socket)
             self._client.supervisor_gone()
             return False
+        except FdTransferError as error:
+            broken = PoolBroken(f"what the pool's supervisor reported was lost: {error}")
+            self._client.critical.post(self._client.break_pool, broken)
         return True
 
     def _take_report(self, report: _messages.ToClient, numbers: list[int]) -> None:

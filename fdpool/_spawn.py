@@ -47,7 +47,9 @@ def spawn_supervisor(control_fd: int) -> int:
     # dup2 of a descriptor onto itself clears close-on-exec in posix_spawn(3), which is all that is wanted.
     # Missing standard streams become the null device, or the first file opened would be taken for stdout.
     actions: list[tuple[object, ...]] = [(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)]
-    actions += [(os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_WRONLY, 0) for fd in (1, 2) if not _is_passed_on(fd)]
+    actions += [
+        (os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_WRONLY, 0) for fd in (1, 2) if not _is_passed_on(fd)
+    ]
     actions.append((os.POSIX_SPAWN_DUP2, control_fd, control_fd))
     return os.posix_spawn(
         sys.executable,
@@ -85,7 +87,8 @@ def fork_worker(main: Callable[[], None], close: Iterable[int]) -> int:
     """Fork a worker that runs `main()`; returns its pid.
 
     In the child: its own process group, default signal dispositions, an empty mask, none of the
-    descriptors `close`, and the kernel's promise of a SIGTERM should the supervisor die.
+    descriptors `close`, and the kernel's promise of a SIGHUP should the supervisor die, which takes its
+    programs along.
 
     Raises:
         OSError: the fork failed (EAGAIN at RLIMIT_NPROC, ENOMEM).
@@ -97,7 +100,10 @@ def fork_worker(main: Callable[[], None], close: Iterable[int]) -> int:
         def child() -> None:
             fds.close_all(close)
             _trees.end_with_parent(parent)
-            _platform.signal_when_parent_dies(signal.SIGTERM)
+            # The handler goes to a signal of its own. One of Python's runs only between bytecodes, so that with
+            # it on SIGTERM nobody could end a task in C code, or one about to sleep, in the usual way.
+            signal.signal(signal.SIGHUP, signal.signal(signal.SIGTERM, signal.SIG_DFL))
+            _platform.signal_when_parent_dies(signal.SIGHUP)
             if os.getppid() != parent:  # it died before the kernel had our wish
                 os._exit(1)
             main()

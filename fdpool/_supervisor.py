@@ -250,8 +250,9 @@ class Supervisor:
         """Report to the client; if it is gone, the loop is about to learn that too."""
         try:
             self._control.send_bytes(_messages.encode_control(message), numbers or [])
-        except OSError:
-            pass
+        except OSError as error:
+            if numbers and error.errno in _messages.MAY_YET_LAND:
+                self._tell(message)  # the client can do without a pidfd, but not without the news
 
 
 def main(control_fd: int, inherited: Callable[[], object] | None = None) -> NoReturn:

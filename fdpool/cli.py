@@ -21,7 +21,7 @@ from collections import deque
 from functools import partial
 from typing import IO, TYPE_CHECKING, Any
 
-from . import __version__, commands
+from . import __version__, cli_exec, commands
 from ._broken import PoolBroken, describe_status
 from ._cpus import usable_cpus
 from ._links import Waker
@@ -63,8 +63,10 @@ examples:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The console script; returns the exit status."""
-    _fill_standard_descriptors()
     given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] == ["exec"]:
+        return cli_exec.main(given[1:])
+    _fill_standard_descriptors()
     names: list[str] | None = None
     if _SEPARATOR in given:
         cut = given.index(_SEPARATOR)
@@ -105,6 +107,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    verbs.add_parser("exec", help="run a command here, or have it run outside", add_help=False)
     each = "programs at a time (default: one for each usable processor)"
     run.add_argument("-j", "--jobs", type=int, metavar="N", help=each)
     run.add_argument("-0", "--null", action="store_true", help="names on standard input end with NUL")

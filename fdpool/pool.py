@@ -10,6 +10,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 if TYPE_CHECKING:
@@ -19,11 +20,16 @@ if TYPE_CHECKING:
 
     P = ParamSpec("P")
 
-from . import _process, commands, payload
+from . import _pipeline, _process, commands, payload
 from ._client import Client
 from ._cpus import usable_cpus
-from .commands import Stream
+from ._pipeline import CompletedPipeline
+from ._tasks import CommandFuture
+from .commands import Arguments, CompletedCommand, Limit, Stream
 from .errors import NotPicklable
+from .fds import Fd, HasFileno, close_all
+from .running import RunningCommand, pipes_for
+from .sockets import StreamSocket
 
 T = TypeVar("T")
 
@@ -93,10 +99,13 @@ class Pool(Executor):
             raise TypeError(f"preload must be an iterable of module names, not the string {preload!r}")
         self._max_workers = max_workers
         fork = start_method == "fork"
-        boot, inherited = _first_call(initializer, tuple(initargs), fork)
+        # Kept: a lock or queue among the arguments ends when its maker lets go of it.
+        self._first_call = None if initializer is None else partial(initializer, *initargs)
+        boot = _pickled(self._first_call, fork)
+        inherited = self._first_call if boot is None else None
         self._client = Client(max_workers, fork, tuple(preload), boot, inherited, max_tasks_per_child)
         # A pool that is dropped without shutdown finishes what it was given, as ProcessPoolExecutor does.
-        weakref.finalize(self, self._client.shut_down).atexit = False
+        weakref.finalize(self, self._client.let_go).atexit = False
 
     @property
     def max_workers(self) -> int:
@@ -179,54 +188,212 @@ class Pool(Executor):
 
     def run(
         self,
-        args: Sequence[str | bytes | os.PathLike[str]] | str,
+        args: Arguments,
         *,
         stdin: Stream = None,
         stdout: Stream = None,
         stderr: Stream = None,
+        fds: Mapping[int, int | HasFileno] | None = None,
         input: bytes | str | None = None,  # noqa: A002 - the name that subprocess.run gave it
         capture_output: bool = False,
-        cwd: str | bytes | os.PathLike[str] | None = None,
-        env: Mapping[str, str] | None = None,
-        timeout: float | None = None,
-        check: bool = False,
         text: bool | None = None,
         encoding: str | None = None,
         errors: str | None = None,
-    ) -> Future[subprocess.CompletedProcess[Any]]:
-        """Run a program in a worker, on this process's own descriptors; the future of its `CompletedProcess`.
+        cwd: str | bytes | os.PathLike[str] | None = None,
+        env: Mapping[str, str] | None = None,
+        umask: int | None = None,
+        nice: int | None = None,
+        rlimits: Mapping[int, Limit] | None = None,
+        new_session: bool = False,
+        timeout: float | None = None,
+        grace: float = commands.GRACE_S,
+        check: bool = False,
+        max_output: int | None = None,
+    ) -> Future[CompletedCommand]:
+        """Run a program in a worker, on this process's own descriptors; the future of its completion.
 
-        The arguments are those of `subprocess.run`. A string is a shell command. `stdin`, `stdout` and
-        `stderr` may be files, sockets or numbers that are open here: they are borrowed until this
-        returns, and data flows between them and the program without passing through Python.
+        The arguments that `subprocess.run` has mean what they mean there. A string is a shell command.
+        `stdin`, `stdout`, `stderr` and `fds` may be files, sockets or numbers that are open here: they are
+        borrowed until this returns, and data flows between them and the program without passing through
+        Python. The program has these descriptors and no other, default signal dispositions, and a process
+        group of its own.
 
         Args:
             stdin: None is the null device.
             stdout, stderr: None is this process's own.
-            timeout: seconds; then the program and all its descendants are killed.
+            fds: number in the program -> descriptor here, in any arrangement: swaps are no problem.
+            env: its whole environment; None for this process's. `FDPOOL_WORKER` is added, by which the
+                program is found when its worker is killed.
+            umask, nice: of the program; `nice` is added to the worker's.
+            rlimits: `resource.RLIMIT_*` -> (soft, hard), or one number for both.
+            new_session: make it the leader of a session as well (setsid(2)).
+            timeout: seconds, once it has started; then it is ended with everything that descends from it,
+                whatever group or session that has moved to.
+            grace: seconds from the SIGTERM of that end to its SIGKILL.
+            max_output: most bytes kept of each captured stream; the rest is read and dropped, and
+                the result's `truncated` says so.
 
         Raises:
             ValueError, TypeError, DescriptorRefused: nothing was run.
 
-        The future fails with `subprocess.CalledProcessError` (with `check`), `subprocess.TimeoutExpired`,
-        `OSError` if the program cannot be started, and as for `submit`.
+        The future fails with `CommandFailed` (with `check`; a `subprocess.CalledProcessError`),
+        `CommandTimedOut` (a `subprocess.TimeoutExpired`, with what was captured until then),
+        `SpawnError` (an `OSError`: the program could not be started), and as for `submit`. Its `cancel()`
+        also ends a program that runs, as its timeout would.
         """
         command = commands.build(
             args,
             stdin=stdin,
             stdout=stdout,
             stderr=stderr,
+            fds=fds,
             input=input,
             capture_output=capture_output,
-            cwd=cwd,
-            env=env,
-            timeout=timeout,
-            check=check,
             text=text,
             encoding=encoding,
             errors=errors,
+            cwd=cwd,
+            env=env,
+            umask=umask,
+            nice=nice,
+            rlimits=rlimits,
+            new_session=new_session,
+            timeout=timeout,
+            grace=grace,
+            check=check,
+            max_output=max_output,
         )
-        return self.submit(commands.run, command)
+        return self._submit_command(commands.run, command)
+
+    def pipeline(
+        self,
+        stages: Sequence[Arguments],
+        *,
+        stdin: Stream = None,
+        stdout: Stream = None,
+        stderr: Stream = None,
+        input: bytes | str | None = None,  # noqa: A002 - as in run
+        capture_output: bool = False,
+        text: bool | None = None,
+        encoding: str | None = None,
+        errors: str | None = None,
+        cwd: str | bytes | os.PathLike[str] | None = None,
+        env: Mapping[str, str] | None = None,
+        timeout: float | None = None,
+        grace: float = commands.GRACE_S,
+        check: bool = False,
+        max_output: int | None = None,
+    ) -> Future[CompletedPipeline]:
+        """Run programs joined by pipes, all in one worker; the future of every stage's record.
+
+        Args:
+            stages: the programs, each as for `run`.
+            stdin: of the first; `input` goes there.
+            stdout: of the last.
+            stderr: of each; with PIPE each is captured by itself, and STDOUT joins a stage's to its output.
+            timeout, grace: of the whole.
+            check: fail with `PipelineFailed` if a stage fails. A stage that is ended by SIGPIPE has not,
+                if another comes after it.
+
+        The other arguments, and the errors, are those of `run`; `cancel()` of the future ends all stages.
+        """
+        if isinstance(stages, (str, bytes)):
+            raise TypeError("stages is a sequence of programs, not a string; run() takes a shell's pipeline")
+        if capture_output:
+            if stdout is not None or stderr is not None:
+                raise ValueError("stdout and stderr may not be given with capture_output")
+            stdout = stderr = subprocess.PIPE
+        built = [
+            commands.build(
+                args,
+                stdin=stdin if number == 0 else None,
+                stdout=stdout if number == len(stages) - 1 else None,
+                stderr=stderr,
+                input=input if number == 0 else None,
+                text=text,
+                encoding=encoding,
+                errors=errors,
+                cwd=cwd,
+                env=env,
+                timeout=timeout,
+                grace=grace,
+                max_output=max_output,
+            )
+            for number, args in enumerate(stages)
+        ]
+        return self._submit_command(_pipeline.run, _pipeline.join(built, timeout, grace, check))
+
+    def _submit_command(self, fn: Callable[[Any], T], command: Any) -> Future[T]:
+        """As `submit`, with a future whose `cancel` ends the running program too."""
+        self._client.check_usable()
+        try:
+            call = payload.dumps_call(fn, (command,), {})
+        except NotPicklable as error:
+            failed: Future[T] = Future()
+            failed.set_exception(error)
+            return failed
+        return self._client.submit(call, fn.__qualname__, CommandFuture())
+
+    def popen(
+        self,
+        args: Arguments,
+        *,
+        stdin: Stream = None,
+        stdout: Stream = None,
+        stderr: Stream = None,
+        fds: Mapping[int, int | HasFileno] | None = None,
+        text: bool | None = None,
+        encoding: str | None = None,
+        errors: str | None = None,
+        cwd: str | bytes | os.PathLike[str] | None = None,
+        env: Mapping[str, str] | None = None,
+        umask: int | None = None,
+        nice: int | None = None,
+        rlimits: Mapping[int, Limit] | None = None,
+        new_session: bool = False,
+        timeout: float | None = None,
+        grace: float = commands.GRACE_S,
+        executable: str | bytes | os.PathLike[str] | None = None,
+    ) -> RunningCommand:
+        """Run a program in a worker, and have a handle of it meanwhile: its pid, signals, pipes to talk to it.
+
+        The arguments are those of `run`; PIPE makes a pipe whose other end is the handle's. It occupies
+        its worker as long as it runs.
+
+        Args:
+            executable: the program, if its `argv[0]` is to be another name.
+
+        Raises: as `run`. OSError: no descriptors left for the pipes.
+        """
+        streams = {"stdin": stdin, "stdout": stdout, "stderr": stderr}
+        given, pipes, theirs = pipes_for(streams, text, encoding, errors)
+        ends: list[StreamSocket] = []
+        try:
+            command = commands.build(
+                args,
+                **given,
+                fds=fds,
+                cwd=cwd,
+                env=env,
+                umask=umask,
+                nice=nice,
+                rlimits=rlimits,
+                new_session=new_session,
+                timeout=timeout,
+                grace=grace,
+                executable=executable,
+            )
+            ends += StreamSocket.pair(max_bytes=4096)
+            future = self.submit(commands.run_led, command, Fd(ends[1]))
+            return RunningCommand(args, future, ends.pop(0), pipes, grace)
+        except BaseException:
+            for pipe in pipes.values():
+                pipe.close()
+            raise
+        finally:
+            close_all(theirs)
+            for end in ends:
+                end.close()
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Take no more tasks, finish those submitted, and free everything.
@@ -259,19 +426,18 @@ class Pool(Executor):
         self.shutdown(wait=True)
 
 
-def _first_call(
-    initializer: Callable[..., object] | None, initargs: tuple[Any, ...], fork: bool
-) -> tuple[payload.Payload | None, Callable[[], object] | None]:
-    """What each worker calls first: as a payload, or as it stands, for workers that inherit this memory."""
-    if initializer is None:
-        return None, None
+def _pickled(first_call: partial[object] | None, fork: bool) -> payload.Payload | None:
+    """The payload of what each worker calls first; None if there is no such call, or if it cannot be pickled and
+    need not be, as workers inherit it."""
+    if first_call is None:
+        return None
     if not fork:
         with _process.for_children():
-            return payload.dumps_call(initializer, initargs, {}), None
+            return payload.dumps_call(first_call.func, first_call.args, {})
     try:
-        return payload.dumps_call(initializer, initargs, {}), None
+        return payload.dumps_call(first_call.func, first_call.args, {})
     except NotPicklable:
-        return None, partial(initializer, *initargs)
+        return None
 
 
 def _run_chunk(fn: Callable[..., T], chunk: list[tuple[Any, ...]]) -> list[T]:

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import random
+import resource
+import signal
 import socket
+import stat
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
-from fdpool import Pool
-from tests.conftest import wait_until
+from fdpool import Fd, Pool
+from fdpool.commands import CommandFailed, SpawnError
+from tests.contract.helpers_programs import warm_pool
 
 
-@pytest.fixture
-def pool() -> Any:
-    with Pool(2) as pool:
-        yield pool
+@pytest.fixture(params=["posix_spawn", "fork"], scope="module")
+def pool(request: pytest.FixtureRequest) -> Any:
+    """A pool whose workers start programs in either way; one for all tests here."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "fork":
+            patch.setenv("FDPOOL_WITHOUT", "posix_spawn,pidfd")
+        with warm_pool(2) as pool:
+            yield pool
 
 
 def test_a_program_reads_and_writes_the_callers_files(pool: Pool, text_file: Path, tmp_path: Path) -> None:
@@ -73,29 +82,10 @@ def test_a_failing_program_is_an_error_only_with_check(pool: Pool) -> None:
     with pytest.raises(subprocess.CalledProcessError) as caught:
         pool.run("echo why >&2; exit 3", check=True, capture_output=True).result()
     assert (caught.value.returncode, caught.value.stderr) == (3, b"why\n")
-    assert pool.run("kill -9 $$").result().returncode == -9
-
-
-def test_a_program_that_cannot_be_started_is_an_error_of_its_own(pool: Pool, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError):
-        pool.run(["no-such-program-here"]).result()
-    with pytest.raises(FileNotFoundError):
-        pool.run(["true"], cwd=tmp_path / "missing").result()
-    plain = tmp_path / "plain"
-    plain.write_text("not a program")
-    with pytest.raises(PermissionError):
-        pool.run([str(plain)]).result()
-
-
-def test_a_program_that_overruns_is_killed_with_its_descendants(pool: Pool, tmp_path: Path) -> None:
-    pids = tmp_path / "pids"
-    script = f"sleep 1000 & echo $! >> {pids}; setsid sleep 1000 & echo $! >> {pids}; echo begun; wait"
-    with pytest.raises(subprocess.TimeoutExpired) as caught:
-        pool.run(script, timeout=0.7, capture_output=True).result()
-    assert caught.value.output == b"begun\n"
-    started = [int(pid) for pid in pids.read_text().split()]
-    assert len(started) == 2
-    wait_until(lambda: not any(psutil.pid_exists(pid) for pid in started))
+    assert caught.value.completed.returncode == 3
+    assert isinstance(caught.value, CommandFailed)
+    done = pool.run("kill -9 $$").result()
+    assert (done.returncode, done.signal_name) == (-9, "SIGKILL")
 
 
 def test_a_program_has_its_three_descriptors_and_no_other(pool: Pool) -> None:
@@ -123,6 +113,20 @@ def test_a_program_starts_with_default_signals(pool: Pool) -> None:
         ({"stdout": subprocess.STDOUT}, ValueError),
         ({"timeout": -1}, ValueError),
         ({"timeout": float("nan")}, ValueError),
+        ({"timeout": float("inf")}, ValueError),
+        ({"grace": -1}, ValueError),
+        ({"max_output": -1}, ValueError),
+        ({"fds": {-1: 0}}, ValueError),
+        ({"fds": {True: 0}}, TypeError),
+        ({"fds": {0: 0}, "stdin": 0}, ValueError),
+        ({"fds": {2**31: 0}}, ValueError),
+        ({"fds": {5: subprocess.PIPE}}, ValueError),
+        ({"fds": {5: "a name"}}, TypeError),
+        ({"fds": {5: 1023}}, ValueError),
+        ({"input": "text"}, TypeError),
+        ({"input": b"bytes", "text": True}, TypeError),
+        ({"encoding": "no-such"}, LookupError),
+        ({"rlimits": {"NOFILE": 3}}, ValueError),
         ({"stdin": "a name"}, TypeError),
     ],
 )
@@ -147,3 +151,272 @@ def test_a_file_to_file_loop_equals_the_shells(pool: Pool, tmp_path: Path) -> No
         with open(tmp_path / f"{n}", "rb") as source:
             expected = subprocess.run(["gzip", "-nc"], stdin=source, capture_output=True, check=True).stdout
         assert (tmp_path / f"{n}.gz").read_bytes() == expected
+
+
+# -- what cannot be started (X2) -------------------------------------------------------------------
+
+
+def test_a_program_that_cannot_be_started_is_an_error_of_its_own(pool: Pool, tmp_path: Path) -> None:
+    plain, empty = tmp_path / "plain", tmp_path / "empty"
+    plain.write_text("not a program")
+    empty.write_text("neither")
+    empty.chmod(0o755)
+    orphan = tmp_path / "orphan"
+    orphan.write_text("#!/no/such/interpreter\n")
+    orphan.chmod(0o755)
+    cases: list[tuple[Any, dict[str, Any], int, type, str]] = [
+        (["no-such-program-here"], {}, errno.ENOENT, FileNotFoundError, "no such program in PATH"),
+        (["./no-such"], {}, errno.ENOENT, FileNotFoundError, "No such file"),
+        (["true"], {"cwd": tmp_path / "missing"}, errno.ENOENT, FileNotFoundError, "missing"),
+        (["true"], {"cwd": plain}, errno.ENOTDIR, NotADirectoryError, "plain"),
+        ([plain], {}, errno.EACCES, PermissionError, "Permission denied"),
+        ([tmp_path], {}, errno.EACCES, PermissionError, "Permission denied"),
+        ([empty], {}, errno.ENOEXEC, OSError, "Exec format error"),
+        ([orphan], {}, errno.ENOENT, FileNotFoundError, "interpreter"),
+        (["true", "x" * (1 << 18)], {}, errno.E2BIG, OSError, "too long"),
+        (["true", "a\0b"], {}, errno.EINVAL, ValueError, "NUL"),
+        (["true"], {"env": {"A": "a\0b"}}, errno.EINVAL, ValueError, "environment"),
+        (["true"], {"env": {"A=B": "a"}}, errno.EINVAL, ValueError, "environment"),
+        (["true"], {"env": {"PATH": "/nowhere"}}, errno.ENOENT, FileNotFoundError, "PATH"),
+        ([""], {}, errno.ENOENT, FileNotFoundError, "No such file"),
+    ]
+    futures = [pool.run(args, **options) for args, options, *_ in cases]
+    for future, (args, _, number, kind, reason) in zip(futures, cases):
+        with pytest.raises(SpawnError, match=reason) as caught:
+            future.result()
+        assert caught.value.errno == number, args
+        assert isinstance(caught.value, kind)
+        assert caught.value.may_have_run is False
+        assert os.fsdecode(caught.value.filename) in (os.fsdecode(args[0]), "''")
+
+
+def test_a_program_that_is_being_written_cannot_be_started(pool: Pool, tmp_path: Path) -> None:
+    busy = tmp_path / "busy"
+    with open(busy, "wb") as file:
+        file.write(Path("/bin/true").read_bytes())
+        file.flush()
+        busy.chmod(0o755)
+        with pytest.raises(SpawnError) as caught:
+            pool.run([busy]).result()
+    assert caught.value.errno == errno.ETXTBSY
+
+
+def test_failed_starts_leave_nothing_in_the_worker(pool: Pool) -> None:
+    workers = {pool.submit(os.getpid).result() for _ in range(4)}
+    before = {pid: len(os.listdir(f"/proc/{pid}/fd")) for pid in workers}
+    for future in [pool.run(["no-such"], capture_output=True, fds={7: 0}) for _ in range(20)]:
+        assert isinstance(future.exception(), SpawnError)
+    pool.run(["true"]).result()
+    for pid, count in before.items():
+        assert len(os.listdir(f"/proc/{pid}/fd")) <= count
+        assert Path(f"/proc/{pid}/task/{pid}/children").read_text() == ""
+
+
+# -- descriptors by number (X1) --------------------------------------------------------------------
+
+
+_SHOW = r"""
+import os, sys
+for fd in range(int(sys.argv[1])):
+    try: print(fd, os.fstat(fd).st_ino)
+    except OSError: pass
+"""
+
+
+def shown(output: bytes) -> dict[int, int]:
+    return {int(fd): int(inode) for fd, inode in (line.split() for line in output.splitlines())}
+
+
+def test_any_arrangement_of_numbers_reaches_the_program(pool: Pool, tmp_path: Path) -> None:
+    files = [open(tmp_path / f"{n}", "wb") for n in range(6)]
+    inodes = [os.fstat(file.fileno()).st_ino for file in files]
+    dice = random.Random(1)
+    futures = []
+    for _ in range(12):
+        # In a worker the descriptors get low numbers, so these collide with them, and with its channels.
+        targets = dice.sample(range(3, 16), 6)
+        futures.append(
+            (
+                targets,
+                pool.run(
+                    [sys.executable, "-SIc", _SHOW, "40"],
+                    fds=dict(zip(targets, files)),
+                    stdout=subprocess.PIPE,
+                ),
+            )
+        )
+    for targets, future in futures:
+        found = shown(future.result().stdout)
+        assert {fd: inode for fd, inode in found.items() if fd > 2} == dict(zip(targets, inodes))
+    for file in files:
+        file.close()
+    assert pool.submit(os.getpid).result()
+
+
+def test_one_descriptor_may_have_many_numbers_and_the_standard_ones_too(pool: Pool, tmp_path: Path) -> None:
+    with open(tmp_path / "log", "wb") as log:
+        done = pool.run("echo one; echo two >&2; echo nine >&9", fds={1: log, 2: log, 9: log}).result()
+    assert done.returncode == 0
+    assert (tmp_path / "log").read_text() == "one\ntwo\nnine\n"
+
+
+def test_what_a_task_left_inheritable_does_not_reach_a_program(pool: Pool) -> None:
+    def leave_open() -> int:
+        return os.dup2(0, 33, inheritable=True)
+
+    for future in [pool.submit(leave_open) for _ in range(4)]:
+        future.result()
+    done = pool.run([sys.executable, "-SIc", _SHOW, "64"], capture_output=True).result()
+    assert sorted(shown(done.stdout)) == [0, 1, 2]
+
+
+def test_an_object_with_nothing_but_a_fileno_is_handed_over(pool: Pool, tmp_path: Path) -> None:
+    class Log:
+        def __init__(self, file: Any) -> None:
+            self.file = file
+
+        def fileno(self) -> int:
+            return int(self.file.fileno())
+
+    with open(tmp_path / "log", "wb") as file:
+        pool.run("echo to the log", stdout=Log(file)).result()
+        pool.run("echo and more >&8", fds={8: Fd(file)}).result()
+    assert (tmp_path / "log").read_text() == "to the log\nand more\n"
+
+
+# -- streams (X4, X5, X8) --------------------------------------------------------------------------
+
+
+def test_output_beyond_the_cap_is_dropped_and_marked(pool: Pool) -> None:
+    done = pool.run("yes out | head -c 1M; yes err | head -c 1M >&2", capture_output=True, max_output=1000)
+    result = done.result()
+    assert (len(result.stdout), len(result.stderr)) == (1000, 1000)
+    assert result.truncated
+    assert not pool.run("echo short", capture_output=True, max_output=6).result().truncated
+
+
+def test_half_a_gibibyte_on_both_streams_at_once_is_read_and_capped(pool: Pool) -> None:
+    script = "head -c 256M /dev/zero & head -c 256M /dev/zero >&2; wait"
+    done = pool.run(script, capture_output=True, max_output=10_000).result()
+    assert (done.returncode, len(done.stdout), len(done.stderr)) == (0, 10_000, 10_000)
+
+
+def test_text_is_decoded_as_subprocess_does_it(pool: Pool) -> None:
+    done = pool.run([r"printf", r"a\r\nb\n\303\244"], text=True, encoding="utf-8", capture_output=True)
+    assert done.result().stdout == "a\nb\nä"
+    broken = pool.run(["printf", r"\377"], encoding="utf-8", capture_output=True)
+    with pytest.raises(UnicodeDecodeError):
+        broken.result()
+    lenient = pool.run(["printf", r"\377"], encoding="utf-8", errors="replace", capture_output=True)
+    assert lenient.result().stdout == "\ufffd"
+    cut = pool.run(["printf", r"\303\244\303\244"], encoding="utf-8", capture_output=True, max_output=3)
+    assert cut.result().stdout == "ä"
+
+
+def test_input_larger_than_a_pipe_may_be_left_unread(pool: Pool) -> None:
+    data = os.urandom(3 << 20)
+    assert pool.run(["cat"], input=data, stdout=subprocess.PIPE).result().stdout == data
+    assert pool.run(["true"], input=data).result().returncode == 0
+    assert pool.run(["head", "-c", "3"], input=data, stdout=subprocess.PIPE).result().stdout == data[:3]
+
+
+def test_a_nonblocking_stream_of_the_callers_stays_nonblocking(pool: Pool) -> None:
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    pool.run("echo written", stdout=writing).result()
+    assert os.get_blocking(writing) is False
+    os.close(writing)
+    assert os.read(reading, 100) == b"written\n"
+    os.close(reading)
+
+
+# -- what is asked of the program's surroundings (X9) ----------------------------------------------
+
+
+def test_limits_niceness_umask_and_session_are_the_programs_alone(pool: Pool, tmp_path: Path) -> None:
+    script = "ulimit -n; ulimit -Hc; nice; umask; touch made; cat /proc/self/stat"
+    done = pool.run(
+        script,
+        cwd=tmp_path,
+        umask=0o027,
+        nice=3,
+        rlimits={resource.RLIMIT_NOFILE: (50, 60), resource.RLIMIT_CORE: 0},
+        new_session=True,
+        text=True,
+        stdout=subprocess.PIPE,
+    ).result()
+    files, core, nice, umask, status = done.stdout.splitlines()
+    assert (files, core, int(nice), int(umask, 8)) == ("50", "0", os.nice(0) + 3, 0o027)
+    assert stat.S_IMODE((tmp_path / "made").stat().st_mode) == 0o640
+    _, _, _, _, group, session, *_ = status.split()
+    assert group == session
+    after = pool.run("umask; nice; pwd; ulimit -n", stdout=subprocess.PIPE, text=True).result().stdout
+    mask = os.umask(0)
+    os.umask(mask)
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    assert after.split() == [f"{mask:04o}", str(os.nice(0)), os.getcwd(), str(soft)]
+
+
+def test_umask_and_cwd_alone_are_put_back_in_the_worker(pool: Pool, tmp_path: Path) -> None:
+    for _ in range(4):
+        pool.run(["touch", "made"], cwd=tmp_path, umask=0o077).result()
+        (tmp_path / "made").unlink()
+        assert pool.submit(os.getcwd).result() == os.getcwd()
+        mask = os.umask(0)
+        os.umask(mask)
+        assert pool.run("umask", stdout=subprocess.PIPE).result().stdout == f"{mask:04o}\n".encode()
+
+
+def test_a_limit_that_cannot_be_set_is_a_failed_start(pool: Pool) -> None:
+    with pytest.raises(SpawnError, match="rlimits"):
+        pool.run(["true"], rlimits={resource.RLIMIT_NOFILE: (20, 10)}).result()
+
+
+def test_a_program_leads_a_process_group_of_its_own(pool: Pool) -> None:
+    done = pool.run("echo $$; cut -d' ' -f5 /proc/$$/stat", stdout=subprocess.PIPE).result()
+    pid, group = done.stdout.split()
+    assert pid == group
+
+
+def test_signals_that_the_worker_ignores_or_blocks_are_default_in_the_program(pool: Pool) -> None:
+    def ignore_and_block() -> None:
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2])
+
+    for future in [pool.submit(ignore_and_block) for _ in range(4)]:
+        future.result()
+    # With SIGCHLD ignored, statuses would be lost (M38).
+    assert pool.run("exit 5").result().returncode == 5
+    done = pool.run(["cat", "/proc/self/status"], capture_output=True).result()
+    masks = dict(line.split(b":\t") for line in done.stdout.splitlines() if line.startswith(b"Sig"))
+    assert int(masks[b"SigBlk"], 16) == 0
+    assert int(masks[b"SigIgn"], 16) & ~(0b11 << 31) == 0
+
+    def undo() -> None:
+        signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR2])
+
+    for future in [pool.submit(undo) for _ in range(4)]:
+        future.result()
+
+
+def test_the_record_tells_time_and_resources(pool: Pool) -> None:
+    done = pool.run([sys.executable, "-c", "sum(range(1_000_000))"]).result()
+    assert done.wall_s > 0
+    assert done.rusage.ru_utime > 0
+    assert (done.timed_out, done.truncated, done.signal_name) == (False, False, None)
+
+
+def test_an_environment_is_exactly_what_was_given_and_the_mark(pool: Pool) -> None:
+    done = pool.run(["/usr/bin/env"], env={"A": "1"}, stdout=subprocess.PIPE, text=True).result()
+    names = [line.split("=")[0] for line in done.stdout.splitlines()]
+    assert sorted(names) == ["A", "FDPOOL_WORKER"]
+
+
+def test_thousands_of_queued_commands_need_no_descriptors(pool: Pool) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    futures = [pool.run(["true"]) for _ in range(150)]
+    assert len(os.listdir("/proc/self/fd")) <= before + 12
+    assert {future.result().returncode for future in futures} == {0}

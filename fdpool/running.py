@@ -1,0 +1,220 @@
+"""`RunningCommand`: the client's handle of a program that runs in a worker.
+
+Between the two is a leash, a stream pair: the worker says over it which process the program is, and sends a
+pidfd; the handle sends signals or the wish to end it. When the handle lets go of its end, the program is
+ended with all that descends from it, so nothing runs that nobody holds.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import threading
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from types import TracebackType
+from typing import IO, Any
+
+from ._completed import Arguments, CompletedCommand
+from ._frames import encode_json
+from .fds import close_all
+from .sockets import StreamSocket
+
+
+class RunningCommand:
+    """A program that runs in a worker, or waits there for its turn; `Pool.popen` makes it.
+
+    Much as `subprocess.Popen`: as a context manager it closes its pipes at the end and waits. Dropped or
+    closed while the program runs, it ends it.
+
+    Attributes:
+        args: as given.
+        future: of its `CompletedCommand`.
+        stdin, stdout, stderr: this side of its pipes, where PIPE was asked for; else None.
+
+    Threads: any may call any method; the pipes are files as others are.
+    """
+
+    def __init__(
+        self,
+        args: Arguments,
+        future: Future[CompletedCommand],
+        leash: StreamSocket,
+        pipes: dict[str, IO[Any]],
+        grace_s: float,
+    ) -> None:
+        self.args = args
+        self.future = future
+        self.stdin = pipes.get("stdin")
+        self.stdout = pipes.get("stdout")
+        self.stderr = pipes.get("stderr")
+        self._leash = leash
+        self._grace_s = grace_s
+        self._lock = threading.Lock()
+        self._pid: int | None = None
+        self._pidfd: int | None = None
+
+    @property
+    def pid(self) -> int:
+        """Its process id; waits until it has been started.
+
+        Raises:
+            SpawnError: it could not be; or whatever else its future failed with.
+            CancelledError: it was cancelled before it began.
+        """
+        with self._lock:
+            if self._pid is None:
+                self._receive_pid()
+            assert self._pid is not None
+            return self._pid
+
+    def _receive_pid(self) -> None:
+        try:
+            message, numbers = self._leash.receive_with_fds()
+        except (EOFError, OSError, ValueError):
+            self.future.result()
+            raise RuntimeError("this handle has been closed") from None
+        self._pid = int(message["pid"])
+        if numbers:
+            self._pidfd = numbers[0]
+
+    @property
+    def returncode(self) -> int | None:
+        """The exit status, negative for a signal; None as long as it is not known."""
+        return self.poll()
+
+    def poll(self) -> int | None:
+        """The exit status if the program and its worker's task are done, else None; raises as `wait`."""
+        return self.wait() if self.future.done() else None
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for its end; the exit status, negative for a signal.
+
+        Raises:
+            subprocess.TimeoutExpired: it runs on.
+            SpawnError, CommandTimedOut, CommandFailed, WorkerLost ...: as its future.
+        """
+        try:
+            return self.future.result(timeout).returncode
+        except FutureTimeoutError:
+            if timeout is None or self.future.done():
+                raise
+            raise subprocess.TimeoutExpired(self.args, timeout) from None
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal to the program; waits until it has been started, and does nothing once it has ended.
+
+        Through its pidfd, so never to another process that has its pid by now. Without pidfds the worker,
+        which has not reaped it, sends the signal.
+        """
+        self.pid  # noqa: B018 - waits
+        if self._pidfd is None:
+            self._tell({"signal": int(number)})
+            return
+        try:
+            signal.pidfd_send_signal(self._pidfd, number)
+        except ProcessLookupError:
+            pass
+
+    def signal_group(self, number: int) -> None:
+        """Send a signal to its process group, as a terminal would. Does not wait: the worker sees to it."""
+        self._tell({"signal": int(number), "group": True})
+
+    def terminate(self) -> None:
+        """Send SIGTERM to the program."""
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """Send SIGKILL to the program."""
+        self.send_signal(signal.SIGKILL)
+
+    def end(self, grace: float | None = None) -> None:
+        """End it with everything that descends from it: SIGTERM, `grace` seconds, SIGKILL. Does not wait.
+
+        One that no worker has begun is cancelled.
+        """
+        if not self.future.cancel() and not self._tell({"end": self._grace_s if grace is None else grace}):
+            self._leash.close()
+
+    def _tell(self, wish: dict[str, object]) -> bool:
+        """Tell the worker; False if there is no room, which takes hundreds of wishes that it has not read."""
+        try:
+            with self._leash.outgoing(encode_json(wish)) as attempt:
+                return attempt()
+        except (OSError, ValueError):
+            return True  # it has ended
+
+    def close(self) -> None:
+        """Let go of it: close the pipes, and end it if it runs. Does not wait; safe to call again."""
+        for pipe in (self.stdin, self.stdout, self.stderr):
+            if pipe is not None:
+                try:
+                    pipe.close()
+                except BrokenPipeError:
+                    continue  # what it had not been told yet, it will never read
+        self._let_go()
+
+    def _let_go(self) -> None:
+        self._leash.close()
+        pidfd, self._pidfd = self._pidfd, None
+        if pidfd is not None:
+            os.close(pidfd)
+
+    def __enter__(self) -> RunningCommand:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, _: object, __: TracebackType | None) -> None:
+        """Close the pipes, wait for the end, and let go; if an error ends the block, end the program first."""
+        if kind is not None:
+            self.end()
+        try:
+            for pipe in (self.stdin, self.stdout, self.stderr):
+                if pipe is not None:
+                    pipe.close()
+        except BrokenPipeError:
+            pass
+        finally:
+            try:
+                self.future.exception()
+            except BaseException:  # cancelled, or a Ctrl-C in the wait
+                self.end(0.0)
+                if not self.future.cancelled():
+                    raise
+            finally:
+                self.close()
+
+    def __repr__(self) -> str:
+        state = "running" if not self.future.done() else "ended"
+        return f"<RunningCommand {self.args!r} {state}>"
+
+
+def pipes_for(
+    streams: dict[str, Any], text: bool | None, encoding: str | None, errors: str | None
+) -> tuple[dict[str, Any], dict[str, IO[Any]], list[int]]:
+    """Make the pipes that are asked for: the streams with the program's ends in place, our files, those ends.
+
+    The last are the caller's to close once they have been handed over.
+    """
+    ours: dict[str, IO[Any]] = {}
+    theirs: list[int] = []
+    wants_text = bool(text or encoding or errors)
+    try:
+        for name, stream in streams.items():
+            if not (isinstance(stream, int) and stream == subprocess.PIPE):
+                continue
+            reading, writing = os.pipe()
+            mine, its = (writing, reading) if name == "stdin" else (reading, writing)
+            theirs.append(its)
+            streams[name] = its
+            mode = "w" if name == "stdin" else "r"
+            if wants_text:
+                ours[name] = open(mine, mode, encoding=encoding, errors=errors)
+            else:
+                ours[name] = open(mine, mode + "b")
+    except BaseException:
+        close_all(theirs)
+        for file in ours.values():
+            file.close()
+        raise
+    return streams, ours, theirs

@@ -1,0 +1,171 @@
+"""`Pool.popen`: the handle of a program that runs in a worker."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import threading
+from concurrent.futures import CancelledError
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from fdpool import Pool, WorkerLost
+from fdpool.commands import CommandTimedOut, SpawnError
+from tests.conftest import seconds_until_gone, wait_until
+from tests.contract.helpers_programs import warm_pool
+
+PIPE = subprocess.PIPE
+
+
+@pytest.fixture(params=["pidfd", "without pidfd"], scope="module")
+def pool(request: pytest.FixtureRequest) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param != "pidfd":
+            patch.setenv("FDPOOL_WITHOUT", "pidfd")
+        with warm_pool(2) as pool:
+            yield pool
+
+
+def test_one_talks_to_a_program_over_its_pipes(pool: Pool) -> None:
+    with pool.popen(["cat"], stdin=PIPE, stdout=PIPE) as cat:
+        assert cat.stdin is not None
+        assert cat.stdout is not None
+        cat.stdin.write(b"hello\n")
+        cat.stdin.flush()
+        assert cat.stdout.readline() == b"hello\n"
+        assert cat.poll() is None
+        cat.stdin.close()
+        assert cat.wait() == 0
+        assert cat.returncode == 0
+
+
+def test_pipes_may_be_text(pool: Pool) -> None:
+    with pool.popen("cat; echo done >&2", stdin=PIPE, stdout=PIPE, stderr=PIPE, encoding="utf-8") as shell:
+        assert shell.stdin is not None
+        shell.stdin.write("ä\n")
+        shell.stdin.close()
+        assert shell.stdout is not None
+        assert shell.stderr is not None
+        assert (shell.stdout.read(), shell.stderr.read()) == ("ä\n", "done\n")
+
+
+def test_the_pid_is_the_programs_while_it_runs(pool: Pool) -> None:
+    with pool.popen(["sleep", "1000"]) as sleeper:
+        assert psutil.Process(sleeper.pid).name() == "sleep"
+        assert psutil.Process(sleeper.pid).ppid() in pool.worker_pids()
+        sleeper.terminate()
+        assert sleeper.wait() == -signal.SIGTERM
+        assert sleeper.future.result().signal_name == "SIGTERM"
+        assert sleeper.pid
+
+
+def test_signals_reach_the_program_and_no_other(pool: Pool) -> None:
+    script = "trap 'echo usr1' USR1; trap 'exit 7' INT; echo ready; while :; do sleep 0.01; done"
+    with pool.popen(script, stdout=PIPE, text=True) as shell:
+        assert shell.stdout is not None
+        assert shell.stdout.readline() == "ready\n"
+        shell.send_signal(signal.SIGUSR1)
+        assert shell.stdout.readline() == "usr1\n"
+        shell.signal_group(signal.SIGINT)
+        assert shell.wait() == 7
+        shell.send_signal(signal.SIGKILL)  # to nobody
+
+
+def test_a_signal_after_the_end_goes_to_nobody(pool: Pool) -> None:
+    with pool.popen(["true"]) as done:
+        pid = done.pid
+        done.wait()
+        assert not psutil.pid_exists(pid)
+        done.kill()
+        done.signal_group(signal.SIGKILL)
+        done.end()
+
+
+def test_a_program_that_cannot_be_started_says_so_wherever_one_asks(pool: Pool) -> None:
+    with pool.popen(["no-such-program"], stdout=PIPE) as missing:
+        with pytest.raises(SpawnError):
+            missing.pid
+        with pytest.raises(SpawnError):
+            missing.wait()
+        with pytest.raises(SpawnError):
+            missing.send_signal(signal.SIGTERM)
+        assert missing.stdout is not None
+        assert missing.stdout.read() == b""
+
+
+def test_waiting_may_be_limited(pool: Pool) -> None:
+    with pool.popen(["sleep", "1000"]) as sleeper:
+        with pytest.raises(subprocess.TimeoutExpired):
+            sleeper.wait(0.01)
+        sleeper.kill()
+        assert sleeper.wait(10) == -signal.SIGKILL
+
+
+def test_a_deadline_holds_for_it_too(pool: Pool) -> None:
+    with pool.popen(["sleep", "1000"], timeout=0.1, grace=0) as sleeper:
+        with pytest.raises(CommandTimedOut):
+            sleeper.wait()
+
+
+def test_end_ends_the_whole_tree(pool: Pool, tmp_path: Path) -> None:
+    pids = tmp_path / "pids"
+    with pool.popen(f"(setsid sleep 1000 & echo $! > {pids}); sleep 1000; :", stdout=PIPE) as shell:
+        wait_until(lambda: pids.exists() and pids.read_text())
+        process = psutil.Process(int(pids.read_text()))
+        shell.end(grace=0.1)
+        assert shell.wait() == -signal.SIGTERM
+        assert not process.is_running()
+
+
+def test_a_program_whose_handle_is_dropped_is_ended(pool: Pool) -> None:
+    sleeper = pool.popen(["sleep", "1000"], grace=0.1)
+    process, future = psutil.Process(sleeper.pid), sleeper.future
+    sleeper.close()
+    future.result()
+    assert not process.is_running()
+
+
+def test_an_error_in_the_block_ends_the_program(pool: Pool) -> None:
+    with pytest.raises(LookupError), pool.popen(["sleep", "1000"]) as sleeper:
+        process = psutil.Process(sleeper.pid)
+        raise LookupError
+    assert not process.is_running()
+
+
+def test_one_that_waits_for_a_worker_can_be_ended(tmp_path: Path) -> None:
+    with warm_pool(1) as pool, pool.popen(["cat"], stdin=PIPE) as cat:
+        cat.pid
+        with pool.popen(["touch", tmp_path / "made"]) as waiting:
+            waiting.end()
+            with pytest.raises(CancelledError):
+                waiting.pid
+            with pytest.raises(CancelledError):
+                waiting.wait()
+        cat.kill()
+    assert not (tmp_path / "made").exists()
+
+
+def test_a_killed_worker_takes_the_program_along_and_the_handle_says_so() -> None:
+    with Pool(1) as pool, pool.popen(["sleep", "1000"], env={}) as sleeper:
+        process = psutil.Process(sleeper.pid)
+        os.kill(pool.worker_pids()[0], signal.SIGKILL)
+        with pytest.raises(WorkerLost):
+            sleeper.wait()
+        seconds_until_gone([process])
+        sleeper.send_signal(signal.SIGTERM)
+
+
+def test_its_pid_may_be_asked_for_by_many_threads(pool: Pool) -> None:
+    with pool.popen(["sleep", "1000"]) as sleeper:
+        found: list[int] = []
+        threads = [threading.Thread(target=lambda: found.append(sleeper.pid)) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert set(found) == {sleeper.pid}
+        sleeper.kill()

@@ -1,0 +1,269 @@
+"""Ending a program with everything that descends from it (X3, X7)."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import CancelledError
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from fdpool import Pool, WorkerLost
+from fdpool.commands import CommandTimedOut
+from tests.contract.helpers_programs import warm_pool
+from tests.process_state import seconds_until_gone, wait_until
+
+# Each line of these scripts that ends with "note" leaves a process behind whose pid is in the file.
+_ESCAPES = {
+    "a child": "sleep 1000 & note",
+    "a session of its own": "setsid sleep 1000 & note",
+    "an orphan in a session of its own": "(setsid sleep 1000 & note)",
+    "an orphan with no environment": "(env -i setsid sleep 1000 & note)",
+    "a child that ignores TERM": "(trap '' TERM; exec sleep 1000) & note",
+    "an orphan that ignores TERM": "((trap '' TERM; exec setsid sleep 1000) & note)",
+    "a stopped child": "sleep 1000 & note; kill -STOP $!",
+}
+
+
+def script(path: Path, escape: str, then: str) -> str:
+    # A shell that starts nothing more becomes its command, so `$!` is the sleeper's own pid.
+    return f"note() {{ echo $! >> {path}; }}; {escape}; echo begun; {then}"
+
+
+def noted(path: Path) -> list[psutil.Process]:
+    found = []
+    for line in path.read_text().split():
+        try:
+            found.append(psutil.Process(int(line)))
+        except psutil.NoSuchProcess:
+            continue
+    return found
+
+
+@pytest.fixture(params=["pidfd", "without pidfd"], scope="module")
+def pool(request: pytest.FixtureRequest) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param != "pidfd":
+            patch.setenv("FDPOOL_WITHOUT", "pidfd")
+        with warm_pool(2) as pool:
+            yield pool
+
+
+@pytest.mark.parametrize("escape", _ESCAPES.values(), ids=list(_ESCAPES))
+def test_a_deadline_ends_the_whole_tree_and_keeps_what_was_written(
+    pool: Pool, tmp_path: Path, escape: str
+) -> None:
+    pids = tmp_path / "pids"
+    before = {process.pid for process in psutil.Process().children(recursive=True)}
+    begun = time.monotonic()
+    future = pool.run(script(pids, escape, "wait; sleep 1000"), timeout=0.3, grace=0.2, capture_output=True)
+    with pytest.raises(subprocess.TimeoutExpired) as caught:
+        future.result()
+    # The sleepers hold the pipes as well: that does not hold us.
+    assert time.monotonic() - begun < 3
+    assert caught.value.output == b"begun\n"
+    assert isinstance(caught.value, CommandTimedOut)
+    assert caught.value.completed.timed_out
+    assert len(pids.read_text().split()) == 1
+    assert noted(pids) == []  # dead and reaped, before the future was settled
+    workers = set(pool.worker_pids())
+    left = {process.pid for process in psutil.Process().children(recursive=True)} - before - workers
+    assert left == set()
+
+
+def test_a_program_may_use_its_grace_to_finish(pool: Pool) -> None:
+    code = "trap 'echo bye; exit 3' TERM; echo begun; while :; do sleep 0.01; done"
+    with pytest.raises(CommandTimedOut) as caught:
+        pool.run(code, timeout=0.3, grace=20, capture_output=True, text=True).result()
+    assert caught.value.output == "begun\nbye\n"
+    assert caught.value.completed.returncode == 3
+    assert caught.value.completed.wall_s < 10
+
+
+def test_a_program_that_ignores_term_is_killed_after_its_grace(pool: Pool) -> None:
+    with pytest.raises(CommandTimedOut) as caught:
+        pool.run("trap '' TERM; while :; do sleep 0.01; done", timeout=0.1, grace=0.1).result()
+    assert caught.value.completed.signal_name == "SIGKILL"
+
+
+def test_no_grace_is_sigkill_at_once(pool: Pool) -> None:
+    with pytest.raises(CommandTimedOut) as caught:
+        pool.run("trap 'exit 3' TERM; while :; do sleep 0.01; done", timeout=0.1, grace=0).result()
+    assert caught.value.completed.signal_name == "SIGKILL"
+
+
+def test_a_deadline_holds_for_a_program_that_has_exited_and_left_its_pipe_to_another(
+    pool: Pool, tmp_path: Path
+) -> None:
+    pids = tmp_path / "pids"
+    with pytest.raises(CommandTimedOut) as caught:
+        pool.run(
+            script(pids, "(setsid sleep 1000 & note)", "exit 0"), timeout=0.3, capture_output=True
+        ).result()
+    assert caught.value.output == b"begun\n"
+    assert caught.value.completed.returncode == 0
+    assert noted(pids) == []
+
+
+def test_a_flood_of_output_does_not_keep_a_deadline_from_its_work(pool: Pool) -> None:
+    begun = time.monotonic()
+    with pytest.raises(CommandTimedOut) as caught:
+        pool.run("trap '' TERM; yes", timeout=0.2, grace=0.2, stdout=subprocess.PIPE, max_output=10).result()
+    assert caught.value.completed.truncated
+    assert time.monotonic() - begun < 3
+
+
+def test_what_a_successful_program_leaves_running_lives_until_the_pool_ends(tmp_path: Path) -> None:
+    pids = tmp_path / "pids"
+    with Pool(1) as pool:
+        pool.run(script(pids, "(setsid sleep 1000 & note)", "exit 0")).result()
+        (sleeper,) = noted(pids)
+        pool.run(["true"]).result()
+        assert sleeper.is_running()
+    seconds_until_gone([sleeper])
+
+
+def test_a_leftover_that_dies_is_reaped_by_the_next_program(tmp_path: Path) -> None:
+    pids = tmp_path / "pids"
+    with Pool(1) as pool:
+        pool.run(script(pids, "(setsid sleep 1000 & note)", "exit 0")).result()
+        (sleeper,) = noted(pids)
+        sleeper.kill()
+        wait_until(lambda: sleeper.status() == psutil.STATUS_ZOMBIE)
+        pool.run(["true"]).result()
+        assert not psutil.pid_exists(sleeper.pid)
+
+
+@pytest.mark.parametrize(
+    "escape", ["sleep 1000 & note", "setsid sleep 1000 & note", "(setsid sleep 1000 & note)"]
+)
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_worker_that_is_killed_takes_its_program_along_even_with_an_empty_environment(
+    tmp_path: Path, escape: str, number: int
+) -> None:
+    pids = tmp_path / "pids"
+    with Pool(1) as pool:
+        path = os.environ["PATH"]
+        text = script(pids, escape, f"echo $$ >> {pids}; sleep 1000; wait")
+        future = pool.run(f"PATH={path}; {text}", env={}, new_session=True, stdout=subprocess.DEVNULL)
+        wait_until(lambda: pids.exists() and len(pids.read_text().split()) == 2)
+        processes = noted(pids)
+        os.kill(pool.worker_pids()[0], number)
+        with pytest.raises(WorkerLost):
+            future.result()
+        assert seconds_until_gone(processes) < 2
+
+
+def test_a_child_of_an_earlier_task_is_not_taken_for_the_programs() -> None:
+    with Pool(1) as pool:
+        # Kept where the worker's other tasks find it; a function that travels by value has its own globals.
+        def start() -> int:
+            sys.sleeper = subprocess.Popen(["sleep", "1000"], start_new_session=True)  # type: ignore[attr-defined]
+            return sys.sleeper.pid
+
+        def status() -> object:
+            return sys.sleeper.poll()
+
+        def end() -> int:
+            sys.sleeper.kill()
+            return sys.sleeper.wait()
+
+        pid = pool.submit(start).result()
+        with pytest.raises(CommandTimedOut):
+            pool.run(["sleep", "1000"], timeout=0.05, grace=0).result()
+        assert psutil.Process(pid).is_running()
+        assert pool.submit(status).result() is None
+        assert pool.submit(end).result() == -signal.SIGKILL
+
+
+def test_ctrl_c_in_the_worker_ends_the_program(tmp_path: Path) -> None:
+    pids = tmp_path / "pids"
+    with Pool(1) as pool:
+        future = pool.run(script(pids, "setsid sleep 1000 & note", "wait"))
+        wait_until(lambda: pids.exists() and pids.read_text())
+        os.kill(pool.worker_pids()[0], signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            future.result()
+        assert noted(pids) == []
+        assert pool.run(["true"]).result().returncode == 0
+
+
+def test_killing_the_pool_ends_the_program(tmp_path: Path) -> None:
+    pids = tmp_path / "pids"
+    with Pool(1) as pool:
+        pool.run(script(pids, "(env -i setsid sleep 1000 & note)", "wait; sleep 1000"))
+        wait_until(lambda: pids.exists() and pids.read_text())
+        (sleeper,) = noted(pids)
+        pool.kill_workers()
+    seconds_until_gone([sleeper])
+
+
+def test_cancelling_the_future_of_a_running_program_ends_its_tree(pool: Pool, tmp_path: Path) -> None:
+    pids = tmp_path / "pids"
+    future = pool.run(script(pids, "(env -i setsid sleep 1000 & note)", "sleep 1000; :"), grace=0.1)
+    wait_until(lambda: pids.exists() and pids.read_text())
+    (sleeper,) = noted(pids)
+    assert future.cancel()
+    assert future.cancelled()
+    with pytest.raises(CancelledError):
+        future.result()
+    seconds_until_gone([sleeper])
+
+
+def test_a_cancelled_program_ends_alone_and_its_worker_goes_on(tmp_path: Path) -> None:
+    with warm_pool(1) as pool:
+        worker = pool.worker_pids()
+        for _ in range(20):
+            first = pool.run(["sleep", "1000"], grace=0)
+            second = pool.run(["echo", "second"], stdout=subprocess.PIPE)
+            wait_until(first.running)
+            assert first.cancel()
+            assert second.result().stdout == b"second\n"
+        assert pool.worker_pids() == worker
+
+
+def test_a_program_that_has_ended_cannot_be_cancelled(pool: Pool) -> None:
+    future = pool.run(["true"])
+    future.result()
+    assert not future.cancel()
+
+
+def test_cancelling_whatever_runs_at_any_moment_disturbs_no_other_program(pool: Pool) -> None:
+    futures = [pool.run(["true"]) for _ in range(100)]
+    cancelled = [future for future in futures[::2] if future.cancel()]
+    for future in futures:
+        assert future in cancelled or future.result().returncode == 0
+    assert all(future.cancelled() for future in cancelled)
+
+
+def test_shutdown_lets_running_programs_finish_also_when_it_cancels_what_waits() -> None:
+    with Pool(1) as pool:
+        reading, writing = os.pipe()
+        first = pool.run("read line; echo $line", stdin=reading, stdout=subprocess.PIPE)
+        os.close(reading)
+        wait_until(first.running)
+        second = pool.run(["true"])
+        pool.shutdown(wait=False, cancel_futures=True)
+        assert second.cancelled()
+        os.write(writing, b"finished\n")
+        os.close(writing)
+        assert first.result().stdout == b"finished\n"
+
+
+def test_an_awaited_program_is_ended_with_its_awaiter(pool: Pool, tmp_path: Path) -> None:
+    pids = tmp_path / "pids"
+
+    async def main() -> None:
+        command = pool.run(script(pids, "sleep 1000 & note", "wait"), grace=0.1)
+        await asyncio.wait_for(asyncio.wrap_future(command), 0.3)
+
+    with pytest.raises(asyncio.TimeoutError):
+        asyncio.run(main())
+    seconds_until_gone(noted(pids))
