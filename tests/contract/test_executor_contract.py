@@ -1,0 +1,252 @@
+"""What a program may expect that was written for `ProcessPoolExecutor`, found with CPython's own tests of it."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+import weakref
+from typing import Any
+
+import psutil
+import pytest
+
+import fdpool
+from fdpool import Pool
+from tests.process_state import wait_until
+
+from . import helpers
+
+START_METHODS = ["forkserver", "fork"]
+
+
+def run_script(source: str) -> str:
+    """Run a program of its own; what it printed, if it printed no error and ended well."""
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(source)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.stderr, done.returncode) == ("", 0)
+    return done.stdout
+
+
+@pytest.mark.parametrize("context", ["spawn", "fork"])
+def test_initargs_may_hold_locks_and_queues_of_multiprocessing(context: str) -> None:
+    """In a program of its own, as multiprocessing keeps a process for the semaphores that it has named."""
+    printed = run_script(
+        f"""
+        import multiprocessing, fdpool
+        context = multiprocessing.get_context({context!r})
+        queue = context.Queue()
+
+        def begin(*shared):
+            import builtins
+            builtins.shared = shared
+
+        def put(n):
+            lock, queue = shared
+            with lock:
+                queue.put(n)
+
+        with fdpool.Pool(2, context, initializer=begin, initargs=(context.Lock(), queue)) as pool:
+            list(pool.map(put, range(20)))
+        print(*sorted(queue.get(timeout=10) for _ in range(20)))
+        """
+    )
+    assert printed.split() == [str(n) for n in range(20)]
+
+
+@pytest.mark.parametrize("context", ["spawn", "fork"])
+def test_what_a_failing_initializer_logged_has_arrived_when_the_pool_breaks(context: str) -> None:
+    printed = run_script(
+        f"""
+        import logging, multiprocessing, fdpool
+        from concurrent.futures import BrokenExecutor
+        from logging.handlers import QueueHandler
+        context = multiprocessing.get_context({context!r})
+        queue = context.Queue()
+
+        def begin(queue):
+            logger = logging.getLogger("concurrent.futures")
+            logger.addHandler(QueueHandler(queue))
+            logger.propagate = False
+            raise ValueError("it begins badly")
+
+        with fdpool.Pool(1, context, initializer=begin, initargs=(queue,)) as pool:
+            try:
+                pool.submit(abs, -1).result()
+            except BrokenExecutor as error:
+                print(error)
+        while not queue.empty():
+            print(queue.get().getMessage())
+        """
+    )
+    first, *logged = printed.splitlines()
+    assert first.endswith("the pool's initializer failed: ValueError: it begins badly")
+    assert logged[-1] == "ValueError: it begins badly"
+
+
+def test_an_initializer_whose_threads_never_end_still_breaks_the_pool_when_it_fails() -> None:
+    def begin() -> None:
+        threading.Thread(target=threading.Event().wait).start()
+        raise ValueError("it begins badly")
+
+    with Pool(1, initializer=begin) as pool, pytest.raises(fdpool.PoolBroken, match="it begins badly"):
+        pool.submit(helpers.square, 2).result(timeout=30)
+
+
+def test_with_fork_an_initializer_may_take_what_cannot_be_pickled() -> None:
+    lock = threading.Lock()
+
+    def begin(held: Any) -> None:
+        helpers.kept = held  # type: ignore[attr-defined]
+
+    with Pool(2, start_method="fork", initializer=begin, initargs=(lock,)) as pool:
+        assert pool.submit(lambda: helpers.kept.acquire(blocking=False)).result()  # type: ignore[attr-defined]
+    assert not lock.locked()
+
+
+@pytest.mark.parametrize("start_method", START_METHODS)
+def test_tasks_may_use_what_a_manager_manages(start_method: Any) -> None:
+    """The manager asks for the key that this process and its children share."""
+    with multiprocessing.get_context("fork").Manager() as manager:
+        queue = manager.Queue()
+        with Pool(2, start_method=start_method) as pool:
+            for future in [pool.submit(queue.put, n) for n in range(5)]:
+                future.result()
+        assert sorted(queue.get() for _ in range(5)) == list(range(5))
+        del queue
+
+
+def test_workers_that_leave_do_not_touch_the_clients_own_children() -> None:
+    """Workers forked from the client inherit multiprocessing's list of its children, to be ended at exit."""
+    context = multiprocessing.get_context("fork")
+    child = context.Process(target=signal.pause, daemon=True)
+    child.start()
+    try:
+        with Pool(2, start_method="fork") as pool:
+            assert pool.submit(multiprocessing.active_children).result() == []
+        assert child.is_alive()
+    finally:
+        child.kill()
+        child.join()
+        child.close()
+
+
+@pytest.mark.parametrize("chunksize", [1, 3])
+def test_map_keeps_no_result_that_its_reader_has_let_go(chunksize: int) -> None:
+    with Pool(2) as pool:
+        for result in pool.map(lambda n: {n}, range(20), chunksize=chunksize):
+            seen = weakref.ref(result)
+            del result
+            wait_until(lambda seen=seen: seen() is None)
+
+
+def test_neither_arguments_nor_results_nor_futures_are_kept_by_the_pool() -> None:
+    class Argument:
+        pass
+
+    argument = Argument()
+    with Pool(1) as pool:
+        future = pool.submit(lambda argument: frozenset([1]), argument)
+        future.result()
+        refs = [weakref.ref(argument), weakref.ref(future), weakref.ref(future.result())]
+        del argument, future
+        wait_until(lambda: not any(ref() for ref in refs))
+
+
+@pytest.mark.parametrize("name", ["__bool__", "__len__"])
+def test_an_exception_that_is_falsy_is_raised_all_the_same(name: str) -> None:
+    def fail() -> None:
+        raise type("Falsy", (Exception,), {name: lambda self: 0 if name == "__len__" else False})("no")
+
+    with Pool(1) as pool:
+        future = pool.submit(fail)
+        with pytest.raises(Exception, match="no"):
+            future.result()
+
+
+def test_a_pool_that_cannot_start_its_thread_is_broken_and_ends_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    pool = Pool(1)
+    began = time.monotonic()
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(fdpool.PoolBroken, match="can't start new thread"):
+            pool.submit(helpers.square, 2)
+    with pytest.raises(fdpool.PoolBroken):
+        pool.submit(helpers.square, 2)
+    pool.shutdown()
+    assert time.monotonic() - began < 5.0
+    assert pool.worker_pids() == []
+
+
+@pytest.mark.parametrize("start_method", START_METHODS)
+def test_a_pool_without_a_living_worker_shuts_down_at_once(start_method: Any) -> None:
+    with Pool(2, start_method=start_method) as pool:
+        with pytest.raises(fdpool.WorkerLost):
+            pool.submit(os._exit, 3).result()
+        wait_until(lambda: pool.worker_pids() == [])
+        began = time.monotonic()
+    assert time.monotonic() - began < 2.0
+
+
+def test_an_ended_pools_thread_needs_no_garbage_collector() -> None:
+    before = set(threading.enumerate())
+    gc.disable()
+    try:
+        with Pool(1) as pool:
+            pool.submit(helpers.square, 2).result()
+            [thread] = [weakref.ref(t) for t in threading.enumerate() if t not in before]
+        wait_until(lambda: thread() is None)
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("start_method", START_METHODS)
+def test_shutdown_without_waiting_does_not_hang_or_lose_tasks_at_interpreter_exit(start_method: str) -> None:
+    printed = run_script(
+        f"""
+        import fdpool
+        pool = fdpool.Pool(3, start_method={start_method!r})
+        for n in range(5):
+            pool.submit(print, n, flush=True)
+        pool.shutdown(wait=False)
+        """
+    )
+    assert sorted(printed.split()) == list("01234")
+
+
+def test_workers_with_a_limit_of_tasks_are_replaced_after_the_pool_was_shut_down() -> None:
+    """And after it was dropped: it finishes what it was given."""
+    pool = Pool(1, max_tasks_per_child=1)
+    futures = [pool.submit(os.getpid) for _ in range(4)]
+    pool.shutdown(wait=False)
+    del pool
+    assert len({future.result(timeout=30) for future in futures}) == 4
+
+
+@pytest.mark.parametrize("start_method", START_METHODS)
+def test_sigterm_ends_a_worker_whose_task_never_comes_back_to_python(start_method: Any) -> None:
+    with Pool(1, start_method=start_method) as pool:
+        pid = pool.submit(os.getpid).result()
+        future = pool.submit(sum, itertools.repeat(1))
+        wait_until(lambda: future.running() and psutil.Process(pid).cpu_times().user > 0.05)
+        os.kill(pid, signal.SIGTERM)
+        with pytest.raises(fdpool.WorkerLost, match="SIGTERM"):
+            future.result(timeout=10)
+        assert pool.submit(helpers.square, 3).result() == 9
