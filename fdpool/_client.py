@@ -18,7 +18,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from enum import Enum
-from typing import Any
+from typing import Any, TypeVar
 
 from . import _control, _dispatch, _messages, _process, wire
 from ._answers import lost_descriptors, worker_lost
@@ -33,6 +33,8 @@ from ._tasks import Task, TaskFuture
 from .errors import ForkedPool, PoolShutDown
 from .fds import SCM_MAX_FD, OwnedFds, close_all
 from .payload import Payload
+
+T = TypeVar("T")
 
 #: Most tasks given to one worker, the running one included: enough that a worker need not wait for the
 #: client between short tasks.
@@ -135,15 +137,14 @@ class Client:
         if self.phase not in (Phase.NEW, Phase.SERVING):
             raise PoolShutDown("cannot schedule new futures after shutdown")
 
-    def submit(self, call: Payload, label: str, future: TaskFuture[Any] | None = None) -> TaskFuture[Any]:
-        """Take over the payload of a call; returns its future, which is `future` if that is given.
+    def submit(self, call: Payload, label: str, future: TaskFuture[T]) -> TaskFuture[T]:
+        """Take over the payload of a call; returns `future`, which is its own from now on.
 
         Once the pool serves it never waits, so a finalizer or a signal handler may call it too.
 
         Raises:
             ForkedPool, PoolShutDown, PoolBroken: the pool takes no tasks; the payload is closed.
         """
-        future = TaskFuture() if future is None else future
         task = next(self._ids)
         future._client, future._task = self, task
         mask = block_in_main()  # a task that Ctrl-C left entered and not posted would never end

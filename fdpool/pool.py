@@ -24,7 +24,7 @@ from . import _pipeline, _process, commands, payload
 from ._client import Client
 from ._cpus import usable_cpus
 from ._pipeline import CompletedPipeline
-from ._tasks import CommandFuture
+from ._tasks import CommandFuture, TaskFuture
 from .commands import Arguments, CompletedCommand, Limit, Stream
 from .errors import NotPicklable
 from .fds import Fd, HasFileno, close_all
@@ -133,14 +133,25 @@ class Pool(Executor):
             WorkerLost: the worker died while it ran this task;
             PoolBroken: the pool broke or was ended before.
         """
+        label = getattr(fn, "__qualname__", None) or repr(fn)
+        return self._submit(fn, args, kwargs, label, TaskFuture())
+
+    def _submit(
+        self,
+        fn: Callable[..., T],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        label: str,
+        future: TaskFuture[T],
+    ) -> Future[T]:
+        """Pickle a call and hand it on; `label` is what errors call it."""
         self._client.check_usable()
         try:
             call = payload.dumps_call(fn, args, kwargs)
         except NotPicklable as error:
-            failed: Future[T] = Future()
-            failed.set_exception(error)
-            return failed
-        return self._client.submit(call, getattr(fn, "__qualname__", None) or repr(fn))
+            future.set_exception(error)
+            return future
+        return self._client.submit(call, label, future)
 
     def map(
         self,
@@ -263,7 +274,7 @@ class Pool(Executor):
             check=check,
             max_output=max_output,
         )
-        return self._submit_command(commands.run, command)
+        return self._submit_command(commands.run, command, f"the program {args!r}")
 
     def pipeline(
         self,
@@ -321,18 +332,12 @@ class Pool(Executor):
             )
             for number, args in enumerate(stages)
         ]
-        return self._submit_command(_pipeline.run, _pipeline.join(built, timeout, grace, check))
+        joined = _pipeline.join(built, timeout, grace, check)
+        return self._submit_command(_pipeline.run, joined, f"the pipeline {list(stages)!r}")
 
-    def _submit_command(self, fn: Callable[[Any], T], command: Any) -> Future[T]:
+    def _submit_command(self, fn: Callable[[Any], T], command: Any, label: str) -> Future[T]:
         """As `submit`, with a future whose `cancel` ends the running program too."""
-        self._client.check_usable()
-        try:
-            call = payload.dumps_call(fn, (command,), {})
-        except NotPicklable as error:
-            failed: Future[T] = Future()
-            failed.set_exception(error)
-            return failed
-        return self._client.submit(call, fn.__qualname__, CommandFuture())
+        return self._submit(fn, (command,), {}, label, CommandFuture())
 
     def popen(
         self,

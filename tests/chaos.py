@@ -89,7 +89,9 @@ class Chaos:
                 with open(write, "wb") as end:
                     future = pool.submit(through_pipe, self.append, number, end)
                 expected = number.to_bytes(8, "little")
-                result = future.result() == number and os.read(read, 9) == expected and os.read(read, 1) == b""
+                result = (
+                    future.result() == number and os.read(read, 9) == expected and os.read(read, 1) == b""
+                )
             elif kind == "opens":
                 with pool.submit(opens, self.append, number).result() as file:
                     result = file.read() == number.to_bytes(8, "little")
@@ -128,7 +130,10 @@ class Chaos:
             if not pids:
                 continue
             try:
-                os.kill(self.random.choice(pids), self.random.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGSEGV]))
+                os.kill(
+                    self.random.choice(pids),
+                    self.random.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGSEGV]),
+                )
                 self.kills += 1
             except ProcessLookupError:
                 continue
