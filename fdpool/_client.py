@@ -333,6 +333,7 @@ class Client:
         """Event: the slot's worker is dead, and every answer that it had sent has been posted before."""
         status = self.links[slot].last_exit[1]
         killed = status is not None and os.WIFSIGNALED(status) and os.WTERMSIG(status) in _OUTSIDE
+        self.wake()  # the slot may be paused now, and the pump must know until when
         unread = self._receive_inbox(slot)
         return self.dispatcher.exited(
             slot, self._received_not_begun(slot, unread) + unread, time.monotonic(), killed

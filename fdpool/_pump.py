@@ -45,6 +45,7 @@ class Pump:
             raise
         self._selector.register(self._waker, selectors.EVENT_READ)
         self._ticks_at: float | None = None
+        self._look_again = False  # touched by the thread alone
         self._to_settle: deque[tuple[int, tuple[Header, wire.Received] | None, BaseException | None]] = (
             deque()
         )
@@ -65,9 +66,8 @@ class Pump:
         thread = self._thread
         if thread is not None and threading.current_thread() is not thread:
             thread.join()
-            self._thread = (
-                None  # an ended thread that is kept in a cycle looks like a leak (threading._dangling)
-            )
+            # An ended thread that is kept in a cycle looks like a leak (threading._dangling).
+            self._thread = None
 
     def watch(self, link: SlotLink) -> None:
         """Receive what comes on a slot from now on."""
@@ -75,8 +75,13 @@ class Pump:
         self.wake()
 
     def wake(self) -> None:
-        """Make the thread look again."""
-        if threading.current_thread() is not self._thread:
+        """Make the thread look again before it waits; from any thread, itself included.
+
+        It may be in the pump that an event is handled after it has worked out how long to wait.
+        """
+        if threading.current_thread() is self._thread:
+            self._look_again = True
+        else:
             self._waker.wake()
 
     def settle_later(self, task: int, error: BaseException) -> None:
@@ -103,7 +108,10 @@ class Pump:
     def _turn(self) -> None:
         """Wait once, handle what came, settle futures, and see whether the pool can move on in its end."""
         client = self._client
-        for key, _ in self._selector.select(self._timeout_s()):
+        timeout_s = self._timeout_s()
+        ready = self._selector.select(0.0 if self._look_again else timeout_s)
+        self._look_again = False
+        for key, _ in ready:
             if isinstance(key.data, SlotLink):
                 self._receive_answers(key.data, _BATCH)
             elif key.data is None:
