@@ -99,10 +99,9 @@ def fork_worker(main: Callable[[], None], close: Iterable[int]) -> int:
 
         def child() -> None:
             fds.close_all(close)
+            # On a signal of its own: a Python handler runs only between bytecodes, so that with one on SIGTERM
+            # nobody could end a task in C code, or one about to sleep, in the usual way.
             _trees.end_with_parent(parent)
-            # The handler goes to a signal of its own. One of Python's runs only between bytecodes, so that with
-            # it on SIGTERM nobody could end a task in C code, or one about to sleep, in the usual way.
-            signal.signal(signal.SIGHUP, signal.signal(signal.SIGTERM, signal.SIG_DFL))
             _platform.signal_when_parent_dies(signal.SIGHUP)
             if os.getppid() != parent:  # it died before the kernel had our wish
                 os._exit(1)

@@ -139,20 +139,20 @@ def direct_children() -> list[int]:
 
 
 def end_with_parent(parent: int) -> None:
-    """Install the SIGTERM behaviour of a worker: die of it, and if `parent` is dead take everything along.
+    """Have this worker die of SIGHUP, and if `parent` is dead, take everything that descends from it along.
 
-    With `signal_when_parent_dies(SIGTERM)` this is what keeps a killed supervisor from leaving a worker's
+    With `signal_when_parent_dies(SIGHUP)` this is what keeps a killed supervisor from leaving a worker's
     programs behind. Otherwise whoever sent the signal sees to the rest of the tree.
     """
 
-    def on_sigterm(number: int, _frame: object) -> None:
+    def on_sighup(number: int, _frame: object) -> None:
         if os.getppid() != parent:
             kill_descendants(limit_s=1.0)
         signal.signal(number, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [number])
         os.kill(os.getpid(), number)
 
-    signal.signal(signal.SIGTERM, on_sigterm)
+    signal.signal(signal.SIGHUP, on_sighup)
 
 
 def _reap_if_child(pid: int, deadline: float) -> None:
