@@ -102,7 +102,6 @@ class Worker:
             self._leave_if_forked()
             fn = args = kwargs = result = None
             answer = payload.dumps_failure(error)
-            payload.release_frames(error)
             return answer, _messages.FAILED
 
     def _initialize(self, boot: Boot) -> bool:
