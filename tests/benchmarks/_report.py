@@ -1,0 +1,158 @@
+"""Tables, for the terminal and for docs/benchmarks.md."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ._measure import Goal
+from ._results import MeasureResult, Spread
+from .peers import LABELS
+
+PACKAGES = ("fdpool", "loky", "pebble", "mpire", "joblib", "numpy", "psutil", "cloudpickle")
+
+
+def machine() -> dict[str, Any]:
+    """Where and with what the figures were made."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "processor": _processor(),
+        "cpus": len(os.sched_getaffinity(0)),
+        "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30),
+        "system": f"{platform.system()} {platform.release()}",
+        "python": f"{platform.python_implementation()} {platform.python_version()}",
+        "versions": versions,
+    }
+
+
+def _processor() -> str:
+    names = re.findall(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.M)
+    virtual = " (virtual)" if "hypervisor" in Path("/proc/cpuinfo").read_text() else ""
+    return (names[0].strip() if names else platform.machine()) + virtual
+
+
+def label(result: MeasureResult, side: str) -> str:
+    return result.labels.get(side) or LABELS.get(side, side)
+
+
+def figure(value: float) -> str:
+    """Three digits."""
+    if value == 0:
+        return "0"
+    if abs(value) >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.3g}"
+
+
+def times(spread: Spread | None) -> str:
+    if spread is None:
+        return "–"
+    return f"{figure(spread.median)}× ({figure(spread.low)}–{figure(spread.high)})"
+
+
+def goal_text(result: MeasureResult, goal: Goal) -> str:
+    if goal.limit is not None:
+        return f"≤ {figure(goal.limit)} {result.unit}"
+    assert goal.ratio is not None
+    return f"≥ {figure(goal.ratio)}×"
+
+
+def verdict(result: MeasureResult, side: str) -> str:
+    """The goals that fdpool has against `side`, or by itself, each with whether it is reached."""
+    found = []
+    for goal in result.goals:
+        if (goal.rival or "fdpool") == side:
+            enough = result.reached(goal)[1]
+            found.append(
+                f"{goal_text(result, goal)} {'' if enough is None else 'yes' if enough else '**no**'}"
+            )
+    return ", ".join(found)
+
+
+def table(result: MeasureResult) -> str:
+    """One measure in Markdown: a row for each side."""
+    for side in result.sides.values():
+        side.settle()
+    latency = any(side.p99 is not None for side in result.sides.values())
+    head = ["", result.unit, *(["p50", "p99"] if latency else []), f"CPU {result.unit}"]
+    timed = result.unit in ("µs", "ms", "s")
+    if not timed:
+        head[-1] = "CPU ms"
+    head += ["fdpool is ahead by", "and in CPU by", "goal"]
+    rows = []
+    for name, side in result.sides.items():
+        row = [label(result, name), figure(side.value * result.scale)]
+        if latency:
+            row += ["" if point is None else figure(point * result.scale) for point in (side.p50, side.p99)]
+        row.append(figure(side.cpu * (result.scale if timed else 1e3)))
+        if name == "fdpool":
+            row += ["", "", verdict(result, name)]
+        else:
+            row += [times(result.ratio(name)), times(result.ratio(name, "cpus")), verdict(result, name)]
+        rows.append(row)
+    lines = [_line(head), _line(["---"] + ["---:"] * (len(head) - 2) + ["---"]), *map(_line, rows)]
+    lines += [f"\n{label(result, side)}: {why}." for side, why in result.notes.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def goals_table(results: Iterable[MeasureResult]) -> str:
+    """Every goal, and what was reached."""
+    lines = [
+        _line(["measure", "against", "goal", "reached", ""]),
+        _line(["---", "---", "---:", "---:", "---"]),
+    ]
+    for result in results:
+        for goal in result.goals:
+            spread, enough = result.reached(goal)
+            against = label(result, goal.rival) if goal.rival else "(by itself)"
+            if goal.rival:
+                reached = times(spread)
+            else:
+                reached = "–" if spread is None else f"{figure(spread.median)} {result.unit}"
+            mark = "–" if enough is None else "yes" if enough else "**no**"
+            lines.append(
+                _line([f"[{result.name}](#{result.name})", against, goal_text(result, goal), reached, mark])
+            )
+    return "\n".join(lines) + "\n"
+
+
+def markdown(results: Sequence[MeasureResult], about: dict[str, Any]) -> str:
+    """All that is generated in docs/benchmarks.md."""
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    where = (
+        f"{about['processor']}, {about['cpus']} CPUs, {about['memory_gib']} GiB; {about['system']}; "
+        f"{about['python']}; {versions}.\n"
+    )
+    parts = ["## The goals\n", goals_table(results), "## Machine\n", where]
+    family = ""
+    for result in results:
+        if result.family != family:
+            family = result.family
+            parts.append(f"## {family}\n")
+        rounds = max((len(side.values) for side in result.sides.values()), default=0)
+        parts.append(f"### {result.name}\n\n{result.title}. {rounds} rounds.\n")
+        parts.append(table(result))
+    return "\n".join(parts)
+
+
+BEGIN, END = "<!-- figures -->\n", "<!-- end of figures -->\n"
+
+
+def update(page: Path, generated: str) -> None:
+    """Put what is generated between the marks of `page`."""
+    before, rest = page.read_text().split(BEGIN)
+    page.write_text(f"{before}{BEGIN}\n{generated}\n{END}{rest.split(END)[1]}")

@@ -1,0 +1,147 @@
+"""Tasks that do nothing: one after another, and in a flood from a thread, from eight, and from asyncio."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+from .. import peers
+from .._measure import Measure, Outcome, Round, Settings, ahead_of, by_peer, within
+from ..work import noop
+
+
+@contextmanager
+def round_trip(name: str, settings: Settings) -> Iterator[Round]:
+    with peers.opened(name) as pool:
+
+        def one_round() -> Outcome:
+            samples = []
+            for _ in range(settings.size):
+                begun = time.perf_counter()
+                pool.call(noop)
+                samples.append(time.perf_counter() - begun)
+            return Outcome(settings.size, samples=samples)
+
+        yield one_round
+
+
+@contextmanager
+def ping_pong(settings: Settings) -> Iterator[Round]:
+    """Two Python processes and a datagram of a task's size there and back, blocking: what the kernel takes for it."""
+    here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    ping, pong = b"x" * 100, [b"y" * 30]
+    pid = os.fork()
+    if pid == 0:
+        here.close()
+        while there.recvmsg(65536, 1024)[0] != b"":
+            there.sendmsg(pong)
+        os._exit(0)
+    there.close()
+
+    def one_round() -> Outcome:
+        samples = []
+        for _ in range(settings.size):
+            begun = time.perf_counter()
+            here.sendmsg([ping])
+            here.recvmsg(65536, 1024)
+            samples.append(time.perf_counter() - begun)
+        return Outcome(settings.size, samples=samples)
+
+    try:
+        yield one_round
+    finally:
+        here.sendmsg([b""])
+        os.waitpid(pid, 0)
+        here.close()
+
+
+@contextmanager
+def flood(name: str, settings: Settings) -> Iterator[Round]:
+    with peers.opened(name) as pool:
+        tasks = [()] * settings.size
+
+        def one_round() -> Outcome:
+            pool.many(noop, tasks)
+            return Outcome(settings.size)
+
+        yield one_round
+
+
+@contextmanager
+def flood_of_threads(name: str, settings: Settings) -> Iterator[Round]:
+    """Eight threads of the client, each with an eighth of the tasks."""
+    with peers.opened(name) as pool, ThreadPoolExecutor(8) as threads:
+        share = [()] * (settings.size // 8)
+
+        def one_round() -> Outcome:
+            for done in [threads.submit(pool.many, noop, share) for _ in range(8)]:
+                done.result()
+            return Outcome(len(share) * 8)
+
+        yield one_round
+
+
+@contextmanager
+def flood_of_asyncio(name: str, settings: Settings) -> Iterator[Round]:
+    """`run_in_executor` for each, and one `gather`: a pool that is an Executor is all that it takes."""
+    loop = asyncio.new_event_loop()
+    with peers.opened(name) as pool:
+
+        async def gather() -> None:
+            await asyncio.gather(
+                *(loop.run_in_executor(pool.executor, noop) for _ in range(settings.size))  # type: ignore[attr-defined]
+            )
+
+        def one_round() -> Outcome:
+            loop.run_until_complete(gather())
+            return Outcome(settings.size)
+
+        yield one_round
+    loop.close()
+
+
+MEASURES = (
+    Measure(
+        "round-trip",
+        "Tasks",
+        "`submit(noop).result()`, one after another",
+        {**by_peer(round_trip, peers.EVERY), "kernel": ping_pong},
+        size=300,
+        quick_size=100,
+        rounds=31,
+        goals=(ahead_of("ppe", 10), ahead_of("mp", 6), within("kernel", 1.5)),
+        labels={"kernel": "a datagram there and back"},
+    ),
+    Measure(
+        "flood",
+        "Tasks",
+        "10,000 × `submit(noop)`, all results; a task",
+        by_peer(flood, peers.EVERY),
+        size=10_000,
+        quick_size=1000,
+        goals=(ahead_of("ppe", 15), ahead_of("mp", 4)),
+    ),
+    Measure(
+        "flood-threads",
+        "Tasks",
+        "10,000 × `submit(noop)` from 8 threads; a task",
+        by_peer(flood_of_threads, peers.SUBMITTING),
+        size=10_000,
+        quick_size=800,
+        goals=(ahead_of("ppe", 5),),
+    ),
+    Measure(
+        "flood-asyncio",
+        "Tasks",
+        "asyncio: `gather` of 10,000 × `run_in_executor(pool, noop)`; a task",
+        by_peer(flood_of_asyncio, ("fdpool", "ppe", "loky")),
+        size=10_000,
+        quick_size=1000,
+        goals=(ahead_of("ppe", 5),),
+    ),
+)

@@ -1,0 +1,84 @@
+"""The benchmarks run, and say what they are meant to say; not how fast anything is."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.benchmarks import _cpu, measures
+from tests.benchmarks._measure import ahead_of, at_most
+from tests.benchmarks._results import MeasureResult, SideResult
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_a_quick_run_gives_rounds_and_goals_of_each_side(tmp_path: Path) -> None:
+    saved = tmp_path / "figures.json"
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "tests.benchmarks", "round-trip", "flood"),
+            *("--quick", "--peers", "ppe,mp", "--json", str(saved)),
+        ],
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(saved.read_text())
+    assert figures["machine"]["cpus"] == len(os.sched_getaffinity(0))
+    assert [measure["name"] for measure in figures["measures"]] == ["round-trip", "flood"]
+    for measure in figures["measures"]:
+        assert measure["skipped"] == {}
+        assert measure["notes"] == {}
+        assert {"fdpool", "ppe", "mp"} <= set(measure["sides"]) <= {"fdpool", "ppe", "mp", "kernel"}
+        for side in measure["sides"].values():
+            assert len(side["values"]) == len(side["cpus"]) == 2
+            assert min(side["values"] + side["cpus"]) > 0
+    assert (
+        0
+        < figures["measures"][0]["sides"]["kernel"]["p50"]
+        <= figures["measures"][0]["sides"]["kernel"]["p99"]
+    )
+    assert "fdpool is ahead by" in done.stdout
+
+
+def test_a_ratio_is_of_one_round_and_a_goal_is_held_against_their_median() -> None:
+    result = MeasureResult(
+        "x", "X", "x", "µs", 1e6, 1, [ahead_of("ppe", 2), ahead_of("mp", 2), at_most(2)], {}
+    )
+    result.sides["fdpool"] = SideResult([1e-6, 2e-6, 3e-6])
+    result.sides["ppe"] = SideResult([3e-6, 4e-6, 3e-6])
+    spread = result.ratio("ppe")
+    assert spread is not None
+    assert (spread.low, spread.median, spread.high) == (1.5, 2.0, 2.5)
+    assert [result.reached(goal)[1] for goal in result.goals] == [True, None, True]
+    assert MeasureResult.from_json(json.loads(json.dumps(result.as_json()))) == result
+
+
+def test_the_measures_have_names_of_their_own_and_each_has_fdpool() -> None:
+    names = [measure.name for measure in measures.ALL]
+    assert len(set(names)) == len(names)
+    for measure in measures.ALL:
+        assert "fdpool" in measure.sides
+        assert {goal.rival for goal in measure.goals} - {None} <= set(measure.sides)
+
+
+def test_the_cpu_of_a_tree_has_that_of_living_and_of_dead_children() -> None:
+    program = "import time\nwhile time.process_time() < 0.05: pass\nprint(flush=True)\ninput()"
+    before = _cpu.tree_cpu_s()
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        living = _cpu.tree_cpu_s()
+        process.communicate(b"\n")
+    dead = _cpu.tree_cpu_s()
+    assert living - before >= 0.05
+    assert dead - before >= 0.05
