@@ -10,10 +10,10 @@ import gc
 import json
 import os
 import sys
-import time
 import traceback
 
-from . import _cpu, measures
+from . import measures
+from ._cpu import Meter
 from ._measure import Round, Settings
 
 MOST_SAMPLES = 2000
@@ -22,14 +22,11 @@ MOST_SAMPLES = 2000
 def run_round(one_round: Round) -> dict[str, object]:
     """Run a round; its cost a unit in wall time and in CPU of the whole tree."""
     gc.collect()
-    cpu_before = _cpu.tree_cpu_s()
-    begun = time.perf_counter()
-    outcome = one_round()
-    wall_s = time.perf_counter() - begun
-    cpu_s = _cpu.tree_cpu_s() - cpu_before
+    with Meter() as meter:
+        outcome = one_round()
     return {
-        "value": wall_s / outcome.count if outcome.value is None else outcome.value,
-        "cpu": cpu_s / outcome.count if outcome.cpu_s is None else outcome.cpu_s,
+        "value": meter.wall_s / outcome.count if outcome.value is None else outcome.value,
+        "cpu": meter.cpu_s / outcome.count if outcome.cpu_s is None else outcome.cpu_s,
         "samples": list(outcome.samples)[:MOST_SAMPLES],
     }
 

@@ -1,4 +1,4 @@
-"""CPU time of a tree of processes, in nanoseconds where the kernel has them.
+"""CPU time and memory of a tree of processes; CPU in nanoseconds where the kernel has them.
 
 Ticks of /proc/<pid>/stat are 10 ms, too coarse for short rounds. Each process has a clock of its own, which counts
 the nanoseconds of all its threads, those that have ended included (clock_getcpuclockid(3)); its number follows
@@ -13,6 +13,8 @@ import resource
 import time
 from collections.abc import Iterator
 from pathlib import Path
+
+import psutil
 
 _TICKS = os.sysconf("SC_CLK_TCK")
 
@@ -55,3 +57,29 @@ def _cpu_s(pid: int) -> float:
     except OSError:
         own = utime + stime  # a zombie
     return own + cutime + cstime
+
+
+class Meter:
+    """A `with` block's `wall_s`, and `cpu_s` of the whole tree."""
+
+    wall_s: float
+    cpu_s: float
+
+    def __enter__(self) -> Meter:
+        self.cpu_s = -tree_cpu_s()
+        self.wall_s = -time.perf_counter()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.wall_s += time.perf_counter()
+        self.cpu_s += tree_cpu_s()
+
+
+def uss(pid: int) -> int:
+    """Bytes that would be free if this process were not there."""
+    return int(psutil.Process(pid).memory_full_info().uss)
+
+
+def tree_pss() -> int:
+    """Bytes of this process and its tree, each page counted once."""
+    return sum(int(psutil.Process(pid).memory_full_info().pss) for pid in tree(os.getpid()))

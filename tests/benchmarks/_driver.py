@@ -14,6 +14,7 @@ import random
 import select
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -37,13 +38,14 @@ class ContestantFailed(Exception):
 class Contestant:
     """The driver's end of one contestant process."""
 
-    def __init__(self, measure: Measure, side: str, settings: Settings) -> None:
+    def __init__(self, measure: Measure, side: str, settings: Settings, folder: str) -> None:
         command_read, self.commands = os.pipe()
         self.answers, answer_write = os.pipe()
         self.unread = b""
         self.process = subprocess.Popen(
             [sys.executable, "-m", f"{__package__}._contestant", str(command_read), str(answer_write)],
             cwd=ROOT,
+            env={**os.environ, "TMPDIR": folder},
             pass_fds=(command_read, answer_write),
             stdin=subprocess.DEVNULL,
             stderr=None if "FDPOOL_BENCH_DEBUG" in os.environ else subprocess.DEVNULL,
@@ -75,10 +77,9 @@ class Contestant:
                 self.process.kill()
                 self.process.wait()
         # A pool's helpers may take a moment to see that their client has gone.
-        _, left = psutil.wait_procs(descendants, 2)
+        left = _left(descendants, 2)
         for process in left:
             process.kill()
-        psutil.wait_procs(left, 5)
         os.close(self.commands)
         os.close(self.answers)
         return trouble or (f"it left {len(left)} processes" if left else "")
@@ -117,10 +118,41 @@ def _descendants(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
         return []
 
 
+def _left(processes: list[psutil.Process], limit_s: float) -> list[psutil.Process]:
+    """Which of them still run after so long; a zombie, whoever is slow to reap it, does not."""
+    deadline = time.monotonic() + limit_s
+    left = []
+    for process in processes:
+        try:
+            pidfd = os.pidfd_open(process.pid)
+        except ProcessLookupError:
+            continue
+        # Kernel: a pidfd is readable once its process has ended (pidfd_open(2)).
+        if (
+            not select.select([pidfd], [], [], max(0.0, deadline - time.monotonic()))[0]
+            and process.is_running()
+        ):
+            left.append(process)
+        os.close(pidfd)
+    return left
+
+
 def run(
     measure: Measure, wanted: Iterable[str], rounds: int | None, quick: bool, say: Callable[[str], None]
 ) -> MeasureResult:
     """All sides of `measure` that are wanted, in turn; `say` is told what is skipped and why."""
+    with tempfile.TemporaryDirectory(prefix="fdpool-bench-") as folder:
+        return _run(measure, wanted, rounds, quick, say, folder)
+
+
+def _run(
+    measure: Measure,
+    wanted: Iterable[str],
+    rounds: int | None,
+    quick: bool,
+    say: Callable[[str], None],
+    folder: str,
+) -> MeasureResult:
     settings = Settings(measure.quick_size if quick else measure.size, step=spin_steps())
     result = MeasureResult.of(measure, settings.size)
     contestants: dict[str, Contestant] = {}
@@ -138,7 +170,7 @@ def run(
             if module is not None:
                 drop(side, f"{module} is not installed")
                 continue
-            contestants[side] = Contestant(measure, side, settings)
+            contestants[side] = Contestant(measure, side, settings, folder)
         for side in list(contestants):
             try:
                 contestants[side].ready()

@@ -14,26 +14,26 @@ from typing import IO
 
 @dataclass(frozen=True, slots=True)
 class Gate:
-    """A locked file, and a FIFO through which the tasks say that they have come."""
+    """A locked file, and a FIFO into which each task that has come writes a line."""
 
     path: str
     fifo: str
-    file: IO[str]
+    lock: IO[str]
+    reader: int
 
     def open(self) -> None:
-        fcntl.flock(self.file, fcntl.LOCK_UN)
+        fcntl.flock(self.lock, fcntl.LOCK_UN)
 
     def shut(self) -> None:
         """Wait until no task passes any more, and lock it."""
-        fcntl.flock(self.file, fcntl.LOCK_EX)
+        fcntl.flock(self.lock, fcntl.LOCK_EX)
 
-    def heard(self, length: int) -> str:
-        """What tasks wrote into the FIFO: waits for at least `length` characters."""
-        said = ""
-        while len(said) < length:
-            with open(self.fifo) as fifo:
-                said += fifo.read()
-        return said
+    def heard(self, count: int) -> list[str]:
+        """The lines that tasks wrote: waits for so many."""
+        said = b""
+        while said.count(b"\n") < count:
+            said += os.read(self.reader, 65536)
+        return said.decode().splitlines()
 
 
 @contextmanager
@@ -42,7 +42,13 @@ def gate() -> Iterator[Gate]:
     with tempfile.TemporaryDirectory(prefix="fdpool-bench-") as folder:
         fifo = str(Path(folder, "fifo"))
         os.mkfifo(fifo)
-        with open(Path(folder, "gate"), "w") as file:
-            made = Gate(file.name, fifo, file)
+        # Opened for both, so that there is no end of file between one writer and the next (fifo(7)).
+        reader = os.open(fifo, os.O_RDWR)
+        with open(Path(folder, "gate"), "w") as lock:
+            made = Gate(lock.name, fifo, lock, reader)
             made.shut()
-            yield made
+            try:
+                yield made
+            finally:
+                made.open()
+                os.close(reader)

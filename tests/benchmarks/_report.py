@@ -84,21 +84,21 @@ def table(result: MeasureResult) -> str:
     for side in result.sides.values():
         side.settle()
     latency = any(side.p99 is not None for side in result.sides.values())
-    head = ["", result.unit, *(["p50", "p99"] if latency else []), f"CPU {result.unit}"]
-    timed = result.unit in ("µs", "ms", "s")
-    if not timed:
-        head[-1] = "CPU ms"
-    head += ["fdpool is ahead by", "and in CPU by", "goal"]
+    timed = result.unit in ("µs", "ms")
+    uses_cpu = any(side.cpu > 0 for side in result.sides.values())
+    head = ["", result.unit, *(["p50", "p99"] if latency else [])]
+    head += [f"CPU {result.unit if timed else 'µs'}"] if uses_cpu else []
+    head += ["fdpool is ahead by", *(["and in CPU by"] if uses_cpu else []), "goal"]
     rows = []
     for name, side in result.sides.items():
         row = [label(result, name), figure(side.value * result.scale)]
         if latency:
             row += ["" if point is None else figure(point * result.scale) for point in (side.p50, side.p99)]
-        row.append(figure(side.cpu * (result.scale if timed else 1e3)))
-        if name == "fdpool":
-            row += ["", "", verdict(result, name)]
-        else:
-            row += [times(result.ratio(name)), times(result.ratio(name, "cpus")), verdict(result, name)]
+        row += [figure(side.cpu * (result.scale if timed else 1e6))] if uses_cpu else []
+        own = name == "fdpool"
+        row.append("" if own else times(result.ratio(name)))
+        row += ["" if own else times(result.ratio(name, "cpus"))] if uses_cpu else []
+        row.append(verdict(result, name))
         rows.append(row)
     lines = [_line(head), _line(["---"] + ["---:"] * (len(head) - 2) + ["---"]), *map(_line, rows)]
     lines += [f"\n{label(result, side)}: {why}." for side, why in result.notes.items()]

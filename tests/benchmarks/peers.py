@@ -12,6 +12,7 @@ from operator import methodcaller
 from typing import Any, ClassVar
 
 from . import work
+from ._gate import gate
 
 _result = methodcaller("result")
 
@@ -24,7 +25,9 @@ class Peer:
     """
 
     module: ClassVar[str]
+    imported: ClassVar[str] = ""  # what the usual import of it imports, if that is more
     submits: ClassVar[bool] = True
+    in_turn: ClassVar[bool] = True  # a task is given to whichever worker is free, not to one in advance
     submit: Callable[..., Any]
     result: Callable[[Any], Any] = staticmethod(_result)
 
@@ -85,6 +88,7 @@ class FdpoolFork(_Executor):
 
 class ProcessPool(_Executor):
     module = "concurrent.futures"
+    imported = "concurrent.futures.process"
     method = "fork"
 
     def __init__(self, workers: int) -> None:
@@ -154,6 +158,7 @@ class Pebble(Peer):
 
 class Mpire(Peer):
     module = "mpire"
+    in_turn = False
     result = staticmethod(methodcaller("get"))
 
     def __init__(self, workers: int) -> None:
@@ -176,6 +181,7 @@ class Joblib(Peer):
 
     module = "joblib"
     submits = False
+    in_turn = False
 
     def __init__(self, workers: int) -> None:
         import joblib
@@ -227,6 +233,7 @@ LABELS = {
     "joblib": "joblib",
 }
 EVERY = ("fdpool", "ppe", "mp", "loky", "pebble", "mpire", "joblib")
+STANDARD = ("ppe", "ppe-forkserver", "mp", "mp-forkserver")
 SUBMITTING = tuple(name for name in EVERY if PEERS[name].submits)
 
 
@@ -248,10 +255,18 @@ def opened(name: str, workers: int = 2) -> Iterator[Peer]:
 
 
 def pids(pool: Peer, workers: int) -> set[int]:
-    """The workers' pids: tasks are given out until each has had one."""
-    found: set[int] = set()
+    """The workers' pids: of so many tasks that run at the same time."""
+    if pool.in_turn:
+        with gate() as hold:
+            handles = [pool.submit(work.tell_and_wait_at, hold.fifo, hold.path) for _ in range(workers)]
+            found = set(map(int, hold.heard(workers)))
+            hold.open()
+            for handle in handles:
+                pool.result(handle)
+        return found
+    found = set()
     steps = 20_000
-    while len(found) < workers and steps < 10**9:
+    while len(found) < workers:
         found |= set(pool.many(work.pid_after, [(steps,)] * workers * 2))
         steps *= 2
     return found

@@ -40,15 +40,15 @@ def wait_at(gate):
 def tell_and_wait_at(fifo, gate):
     """Write the worker's pid into `fifo`, and wait at `gate`."""
     with open(fifo, "w") as file:
-        file.write(str(os.getpid()))
+        file.write(f"{os.getpid()}\n")
     wait_at(gate)
 
 
 def touch_and_wait_at(array, fifo, gate):
-    """Read all of an array, say so by a byte in `fifo`, and keep the array until `gate` opens."""
+    """Read all of an array, say so by a line in `fifo`, and keep the array until `gate` opens."""
     total = float(array.sum())
     with open(fifo, "w") as file:
-        file.write("x")
+        file.write("read\n")
     wait_at(gate)
     return total
 

@@ -111,8 +111,8 @@ MEASURES = (
         "Tasks",
         "`submit(noop).result()`, one after another",
         {**by_peer(round_trip, peers.EVERY), "kernel": ping_pong},
-        size=300,
-        quick_size=100,
+        size=100,
+        quick_size=50,
         rounds=31,
         goals=(ahead_of("ppe", 10), ahead_of("mp", 6), within("kernel", 1.5)),
         labels={"kernel": "a datagram there and back"},
@@ -124,6 +124,7 @@ MEASURES = (
         by_peer(flood, peers.EVERY),
         size=10_000,
         quick_size=1000,
+        rounds=9,
         goals=(ahead_of("ppe", 15), ahead_of("mp", 4)),
     ),
     Measure(
@@ -133,6 +134,7 @@ MEASURES = (
         by_peer(flood_of_threads, peers.SUBMITTING),
         size=10_000,
         quick_size=800,
+        rounds=9,
         goals=(ahead_of("ppe", 5),),
     ),
     Measure(
@@ -142,6 +144,7 @@ MEASURES = (
         by_peer(flood_of_asyncio, ("fdpool", "ppe", "loky")),
         size=10_000,
         quick_size=1000,
+        rounds=9,
         goals=(ahead_of("ppe", 5),),
     ),
 )
