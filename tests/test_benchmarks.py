@@ -62,9 +62,9 @@ def test_a_ratio_is_of_one_round_and_a_goal_is_held_against_their_median() -> No
 
 
 def test_the_measures_have_names_of_their_own_and_each_has_fdpool() -> None:
-    names = [measure.name for measure in measures.ALL]
+    names = [measure.name for measure in measures.every()]
     assert len(set(names)) == len(names)
-    for measure in measures.ALL:
+    for measure in measures.every():
         assert "fdpool" in measure.sides
         assert {goal.rival for goal in measure.goals} - {None} <= set(measure.sides)
 

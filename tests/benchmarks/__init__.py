@@ -1,7 +1,7 @@
 """fdpool, its peers and the bare kernel, measured in turn: `python -m tests.benchmarks`.
 
     __main__      options
-    measures/     what is measured, one family a file; `measures.ALL` is the registry
+    measures/     what is measured, one family a file; `measures.every()` has them all
     _measure      the words of that: Measure, Goal, Outcome, Settings
     peers         one set of verbs for every pool
     work          what the tasks do

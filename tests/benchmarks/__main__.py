@@ -6,7 +6,9 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import fdpool
 
@@ -34,7 +36,7 @@ def options() -> argparse.Namespace:
         "--update", type=Path, metavar="PAGE.md", help="put the tables between the marks of a page"
     )
     given = parser.parse_args()
-    known = {measure.name for measure in measures.ALL}
+    known = {measure.name for measure in measures.every()}
     if unknown := set(given.measures) - known:
         parser.error(f"no such measure: {', '.join(sorted(unknown))}; --list shows them")
     usual = peers.STANDARD if given.quick else peers.PEERS
@@ -48,12 +50,11 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def measured(given: argparse.Namespace) -> list[MeasureResult]:
-    """Run what was asked for."""
-    results = []
+def measured(given: argparse.Namespace) -> Iterator[MeasureResult]:
+    """Run what was asked for; each result as soon as it is there."""
     if given.quick:
         say("quick: sizes are smaller than the titles say")
-    for measure in measures.ALL:
+    for measure in measures.every():
         if given.measures and measure.name not in given.measures:
             continue
         if measure.needs is not None and not hasattr(fdpool.Pool, measure.needs):
@@ -61,41 +62,49 @@ def measured(given: argparse.Namespace) -> list[MeasureResult]:
             continue
         begun = time.monotonic()
         result = _driver.run(measure, given.peers, given.rounds, given.quick, say)
-        results.append(result)
         say(f"{measure.name} took {time.monotonic() - begun:.1f} s")
-        if not given.markdown:
-            print(f"\n{measure.name}: {measure.title}\n\n{_report.table(result)}", flush=True)
-    return results
+        yield result
+
+
+def load(file: Path) -> tuple[dict[str, Any], dict[str, MeasureResult]]:
+    """What --json saved: the machine, and the results by name."""
+    saved = json.loads(file.read_text())
+    return saved["machine"], {each["name"]: MeasureResult.from_json(each) for each in saved["measures"]}
+
+
+def save(file: Path, about: dict[str, Any], results: Iterable[MeasureResult]) -> None:
+    file.write_text(json.dumps({"machine": about, "measures": [each.as_json() for each in results]}) + "\n")
+
+
+def in_order(results: dict[str, MeasureResult]) -> list[MeasureResult]:
+    return [results[measure.name] for measure in measures.every() if measure.name in results]
 
 
 def main() -> int:
     given = options()
     if given.list:
-        for measure in measures.ALL:
+        for measure in measures.every():
             print(f"{measure.name:16} {measure.title}  [{', '.join(measure.sides)}]")
         return 0
-    saved = None
-    if given.load or (given.add and given.json and given.json.exists()):
-        saved = json.loads((given.load or given.json).read_text())
+    results: dict[str, MeasureResult] = {}
     if given.load:
-        about, results = saved["machine"], [MeasureResult.from_json(each) for each in saved["measures"]]
+        about, results = load(given.load)
     else:
-        about, results = _report.machine(), measured(given)
-        if saved:
-            fresh = {result.name: result for result in results}
-            fresh = {each["name"]: MeasureResult.from_json(each) for each in saved["measures"]} | fresh
-            results = [fresh[measure.name] for measure in measures.ALL if measure.name in fresh]
-        if given.json:
-            kept = {"machine": about, "measures": [result.as_json() for result in results]}
-            given.json.write_text(json.dumps(kept, indent=1) + "\n")
-    if given.markdown:
-        print(_report.markdown(results, about))
-    else:
-        print(_report.goals_table(results))
+        about = _report.machine()
+        if given.add and given.json and given.json.exists():
+            _, results = load(given.json)
+        for result in measured(given):
+            results[result.name] = result
+            if given.json:  # each time: a run takes long, and may be interrupted
+                save(given.json, about, in_order(results))
+            if not given.markdown:
+                print(f"\n{result.name}: {result.title}\n\n{_report.table(result)}", flush=True)
+    found = in_order(results)
+    print(_report.markdown(found, about) if given.markdown else _report.goals_table(found))
     if given.update:
-        _report.update(given.update, _report.markdown(results, about))
+        _report.update(given.update, _report.markdown(found, about))
     if given.plot:
-        _plot.draw(results, given.plot)
+        _plot.draw(found, given.plot)
     return 0
 
 

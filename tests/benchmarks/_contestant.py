@@ -42,7 +42,7 @@ def main() -> None:
         answers.flush()
 
     order = json.loads(commands.readline())
-    measure = measures.by_name(order["measure"])
+    measure = next(each for each in measures.of(order["family"]) if each.name == order["measure"])
     try:
         with measure.sides[order["side"]](Settings(**order["settings"])) as one_round:
             say(ready=True)

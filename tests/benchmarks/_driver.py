@@ -22,7 +22,7 @@ from typing import Any
 
 import psutil
 
-from . import peers, work
+from . import measures, peers, work
 from ._measure import Measure, Settings
 from ._results import MeasureResult, SideResult
 
@@ -54,7 +54,9 @@ class Contestant:
         )
         os.close(command_read)
         os.close(answer_write)
-        self._say({"measure": measure.name, "side": side, "settings": dataclasses.asdict(settings)})
+        family = measures.every()[measure]
+        order = {"family": family, "measure": measure.name, "side": side}
+        self._say({**order, "settings": dataclasses.asdict(settings)})
 
     def ready(self) -> None:
         self._answer(SET_UP_S)

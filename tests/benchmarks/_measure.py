@@ -65,7 +65,7 @@ def at_most(limit: float) -> Goal:
     return Goal(limit=limit)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Measure:
     """One row of the report: the same work, done by every side.
 

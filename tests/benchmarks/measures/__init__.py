@@ -1,22 +1,30 @@
-"""The registry of what is measured."""
+"""The registry of what is measured. A contestant imports its own family only: its memory and its start count."""
 
 from __future__ import annotations
 
-from .._measure import Measure
-from . import arrays, footprint, mapping, programs, recovery, sockets, starting, tasks, workers
+import importlib
 
-ALL: tuple[Measure, ...] = (
-    *tasks.MEASURES,
-    *mapping.MEASURES,
-    *arrays.MEASURES,
-    *sockets.MEASURES,
-    *starting.MEASURES,
-    *recovery.MEASURES,
-    *footprint.MEASURES,
-    *workers.MEASURES,
-    *programs.MEASURES,
+from .._measure import Measure
+
+FAMILIES = (
+    "tasks",
+    "mapping",
+    "arrays",
+    "sockets",
+    "starting",
+    "recovery",
+    "footprint",
+    "workers",
+    "programs",
 )
 
 
-def by_name(name: str) -> Measure:
-    return next(measure for measure in ALL if measure.name == name)
+def of(family: str) -> tuple[Measure, ...]:
+    """The measures of one file."""
+    found: tuple[Measure, ...] = importlib.import_module(f"{__name__}.{family}").MEASURES
+    return found
+
+
+def every() -> dict[Measure, str]:
+    """All measures in order, each with its family."""
+    return {measure: family for family in FAMILIES for measure in of(family)}

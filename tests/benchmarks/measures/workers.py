@@ -10,7 +10,6 @@ from .._measure import Measure, Outcome, Round, Settings, by_peer, within
 from ..work import noop
 
 TASKS = 2000
-SMALL = 10_000
 
 
 @contextmanager
@@ -60,10 +59,10 @@ MEASURES = (
         "200,000 × `submit(noop)`, all results; a task",
         {
             **by_peer(of_tasks, ("fdpool", "mp")),
-            "small": lambda _settings: flood("fdpool", 2, SMALL),
+            "small": lambda settings: flood("fdpool", 2, settings.size // 20),
         },
         size=200_000,
-        quick_size=20_000,
+        quick_size=4000,
         rounds=3,
         quick_rounds=1,
         warm_up=False,
