@@ -17,25 +17,24 @@ from ._cpu import Meter, tree, uss
 from ._gate import gate
 
 
-def start(name: str) -> dict[str, float]:
-    """From the pool's making to its first result."""
+def start(name: str) -> None:
+    """From the pool's making to its first result; what a user would have imported before is imported before."""
     importlib.import_module(peers.PEERS[name].imported or peers.PEERS[name].module)
     with Meter() as meter:
         pool = peers.PEERS[name](2)
         pool.call(work.noop)
+    say({"value": meter.wall_s, "cpu": meter.cpu_s})
     pool.close()
-    return {"value": meter.wall_s, "cpu": meter.cpu_s}
 
 
-def modules(name: str) -> list[str]:
+def modules(name: str) -> None:
     """What a worker has imported that runs its first task."""
     pool = peers.PEERS[name](2)
-    imported: list[str] = pool.call(work.modules)
+    say(pool.call(work.modules))
     pool.close()
-    return imported
 
 
-def bare(names: str) -> dict[str, float]:
+def bare(names: str) -> None:
     """From the start of an interpreter to a byte from it, when it has imported these modules."""
     lines = [f"try: import {name}\nexcept ImportError: pass" for name in names.split(",")]
     program = "\n".join([*lines, "import os; os.write(1, b'x')"])
@@ -50,10 +49,10 @@ def bare(names: str) -> dict[str, float]:
         )
         os.read(read, 1)
     os.waitpid(pid, 0)
-    return {"value": meter.wall_s, "cpu": meter.cpu_s}
+    say({"value": meter.wall_s, "cpu": meter.cpu_s})
 
 
-def queue(name: str, count: str) -> dict[str, float]:
+def queue(name: str, count: str) -> None:
     """Bytes of this process that a task takes while it waits, and the CPU of submitting it."""
     with gate() as shut:
         pool = peers.PEERS[name](2)
@@ -67,13 +66,16 @@ def queue(name: str, count: str) -> dict[str, float]:
         # Not waited for: some of the peers would take minutes.
         for pid in list(tree(os.getpid()))[1:]:
             os.kill(pid, signal.SIGKILL)
-    return {"value": queued / int(count), "cpu": meter.cpu_s / int(count)}
+    say({"value": queued / int(count), "cpu": meter.cpu_s / int(count)})
+    os._exit(0)
+
+
+def say(what: object) -> None:
+    print(json.dumps(what), flush=True)
 
 
 VERBS = {"start": start, "modules": modules, "bare": bare, "queue": queue}
 
 
 if __name__ == "__main__":
-    print(json.dumps(VERBS[sys.argv[1]](*sys.argv[2:])), flush=True)
-    if sys.argv[1] == "queue":
-        os._exit(0)
+    VERBS[sys.argv[1]](*sys.argv[2:])

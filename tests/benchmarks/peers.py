@@ -25,7 +25,7 @@ class Peer:
     """
 
     module: ClassVar[str]
-    imported: ClassVar[str] = ""  # what the usual import of it imports, if that is more
+    imported: ClassVar[str] = ""  # what `from module import ThePool` imports, if that is more
     submits: ClassVar[bool] = True
     in_turn: ClassVar[bool] = True  # a task is given to whichever worker is free, not to one in advance
     submit: Callable[..., Any]
@@ -70,6 +70,7 @@ class _Executor(Peer):
 
 class Fdpool(_Executor):
     module = "fdpool"
+    imported = "fdpool.pool"
 
     def __init__(self, workers: int) -> None:
         import fdpool
@@ -77,9 +78,7 @@ class Fdpool(_Executor):
         self._take(fdpool.Pool(workers))
 
 
-class FdpoolFork(_Executor):
-    module = "fdpool"
-
+class FdpoolFork(Fdpool):
     def __init__(self, workers: int) -> None:
         import fdpool
 

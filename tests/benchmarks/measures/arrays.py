@@ -129,7 +129,7 @@ MEASURES = (
     Measure(
         "array-again",
         "Arrays",
-        "the same array again: eight tasks that take it; a task",
+        "an array of 64 MiB again: eight tasks that take the same one; a task",
         by_peer(array_again, peers.EVERY),
         size=64 * MIB,
         quick_size=MIB,

@@ -168,7 +168,7 @@ MEASURES = (
     Measure(
         "submit-uneven",
         "Maps",
-        "the same items through `submit`; all",
+        "`submit` of 1000 items, one in fifty 1000× longer than 20 µs; all",
         {**by_peer(submit_uneven, peers.SUBMITTING), "ideal": ideal_uneven},
         size=1000,
         quick_size=200,

@@ -175,7 +175,7 @@ MEASURES = (
     Measure(
         "programs-large",
         "Programs",
-        "the same from a client that holds 400 MB",
+        "`/bin/true`, 400 of them, from a client that holds 400 MB; each",
         {
             "fdpool": partial(by_pool, ballast=400_000_000),
             "threads": partial(by_threads, ballast=400_000_000),

@@ -20,6 +20,11 @@ def first_pool(name: str, _settings: Settings) -> Iterator[Round]:
 
 
 @contextmanager
+def whole_script(name: str, _settings: Settings) -> Iterator[Round]:
+    yield partial(_fresh.until_it_speaks, "start", name)
+
+
+@contextmanager
 def bare_interpreter(_settings: Settings) -> Iterator[Round]:
     names = [name for name in _fresh.ask("modules", "fdpool") if not name.startswith("__")]
     yield partial(_fresh.outcome, "bare", ",".join(names))
@@ -102,7 +107,7 @@ MEASURES = (
     Measure(
         "start-fork",
         "Starting",
-        "the same, with workers forked from the client",
+        "`Pool()` to its first result, in a fresh client; workers forked from it",
         {"fdpool": partial(first_pool, "fdpool-fork"), **by_peer(first_pool, FORKING)},
         size=1,
         quick_size=1,
@@ -111,6 +116,19 @@ MEASURES = (
         quick_rounds=1,
         goals=(ahead_of("ppe", 1),),
         labels=FORK,
+    ),
+    Measure(
+        "start-script",
+        "Starting",
+        "from a script's start to its first result: the interpreter, the imports, the pool",
+        by_peer(
+            whole_script, ("fdpool", "fdpool-fork", "ppe", "ppe-forkserver", "mp", "loky", "pebble", "mpire")
+        ),
+        size=1,
+        quick_size=1,
+        unit="ms",
+        scale=1e3,
+        quick_rounds=1,
     ),
     Measure(
         "start-second",
