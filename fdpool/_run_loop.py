@@ -155,10 +155,10 @@ class _Run:
         while True:
             while names.has_batch() and self._has_room():
                 self._start_next()
-            while self._just_ended:
-                self._settle(self._just_ended.popleft())
             first = next(iter(pending.values()), None)
-            if first is not None and first.outcome is not None:
+            if self._just_ended:
+                self._settle(self._just_ended.popleft())
+            elif first is not None and first.outcome is not None:
                 self._print(first)
             elif pending or not names.ended:
                 self._wait(for_names=not (names.has_batch() or names.ended))
