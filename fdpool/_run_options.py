@@ -95,7 +95,11 @@ def add_parser(verbs: Any) -> argparse.ArgumentParser:
         "the end unless {} says where; standard input is then empty",
     )
     names.add_argument(
-        "-n", type=int, dest="at_once", metavar="N", help="N names for one start of the program, as --no-pipe"
+        "-n",
+        type=int,
+        dest="at_once",
+        metavar="N",
+        help="as --no-pipe, with N names for one start of the program",
     )
 
     output = run.add_argument_group("the output")
@@ -110,7 +114,9 @@ def add_parser(verbs: Any) -> argparse.ArgumentParser:
     output.add_argument("--json", action="store_true", help="print a JSON object a line for each job instead")
 
     failures = run.add_argument_group("failures")
-    failures.add_argument("--retries", type=int, default=0, metavar="N", help="try up to N more times")
+    failures.add_argument(
+        "--retries", type=int, default=0, metavar="N", help="run what failed up to N more times"
+    )
     failures.add_argument(
         "--timeout",
         type=float,
@@ -120,11 +126,15 @@ def add_parser(verbs: Any) -> argparse.ArgumentParser:
     failures.add_argument(
         "--halt",
         metavar="WHEN",
-        help="now or soon: end the others at the first failure, or just start no more; also soon,fail=N "
-        "soon,fail=P%% soon,success=N",
+        help="at the first failure, now: end what runs, or soon: start no more; or at another time, as in "
+        "soon,fail=N soon,fail=P%% now,success=N",
     )
-    failures.add_argument("--joblog", metavar="FILE", help="append a line for each job that has ended")
-    failures.add_argument("--resume", action="store_true", help="skip what has succeeded, says the joblog")
+    failures.add_argument(
+        "--joblog", metavar="FILE", help="append a line to FILE for each job that has ended"
+    )
+    failures.add_argument(
+        "--resume", action="store_true", help="skip the jobs that have succeeded, as the joblog says"
+    )
     run.add_argument("--dry-run", action="store_true", help="print the commands for a shell; run nothing")
     return run
 
