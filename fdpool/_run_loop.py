@@ -49,8 +49,6 @@ def run_all(options: Options, names: Names) -> int:
     except Fatal as error:
         complain(str(error))
         return error.status
-    except KeyboardInterrupt:
-        return INTERRUPTED
     finally:
         if log is not None:
             log.close()

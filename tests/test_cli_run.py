@@ -9,6 +9,7 @@ import shlex
 import signal
 import stat
 import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -613,6 +614,20 @@ def test_ctrl_c_leaves_no_half_file_and_no_process(without: str) -> None:
     assert not still_running("98766.1")
     assert [name for name in os.listdir() if name.endswith(".out")] == []
     assert leftovers() == []
+
+
+def test_ctrl_c_before_anything_has_begun_is_as_quiet(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    class Interrupted:
+        """Stands for a module in whose import Ctrl-C comes."""
+
+        def __getattr__(self, name: str) -> object:
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "fdpool._run_loop", Interrupted())  # type: ignore[arg-type]
+    assert cli.main(["run", "cat", ":::"]) == 130
+    assert capfd.readouterr() == ("", "")
 
 
 def test_killed_it_leaves_no_half_file() -> None:
