@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -82,6 +83,8 @@ def in_order(results: dict[str, MeasureResult]) -> list[MeasureResult]:
 
 def main() -> int:
     given = options()
+    # So that the contestants and their files go as well.
+    signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(128 + signal.SIGTERM))
     if given.list:
         for measure in measures.every():
             print(f"{measure.name:16} {measure.title}  [{', '.join(measure.sides)}]")

@@ -13,6 +13,7 @@ from ..work import noop, spin
 
 # What ProcessPoolExecutor and loky are tried with, as their default of 1 is of no use for short items.
 CHUNKS = (1000, 10_000, 100_000)
+AT_BEST = ("ppe", "loky", "pebble")
 
 
 @contextmanager
@@ -22,7 +23,7 @@ def map_of(name: str, settings: Settings, item_steps: int | None = None) -> Iter
         function = noop if item_steps is None else spin
         items = range(settings.size) if item_steps is None else [item_steps] * settings.size
         chunk = None
-        if name in ("ppe", "loky", "pebble"):
+        if name in AT_BEST:
             chunk = min(_tried(settings.size), key=lambda size: _seconds(pool, function, items, size))
 
         def one_round() -> Outcome:
@@ -129,6 +130,7 @@ def ideal_uneven(settings: Settings) -> Iterator[Round]:
 
 
 IDEAL = {"ideal": "the same work halved, in two bare processes"}
+CHUNKED = {name: f"{peers.LABELS[name]}, best chunk size" for name in AT_BEST}
 
 MEASURES = (
     Measure(
@@ -140,6 +142,7 @@ MEASURES = (
         quick_size=10_000,
         rounds=5,
         goals=(ahead_of("mp", 1), ahead_of("ppe", 3)),
+        labels=CHUNKED,
     ),
     Measure(
         "map-short",
@@ -150,7 +153,7 @@ MEASURES = (
         quick_size=2000,
         rounds=9,
         goals=(ahead_of("ideal", 0.95),),
-        labels=IDEAL,
+        labels=IDEAL | CHUNKED,
     ),
     Measure(
         "map-uneven",

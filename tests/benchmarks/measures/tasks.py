@@ -129,6 +129,7 @@ MEASURES = (
         quick_size=1000,
         rounds=9,
         goals=(ahead_of("ppe", 15), ahead_of("mp", 4)),
+        labels={"joblib": "joblib, all in one call, in its own batches"},
     ),
     Measure(
         "flood-threads",
