@@ -224,12 +224,14 @@ def test_at_the_end_of_its_time_a_job_goes_with_its_whole_tree_and_what_it_wrote
     assert {fields[6] for fields in log_lines()} == {"-1", "0"}
 
 
-def test_a_program_that_ends_well_when_its_time_is_over_has_failed_all_the_same() -> None:
+@pytest.mark.parametrize("code", [0, 3])
+def test_a_program_that_ends_by_itself_when_its_time_is_over_has_failed_all_the_same(code: int) -> None:
     write_files(1)
-    script = "trap 'exit 0' TERM; sleep 98765.7 & wait"
+    script = f"trap 'exit {code}' TERM; sleep 98765.7 & wait"
     done = run("--timeout", "0.3", "--joblog", "log", "sh", "-c", script, ":::", "0000.txt")
+    assert done.stderr == b"fdpool: 0000.txt: sh timed out after 0.3 s\n"
     assert done.returncode == 1
-    assert log_lines()[0][6] == "-1"
+    assert log_lines()[0][6:8] == ["-1", "0"]
 
 
 def test_waiting_for_a_fifo_is_part_of_a_job_s_time() -> None:
@@ -299,6 +301,34 @@ def test_after_ctrl_c_resume_does_what_was_not_done() -> None:
     assert [Path(f"000{n}.out").read_text() for n in range(3)] == [
         f"contents of 000{n}.txt\n" for n in range(3)
     ]
+
+
+def test_a_job_whose_file_is_in_place_is_logged_also_if_what_it_said_waits_for_its_turn() -> None:
+    write_files(2)
+    script = "case $1 in 0000*) exec sleep 98766.4;; esac; echo said >&2"
+    command = [
+        *COMMAND,
+        "run",
+        "-j2",
+        "--out",
+        "{.}.out",
+        "--joblog",
+        "log",
+        "sh",
+        "-c",
+        script,
+        "sh",
+        "{}",
+        ":::",
+    ]
+    with subprocess.Popen([*command, "0000.txt", "0001.txt"], stderr=subprocess.PIPE) as program:
+        wait_until(lambda: Path("log").exists() and Path("log").read_text().count("\n") == 2)
+        program.send_signal(signal.SIGINT)
+        assert program.stderr is not None
+        assert program.stderr.read() == b""
+    assert program.returncode == 130
+    assert [fields[0] for fields in log_lines()] == ["2"]
+    assert Path("0001.out").exists()
 
 
 def test_a_file_that_is_no_log_is_not_written_to() -> None:
