@@ -19,7 +19,7 @@ COLOURS = {
     "mpire": "#b5942c",
     "joblib": "#c4517e",
 }
-BARE = "#555555"  # what is no pool: the kernel, a shell, the ideal, fdpool's own other way
+BARE = "#555555"  # what is no peer: the kernel, a shell, the ideal, fdpool in another way
 NAMES = {
     "ppe": "ProcessPoolExecutor",
     "ppe-forkserver": "ProcessPoolExecutor, forkserver",
@@ -56,7 +56,7 @@ def draw(results: Sequence[MeasureResult], path: Path) -> None:
         pyplot.Rectangle((0, 0), 1, 1, color=BARE),
         pyplot.Line2D([], [], color="black", marker="|", linestyle="", markersize=9, markeredgewidth=2),
     ]
-    labels += ["no pool (named at the bar)", "goal"]
+    labels += ["others, named at the bar", "goal"]
     figure_.legend(handles, labels, loc="upper center", ncols=5, frameon=False, fontsize=9)
     figure_.supxlabel(
         "times what fdpool takes, in the same round (right of 1×: fdpool is ahead)", fontsize=10
