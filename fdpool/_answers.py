@@ -7,18 +7,24 @@ from typing import Any
 
 from . import _messages, payload
 from ._broken import WorkerLost, describe_status
-from ._messages import HEADER_BYTES, Header
+from ._messages import Header
 from .errors import FdpoolError, FdTransferError
 from .fds import close_all
-from .wire import Received
+
+#: The header, the body, and the descriptors of a DONE, FAILED or REFUSED message; these are owned.
+Answer = tuple[Header, bytes, list[int]]
 
 
-def open_answer(header: Header, received: Received) -> tuple[Any, BaseException | None]:
+def open_answer(header: Header, body: bytes, numbers: list[int]) -> tuple[Any, BaseException | None]:
     """The result, or the error, that a DONE, FAILED or REFUSED datagram settles its future with.
 
     Takes its descriptors over. Never raises: user code runs in here, and what that raises is the error.
     """
-    body, numbers = received.data[HEADER_BYTES:], received.fds
+    if header.kind == _messages.DONE and not numbers and not header.fd_count:
+        try:
+            return payload.loads(body, numbers, False), None
+        except BaseException as error:
+            return None, _marked(error)
     if header.kind == _messages.REFUSED:
         close_all(numbers)
         wanted, got = _messages.REFUSAL.unpack_from(body)
@@ -33,9 +39,13 @@ def open_answer(header: Header, received: Received) -> tuple[Any, BaseException 
     try:
         return payload.loads(body, numbers, header.spilled), None
     except BaseException as error:
-        if isinstance(error, FdpoolError):
-            error.may_have_run = True
-        return None, error
+        return None, _marked(error)
+
+
+def _marked(error: BaseException) -> BaseException:
+    if isinstance(error, FdpoolError):
+        error.may_have_run = True
+    return error
 
 
 def lost_descriptors(wanted: int, got: int, receiver: str) -> FdTransferError:

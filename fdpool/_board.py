@@ -1,7 +1,11 @@
-"""Which task each worker has begun: one shared page a slot, written by the worker, read by the client after a death.
+"""What each worker has begun and done: one shared area a slot, which outlives the worker.
 
 A worker may die between receiving a task and beginning it. The task is then in no inbox and has no answer,
-as if it had begun, but its page says that it had not: so the next worker can run it.
+as if it had begun, but the area says that it had not: so the next worker can run it. Of tasks that came
+together, the answers are written here one by one and sent together: none is lost if a later task kills the worker.
+
+Words are stored one after the other and read without a lock. On processors that may show others a later store
+before an earlier one, it is a matter of nanoseconds; where that could matter, the reader waits `SETTLE_S` first.
 """
 
 from __future__ import annotations
@@ -12,13 +16,18 @@ from struct import Struct
 
 from . import _platform, fds
 
-_PAGE_BYTES = mmap.ALLOCATIONGRANULARITY
-_TASK = Struct("<Q")
-_STOP_AT = 8  # where the client puts the task that is to stop; the worker only reads it
+AREA_BYTES = 64 * 1024
+_WORD = Struct("<Q")
+_BEGUN, _STOP, _RECALL, _LOGGED = range(4)  # words; the second and third are the client's to write
+_LOG_AT = 64
+LOG_BYTES = AREA_BYTES - _LOG_AT
+
+#: After so long what another processor has stored is seen; a thousand times what it takes.
+SETTLE_S = 100e-6
 
 
 class Board:
-    """The client's side: all pages.
+    """The client's side: all areas.
 
     Attributes:
         fd: the shared file, for the supervisor to hand to workers; owned.
@@ -27,52 +36,97 @@ class Board:
     def __init__(self, slots: int) -> None:
         self.fd = fds.above_stdio(_platform.anonymous_file("fdpool-board"))
         try:
-            os.ftruncate(self.fd, slots * _PAGE_BYTES)
-            self._pages = mmap.mmap(self.fd, slots * _PAGE_BYTES, mmap.MAP_SHARED, mmap.PROT_READ)
+            os.ftruncate(self.fd, slots * AREA_BYTES)
+            self._areas = mmap.mmap(self.fd, slots * AREA_BYTES, mmap.MAP_SHARED, mmap.PROT_READ)
         except BaseException:
             os.close(self.fd)
             raise
 
     def begun(self, slot: int) -> int:
         """The task that the slot's worker began last; 0 for none."""
-        task: int = _TASK.unpack_from(self._pages, slot * _PAGE_BYTES)[0]
-        return task
+        return self._word(slot, _BEGUN)
+
+    def logged(self, slot: int) -> bytes:
+        """The answers that are written and perhaps not sent, as in an ANSWERS message, without its header.
+
+        Of a living worker: only if it does not write any just now, or these are none.
+        """
+        start = slot * AREA_BYTES + _LOG_AT
+        return self._areas[start : start + self._word(slot, _LOGGED)]
 
     def ask_to_stop(self, slot: int, task: int) -> None:
         """Leave word for the slot's worker that `task`, and no other, is to stop; it looks when it is woken."""
-        os.pwrite(self.fd, _TASK.pack(task), slot * _PAGE_BYTES + _STOP_AT)
+        self._leave_word(slot, _STOP, task)
+
+    def recall(self, slot: int, begun: int) -> None:
+        """Ask the slot's worker to begin no more tasks that came together with `begun`, which it runs.
+
+        `SETTLE_S` later: if `begun` is what it was, nothing more will begin. If it is not, the worker went on; and it
+        may have seen this as it was about to begin the next, and then it says RETURNED.
+        """
+        self._leave_word(slot, _RECALL, begun)
 
     def close(self) -> None:
         """Close file and mapping; safe to call again."""
         if self.fd >= 0:
-            self._pages.close()
+            self._areas.close()
             os.close(self.fd)
             self.fd = -1
 
+    def _word(self, slot: int, index: int) -> int:
+        word: int = _WORD.unpack_from(self._areas, slot * AREA_BYTES + index * _WORD.size)[0]
+        return word
 
-#: Runs in: a worker. Its own page.
+    def _leave_word(self, slot: int, index: int, word: int) -> None:
+        os.pwrite(self.fd, _WORD.pack(word), slot * AREA_BYTES + index * _WORD.size)
+
+
+#: Runs in: a worker. Its own area.
 here: Page | None = None
 
 
 class Page:
-    """The worker's side: its own page and no other.
+    """The worker's side: its own area and no other.
 
     Args:
         fd: the board's file; borrowed.
-        slot: whose page.
+        slot: whose area.
+
+    Attributes:
+        words: the area, as 64-bit words: `words[BEGUN] = task` says that it begins now, in 60 nanoseconds.
     """
 
     def __init__(self, fd: int, slot: int) -> None:
         global here
-        self._page = mmap.mmap(fd, _PAGE_BYTES, mmap.MAP_SHARED, offset=slot * _PAGE_BYTES)
+        self._area = mmap.mmap(fd, AREA_BYTES, mmap.MAP_SHARED, offset=slot * AREA_BYTES)
+        self._words = memoryview(self._area)[:_LOG_AT].cast("Q")
+        self._used = 0
+        self.forget_log()
         here = self
 
     def begin(self, task: int) -> None:
-        """Say that `task` begins now (0.2 microseconds, measured)."""
-        _TASK.pack_into(self._page, 0, task)
+        """Say that `task` begins now."""
+        self._words[_BEGUN] = task
+
+    def may_begin(self, task: int, previous: int) -> bool:
+        """Say that `task` begins now, unless the client wants nothing begun after the `previous` one."""
+        self._words[_BEGUN] = task
+        return self._words[_RECALL] != previous  # in this order: see `Board.recall`
+
+    def log(self, record: bytes) -> bool:
+        """Write down an answer, header and body; False if there is no room."""
+        start = self._used
+        end = start + len(record)
+        if end > LOG_BYTES:
+            return False
+        self._area[_LOG_AT + start : _LOG_AT + end] = record
+        self._words[_LOGGED] = self._used = end
+        return True
+
+    def forget_log(self) -> None:
+        """Everything written down has been sent."""
+        self._words[_LOGGED] = self._used = 0
 
     def is_to_stop(self) -> bool:
         """True if the client has asked for the end of the task that runs now."""
-        began: int = _TASK.unpack_from(self._page, 0)[0]
-        asked: int = _TASK.unpack_from(self._page, _STOP_AT)[0]
-        return began == asked
+        return self._words[_BEGUN] == self._words[_STOP]

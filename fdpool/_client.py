@@ -22,14 +22,15 @@ from typing import Any, TypeVar
 
 from . import _control, _dispatch, _messages, _process, wire
 from ._answers import lost_descriptors, worker_lost
-from ._board import Board
+from ._board import SETTLE_S, Board
 from ._broken import PoolBroken, describe_status
 from ._critical import Critical, Mask, block_in_main, mask_now, put_back
 from ._dispatch import Action, Dispatcher, Where
 from ._links import SlotLink
 from ._messages import HEADER_BYTES, MAX_DATAGRAM
 from ._pump import Pump
-from ._tasks import Task, TaskFuture
+from ._slots import State
+from ._tasks import TaskFuture
 from .errors import ForkedPool, PoolShutDown
 from .fds import SCM_MAX_FD, OwnedFds, close_all
 from .payload import Payload
@@ -39,6 +40,12 @@ T = TypeVar("T")
 #: Most tasks given to one worker, the running one included: enough that a worker need not wait for the
 #: client between short tasks.
 INBOX_DEPTH = 16
+
+#: Most bytes of a call that travels with others, so that the largest batch fits into a message.
+_LARGEST_IN_BATCH = 1024
+
+#: How often the pump looks after tasks that were sent together: whether one of them takes long, and holds up others.
+_LOOK_S = 0.004
 
 RETRY_S = (
     0.01  # pause before the kernel is asked again to take a message, where nothing of ours is in its way
@@ -93,12 +100,19 @@ class Client:
         self.phase = Phase.NEW
         self.phase_ends = 0.0  # when LEAVING or QUITTING has taken its time
         self.last_death = ""
-        self.tasks: dict[int, Task] = {}  # everything submitted and not settled
+        self.tasks: dict[int, TaskFuture[Any]] = {}  # everything submitted and not settled
         self.links: dict[int, SlotLink] = {}
         self.control: _control.ControlLink | None = None
-        self._board: Board | None = None
+        self.board: Board | None = None
         depth = INBOX_DEPTH if max_tasks is None else min(INBOX_DEPTH, max_tasks)
-        self.dispatcher = Dispatcher(max_workers, depth)
+        # A worker that leaves after so many tasks must not have received more.
+        self.dispatcher = Dispatcher(max_workers, depth, batching=max_tasks is None)
+        # Slots that were sent several tasks as one message, and what their worker had begun when last looked at.
+        self._batched: dict[int, int] = {}
+        self.looks_at: float | None = None  # when `look_after_batches` is due
+        self._recalled: dict[
+            int, set[int]
+        ] = {}  # what their workers will say they have not begun; known already
         self.critical = Critical(self._handle, self._torn)
         self._ids = itertools.count(1)
         self._broken: PoolBroken | None = None
@@ -107,7 +121,7 @@ class Client:
         )
         self._pump: Pump | None = None
         self._performers: dict[type, Callable[[Any], Sequence[Action]]] = {
-            _dispatch.SendTask: self._send_task,
+            _dispatch.SendTasks: self._send_tasks,
             _dispatch.StartWorker: self._start_worker,
             _dispatch.TakeBack: self._take_back,
             _dispatch.LoseTask: self._lose_task,
@@ -146,12 +160,26 @@ class Client:
             ForkedPool, PoolShutDown, PoolBroken: the pool takes no tasks; the payload is closed.
         """
         task = next(self._ids)
-        future._client, future._task = self, task
+        future._client = self
+        future._task = task
+        future.call = call
+        future.label = label
+        dispatcher = self.dispatcher
+        alone = call.fds is not None or len(call.body) > _LARGEST_IN_BATCH
+        if dispatcher.full and self.phase is Phase.SERVING:
+            # Nothing to decide: it can only be queued, and whoever next gets the lock will do so. Looked at
+            # again afterwards, as it may just have been too late for who had the lock.
+            self.tasks[task] = future
+            self.critical.leave((dispatcher.submitted, task, alone))
+            if dispatcher.full and self.phase is Phase.SERVING:
+                return future
+            self.critical.drain()
+            return future
         mask = block_in_main()  # a task that Ctrl-C left entered and not posted would never end
         try:
             # Entered first, checked second: who ends the pool sets the phase first and looks for tasks second,
             # so one of the two always sees the other.
-            self.tasks[task] = Task(future, call, label)
+            self.tasks[task] = future
             if self.phase is not Phase.SERVING:
                 try:
                     self._begin_serving(mask)
@@ -160,7 +188,7 @@ class Client:
                     call.close()
                     self.wake()
                     raise
-            self.critical.post_blocked(self.dispatcher.submitted, task)
+            self.critical.post_blocked(dispatcher.submitted, task, alone)
         finally:
             put_back(mask)
         return future
@@ -176,28 +204,31 @@ class Client:
                 slot = self.dispatcher.slot_of(task)
                 assert slot is not None
                 found = self._receive_inbox(slot)
+                if task not in found:
+                    found = self._recall(slot, found) + found
                 mine = [task] if task in found else []
                 self._perform(self.dispatcher.taken_back(slot, found, dropping=mine))
                 where = Where.QUEUED if mine else Where.BEGUN
             record = self.tasks.pop(task, None) if where is Where.QUEUED else None
         if record is None:
             return False
-        if record.payload is not None:
-            record.payload.close()
+        if record.call is not None:
+            record.call.close()
+            record.call = None
         if self.phase is not Phase.SERVING:
             self.wake()  # it may have been the last that the end waited for
         return True
 
     def stop(self, task: int) -> bool:
         """Ask the worker that runs the task to stop it, which commands know how to do; False if none runs it."""
-        if self.phase is Phase.FORKED or self.critical.is_mine or self._board is None:
+        if self.phase is Phase.FORKED or self.critical.is_mine or self.board is None:
             return False
         with self.critical:
             self.critical.handle_posted()
             slot = self.dispatcher.slot_of(task)
             if slot is None:
                 return False
-            self._board.ask_to_stop(slot, task)
+            self.board.ask_to_stop(slot, task)
             self.links[slot].wake_worker()
             return True
 
@@ -208,6 +239,22 @@ class Client:
         with self.critical:
             self.critical.handle_posted()
             return self.dispatcher.has_begun(task)
+
+    def wait_for(self, future: TaskFuture[Any], timeout: float | None) -> None:
+        """Help to receive until `future` is settled or `timeout` seconds are over; may return early."""
+        pump = self._pump
+        if not (pump is None or self.phase is Phase.FORKED or self.critical.is_mine or pump.is_current):
+            pump.receiver.wait_for(future, timeout)
+
+    def wake_waiter(self, future: TaskFuture[Any]) -> None:
+        """`future` was settled by others than the pool: who receives for its sake shall see it."""
+        if self._pump is not None:
+            self._pump.receiver.wake(future)
+
+    def idle(self) -> None:
+        """Every task is settled: the pump must know if the end waits for that."""
+        if self.phase is not Phase.SERVING:
+            self.wake()
 
     def let_go(self) -> None:
         """The pool was dropped: finish what was submitted, and end. Never waits, as this is for a finalizer:
@@ -234,7 +281,7 @@ class Client:
             # Newest first: what is queued goes before what lies in an inbox, or each place made there would
             # be filled again from the queue.
             for record in reversed(list(self.tasks.values())):
-                TaskFuture.cancel(record.future)  # not what a command makes of it: what runs shall finish
+                TaskFuture.cancel(record)  # not what a command makes of it: what runs shall finish
         self.wake()
 
     def end(self, grace_s: float, reason: str) -> None:
@@ -250,27 +297,30 @@ class Client:
     def forget_in_child(self) -> None:
         """Runs in: a forked child of the client, just after the fork. Close the copies, say nothing to anyone."""
         self.phase = Phase.FORKED
-        self._close()
+        self.close(abandoned=True)
 
     # -- performing: each action returns what follows from it. The caller holds the lock --------------------
 
     def _handle(self, event: Callable[..., Sequence[Action]], *arguments: Any) -> None:
-        self._perform(event(*arguments))
+        actions = event(*arguments)
+        if actions:
+            self._perform(actions)
 
     def _perform(self, actions: Sequence[Action]) -> None:
-        if not actions:
-            return
         todo = deque(actions)
         while todo:
             action = todo.popleft()
             todo.extend(self._performers[type(action)](action))
 
-    def _send_task(self, action: _dispatch.SendTask) -> Sequence[Action]:
-        slot, task = action
+    def _send_tasks(self, action: _dispatch.SendTasks) -> Sequence[Action]:
+        slot, tasks = action
+        if len(tasks) > 1:
+            return self._send_batch(slot, tasks)
+        task = tasks[0]
         record = self.tasks.get(task)
-        if record is None or record.payload is None:  # failed meanwhile
-            return self.dispatcher.finished(slot, task)
-        call = record.payload
+        if record is None or record.call is None:  # failed meanwhile
+            return self.dispatcher.finished(slot, tasks)
+        call = record.call
         numbers = call.fds.numbers if call.fds else ()
         header = _messages.pack_header(_messages.TASK, task, len(call.body), len(numbers), call.spilled)
         try:
@@ -278,16 +328,39 @@ class Client:
         except OSError as error:
             if error.errno not in _messages.MAY_YET_LAND:
                 self.fail(task, error)
-                return self.dispatcher.finished(slot, task)
+                return self.dispatcher.finished(slot, tasks)
             sent = False
         if not sent:
-            self.wake()  # the pump must learn of the new deadline
-            return self.dispatcher.inbox_full(slot, task, time.monotonic() + RETRY_S)
-        if call.carries_fds:
+            return self._inbox_full(slot, tasks)
+        if numbers and call.carries_fds:
             # A copy kept here would hide from a reader that the task has closed its end.
-            record.payload = None
+            record.call = None
             call.close()
         return ()
+
+    def _send_batch(self, slot: int, tasks: Sequence[int]) -> Sequence[Action]:
+        """Several small tasks without descriptors as one message."""
+        parts: list[bytes] = [b""]
+        gone: list[int] = []
+        for task in tasks:
+            record = self.tasks.get(task)
+            if record is None or record.call is None:
+                gone.append(task)
+                continue
+            body = record.call.body
+            parts += (_messages.pack_header(_messages.TASK, task, len(body)), body)
+        parts[0] = _messages.pack_header(_messages.TASKS, tasks[0], sum(map(len, parts)))
+        if not wire.try_send(self.links[slot].mine, parts):
+            return self._inbox_full(slot, tasks)
+        self._batched.setdefault(slot, 0)
+        if self.looks_at is None:
+            self.looks_at = time.monotonic() + _LOOK_S
+            self.wake()
+        return self.dispatcher.finished(slot, gone) if gone else ()
+
+    def _inbox_full(self, slot: int, tasks: Sequence[int]) -> Sequence[Action]:
+        self.wake()  # the pump must learn of the new deadline
+        return self.dispatcher.inbox_full(slot, tasks, time.monotonic() + RETRY_S)
 
     def _start_worker(self, action: _dispatch.StartWorker) -> Sequence[Action]:
         slot, generation = action
@@ -315,7 +388,7 @@ class Client:
         record = self.tasks.get(action.task)
         if record is not None:
             pid, status = self.links[action.slot].last_exit
-            begun = self._board is not None and self._board.begun(action.slot) == action.task
+            begun = self.board is not None and self.board.begun(action.slot) == action.task
             self.fail(action.task, worker_lost(pid, action.slot, status, record.label, begun))
         return ()
 
@@ -334,20 +407,71 @@ class Client:
         status = self.links[slot].last_exit[1]
         killed = status is not None and os.WIFSIGNALED(status) and os.WTERMSIG(status) in _OUTSIDE
         self.wake()  # the slot may be paused now, and the pump must know until when
+        self._batched.pop(slot, None)
+        self._recalled.pop(slot, None)
         unread = self._receive_inbox(slot)
         return self.dispatcher.exited(
             slot, self._received_not_begun(slot, unread) + unread, time.monotonic(), killed
         )
 
+    def look_after_batches(self) -> Sequence[Action]:
+        """Event: it is time to see whether a task holds up others that travelled with it.
+
+        Its neighbours' answers are fetched from the board, and what has not begun is taken back if a worker is idle.
+        """
+        assert self.board is not None
+        actions: list[Action] = []
+        for slot, before in list(self._batched.items()):
+            given = self.dispatcher.given(slot)
+            begun = self.board.begun(slot)
+            if not given or self.dispatcher.state(slot) is not State.READY:
+                del self._batched[slot]
+            elif begun != before or begun not in given:
+                self._batched[slot] = begun
+            else:
+                assert self._pump is not None
+                self._pump.receiver.take_log(slot, self.board)
+                if self.dispatcher.wanted:
+                    inbox = self._receive_inbox(slot)
+                    actions += self.dispatcher.taken_back(slot, self._recall(slot, inbox) + inbox)
+        self.looks_at = time.monotonic() + _LOOK_S if self._batched else None
+        return actions
+
+    def _recall(self, slot: int, inbox: Sequence[int]) -> list[int]:
+        """What the slot's worker has received and not begun, and will not begin, as its running task takes long.
+
+        Args:
+            inbox: what was taken out of its inbox just now.
+        """
+        assert self.board is not None
+        given = [task for task in self.dispatcher.given(slot) if task not in inbox]
+        begun = self.board.begun(slot)
+        if slot not in self._batched or begun not in given[:-1]:
+            return []
+        self.board.recall(slot, begun)
+        time.sleep(SETTLE_S)
+        if self.board.begun(slot) != begun:
+            return []  # it has gone on, and may or may not have seen this; if it has, it says so
+        free = given[given.index(begun) + 1 :]
+        self._recalled.setdefault(slot, set()).update(free)
+        return free
+
+    def returned(self, slot: int, tasks: Sequence[int]) -> Sequence[Action]:
+        """Event: the slot's worker says that it has not begun these, and will not."""
+        known = self._recalled.get(slot, set())
+        fresh = [task for task in tasks if task not in known]  # the others are somewhere else already
+        known.difference_update(tasks)
+        return self.dispatcher.taken_back(slot, fresh)
+
     def _received_not_begun(self, slot: int, unread: list[int]) -> list[int]:
         """What a dead worker had received, but not begun, and can be sent again."""
-        assert self._board is not None
-        begun = self._board.begun(slot)
+        assert self.board is not None
+        begun = self.board.begun(slot)
         received = [task for task in self.dispatcher.given(slot) if task not in unread and task != begun]
         return [
             task
             for task in received
-            if (record := self.tasks.get(task)) is not None and record.payload is not None
+            if (record := self.tasks.get(task)) is not None and record.call is not None
         ]
 
     def break_pool(self, error: PoolBroken, grace_s: float = 0.0) -> Sequence[Action]:
@@ -368,10 +492,10 @@ class Client:
         """Have the pump settle a task with an error, and close what the task still holds."""
         record = self.tasks.get(task)
         if record is not None and self._pump is not None:
-            if record.payload is not None:
-                record.payload.close()
-                record.payload = None
-            self._pump.settle_later(task, error)
+            if record.call is not None:
+                record.call.close()
+                record.call = None
+            self._pump.receiver.settle_later(task, error)
             self.wake()
 
     def _receive_inbox(self, slot: int) -> list[int]:
@@ -379,15 +503,19 @@ class Client:
         found = []
         while (received := wire.try_receive(self.links[slot].theirs, MAX_DATAGRAM, SCM_MAX_FD)) is not None:
             header = _messages.unpack_header(received.data)
+            if header.kind == _messages.TASKS:
+                close_all(received.fds)
+                found += [task for _, task, _ in _messages.split(received.data) if task in self.tasks]
+                continue
             record = self.tasks.get(header.task)
             if record is None or header.kind != _messages.TASK:
                 close_all(received.fds)
                 continue
             found.append(header.task)
-            if record.payload is not None:
+            if record.call is not None:
                 close_all(received.fds)  # a copy of the file that the kept payload has
                 continue
-            record.payload = Payload(received.data[HEADER_BYTES:], OwnedFds(received.fds), header.spilled)
+            record.call = Payload(received.data[HEADER_BYTES:], OwnedFds(received.fds), header.spilled)
             if len(received.fds) != header.fd_count:
                 self.fail(header.task, lost_descriptors(header.fd_count, len(received.fds), "this process"))
         return found
@@ -408,9 +536,9 @@ class Client:
                 first = _control.configuration(self._preload, self._initializer, self._max_tasks)
                 try:
                     self._pump = Pump(self, mask_now() if mask is None else mask)
-                    self._board = Board(self._max_workers)
+                    self.board = Board(self._max_workers)
                     self.control = _control.ControlLink(
-                        self._fork, first, self._board.fd, self._initializer, self._inherited
+                        self._fork, first, self.board.fd, self._initializer, self._inherited
                     )
                     self._inherited = None
                     self._pump.start()
@@ -443,6 +571,7 @@ class Client:
         moments = [self.dispatcher.next_deadline()]
         if self.phase in (Phase.LEAVING, Phase.QUITTING):
             moments.append(self.phase_ends)
+        moments.append(self.looks_at)
         if self.control is not None and not self.control.flush():
             moments.append(time.monotonic() + RETRY_S)
         return min((moment for moment in moments if moment is not None), default=None)
@@ -478,7 +607,7 @@ class Client:
                 reason = f"the pool's supervisor {describe_status(status)}; its workers have been killed"
                 self.break_pool(PoolBroken(reason))
         assert self._pump is not None
-        self._pump.settle_all()
+        self._pump.settle()
         with self.critical:
             self.bury()
 
@@ -494,13 +623,21 @@ class Client:
         self.release()
 
     def release(self) -> None:
-        """The pool is over: close what this object owns. Lock held."""
+        """The pool is over: close what this object owns; the pump does so itself, with the lock free. Lock held."""
         self.phase = Phase.OVER
-        self._close()
         _process.unregister(self)
+        if self._pump is None or not self._pump.is_current:
+            self.close()
 
-    def _close(self) -> None:
-        for owned in (*self.links.values(), self.control, self._board, self._pump, self._initializer):
+    def close(self, abandoned: bool = False) -> None:
+        """Close everything. Safe to call again.
+
+        Args:
+            abandoned: this is a forked child of the client, without its threads.
+        """
+        if self._pump is not None:
+            self._pump.close(abandoned)
+        for owned in (*self.links.values(), self.control, self.board, self._initializer):
             if owned is not None:
                 owned.close()
         self.links.clear()

@@ -37,6 +37,7 @@ _BLOCKED = tuple(
 
 
 Mask = set[int]
+_last: Mask = _sigmask(signal.SIG_BLOCK, ())
 
 
 def block_signals() -> Mask:
@@ -45,13 +46,16 @@ def block_signals() -> Mask:
     A program may have blocked some of them itself (for sigwait(3), say), so that mask is what is to be put back.
     Where a handler that is due raises, nothing is blocked.
     """
-    before: Mask = _sigmask(signal.SIG_BLOCK, ())
+    global _last
     try:
-        # Runs the handlers that are due, too, and would take the mask along with what they raise.
-        _sigmask(signal.SIG_BLOCK, _BLOCKED)
+        # Runs the handlers that are due, too, which take the mask before along with what they raise. Then it is
+        # taken to be what it was the last time: asking first costs a system call each time.
+        before: Mask = _sigmask(signal.SIG_BLOCK, _BLOCKED)
     except BaseException:
-        _sigmask(signal.SIG_SETMASK, before)
+        _sigmask(signal.SIG_SETMASK, _last)
         raise
+    if len(before) < len(_BLOCKED):  # not a block within a block
+        _last = before
     return before
 
 
@@ -87,6 +91,8 @@ class Critical:
         self._lock: Any = threading.RLock()
         self._mask: Mask | None = None  # of the holder, to be put back
         self._events: deque[tuple[Any, ...]] = deque()
+        #: Leaves an event, as a tuple, to whoever handles events next. Never waits; from any thread or handler.
+        self.leave: Callable[[tuple[Any, ...]], None] = self._events.append
         self._handle = handle
         self._torn = torn
 
@@ -124,18 +130,19 @@ class Critical:
                 put_back(mask)
 
     def _drain(self) -> None:
-        while self._events and not self.is_mine:
+        lock = self._lock
+        while self._events and not lock._is_owned():
             try:
-                if not self._lock.acquire(blocking=False):
+                if not lock.acquire(blocking=False):
                     return  # its holder will look again
                 self.handle_posted()
             except BaseException as error:
-                if self.is_mine:
+                if lock._is_owned():
                     self._torn(error)
                 raise
             finally:
-                if self.is_mine:
-                    self._lock.release()
+                if lock._is_owned():
+                    lock.release()
 
     def handle_posted(self) -> None:
         """The caller holds the lock: handle everything that is posted."""

@@ -4,13 +4,16 @@ It knows task ids, slot numbers and the time it is told; no socket, clock, threa
 method is an event ("this has happened") and returns the actions to perform, in order; `_client`
 performs them. A task is in exactly one place: `queued` here, `given` to a slot, or done and forgotten.
 
-    submitted ──► queued ──SendTask──► given ──finished──► (done)
-                    ▲                    │  └──exited, begun──► LoseTask
+    submitted ──► queued ──SendTasks──► given ──finished──► (done)
+                    ▲                     │  └──exited, begun──► LoseTask
                     └── taken back, full, exited before it began ──┘
 
 A slot's inbox is the kernel's queue, so a task given may not have begun: whoever receives the datagram
 first owns it. That is what makes deep inboxes harmless: an idle worker's client takes back what a busy
 one has not begun (`TakeBack`), and a task that waits behind a long one never waits while a worker idles.
+
+Where many tasks are queued that have been short so far, several travel together: as many as are done in a
+fraction of a millisecond. What goes together is run in its order by one worker, or taken back.
 """
 
 from __future__ import annotations
@@ -26,11 +29,11 @@ TaskId = int
 SlotNumber = int
 
 
-class SendTask(NamedTuple):
-    """Put the task in the slot's inbox; if there is no room, answer with `inbox_full`."""
+class SendTasks(NamedTuple):
+    """Put the tasks in the slot's inbox as one message; if there is no room, answer with `inbox_full`."""
 
     slot: SlotNumber
-    task: TaskId
+    tasks: Sequence[TaskId]
 
 
 class StartWorker(NamedTuple):
@@ -65,8 +68,14 @@ class BreakPool(NamedTuple):
     failures: int
 
 
-Action = Union[SendTask, StartWorker, TakeBack, LoseTask, DismissWorker, BreakPool]
+Action = Union[SendTasks, StartWorker, TakeBack, LoseTask, DismissWorker, BreakPool]
 NOTHING: Sequence[Action] = ()
+
+#: How much work goes in one message, in seconds. It is what a task may wait for a neighbour while another worker is
+#: idle, until it is taken back; twice as much gains 3 % in a flood of tasks that do nothing.
+BATCH_S = 250e-6
+#: Most tasks in one message: 10,000 that do nothing take 12 microseconds each by 32, 25 one by one.
+LARGEST_BATCH = 32
 
 
 class Where(Enum):
@@ -85,7 +94,7 @@ class _Seat:
 
     def __init__(self, slot: Slot) -> None:
         self.slot = slot
-        self.given: OrderedDict[TaskId, None] = OrderedDict()
+        self.given: OrderedDict[TaskId, bool] = OrderedDict()  # to whether it travels alone
         self.held_until: float | None = None  # the kernel would not take more; 0.0: until a task ends
         self.rank: int | None = None
 
@@ -101,15 +110,27 @@ class Dispatcher:
 
     Args:
         max_slots: most workers at a time.
-        depth: most tasks given to one worker, the running one included.
+        depth: most messages given to one worker, if they were full; the running task's included.
+        batching: several short tasks may go as one message.
         boot_limit: how many workers may die before they are ready, in a row, before the pool breaks.
         kill_limit: the same where the last of them was killed from outside: somebody may kill a few that are
             innocent, but an initializer for which memory never suffices must not be tried for ever.
     """
 
-    def __init__(self, max_slots: int, depth: int = 16, boot_limit: int = 3, kill_limit: int = 12) -> None:
-        self.queued: OrderedDict[TaskId, None] = OrderedDict()
+    def __init__(
+        self,
+        max_slots: int,
+        depth: int = 16,
+        boot_limit: int = 3,
+        kill_limit: int = 12,
+        batching: bool = True,
+    ) -> None:
+        self.queued: OrderedDict[TaskId, bool] = OrderedDict()  # to whether it travels alone
+        self.full = False  # tasks are queued, as nobody has room: a new one can only be queued, too
+        self.batch = 1  # most tasks in one message just now
         self.boot_failures = 0
+        self._batching = batching
+        self._busy_s = BATCH_S  # what a task takes: the longest of late
         self._boot_limit = boot_limit
         self._kill_limit = kill_limit
         self._depth = depth
@@ -129,6 +150,11 @@ class Dispatcher:
         """True if no task is queued or given."""
         return not self.queued and not self._given_to
 
+    @property
+    def wanted(self) -> bool:
+        """True if a worker is idle and nothing is queued for it."""
+        return bool(self._ranks[0]) and not self.queued
+
     def state(self, slot: SlotNumber) -> State:
         """What the slot holds."""
         return self._seats[slot].slot.state
@@ -140,6 +166,10 @@ class Dispatcher:
     def given(self, slot: SlotNumber) -> list[TaskId]:
         """The slot's tasks, oldest first."""
         return list(self._seats[slot].given)
+
+    def has_given(self, slot: SlotNumber) -> bool:
+        """True if the slot has tasks to answer."""
+        return bool(self._seats[slot].given)
 
     def has_begun(self, task: TaskId) -> bool:
         """True if the task is the oldest of a ready worker: it runs, or starts this moment."""
@@ -156,26 +186,50 @@ class Dispatcher:
 
     # -- tasks ---------------------------------------------------------------------------------------
 
-    def submitted(self, task: TaskId) -> Sequence[Action]:
-        """A new task, behind all that are queued."""
-        self.queued[task] = None
-        return self._assign()
+    def submitted(self, task: TaskId, alone: bool = True) -> Sequence[Action]:
+        """A new task, behind all that are queued; `alone` if it may not travel with others."""
+        if not self.queued:
+            self.full = False
+            seat = self._best_seat(start=False)
+            if seat is not None:
+                # Beyond this, tasks had better gather to be sent together.
+                if self.batch > 1 and len(seat.given) >= self._depth:
+                    self.full = True
+                else:
+                    seat.given[task] = alone
+                    self._given_to[task] = seat
+                    self._place(seat)
+                    return (SendTasks(seat.slot.number, (task,)),)
+        self.queued[task] = alone
+        return NOTHING if self.full else self._assign()
 
-    def finished(self, slot: SlotNumber, task: TaskId) -> Sequence[Action]:
-        """The slot's worker has answered the task; a stray answer changes nothing."""
+    def finished(
+        self, slot: SlotNumber, tasks: Sequence[TaskId], busy_s: float | None = None
+    ) -> Sequence[Action]:
+        """The slot's worker has answered the tasks; stray answers change nothing.
+
+        Args:
+            busy_s: how long it was busy with all of them, if that is known.
+        """
         seat = self._seats[slot]
-        if task not in seat.given:
+        given = seat.given
+        before = len(given)
+        for task in tasks:
+            if task in given:
+                del given[task], self._given_to[task]
+        if len(given) == before:
             return NOTHING
-        del seat.given[task], self._given_to[task]
         seat.held_until = None
         self._place(seat)
+        if self._batching and busy_s is not None:
+            self._learn(busy_s / len(tasks))
         return self._assign() if self.queued else self._relieve()
 
-    def inbox_full(self, slot: SlotNumber, task: TaskId, until: float) -> Sequence[Action]:
-        """The kernel would not take the task: it is first in the queue again, and the slot gets no other
+    def inbox_full(self, slot: SlotNumber, tasks: Sequence[TaskId], until: float) -> Sequence[Action]:
+        """The kernel would not take the tasks: they are first in the queue again, and the slot gets no other
         until one of its tasks ends; or, if it has none and others fill the kernel, until the time `until`."""
         seat = self._seats[slot]
-        self._requeue(seat, [task])
+        self._requeue(seat, tasks)
         seat.held_until = 0.0 if seat.given else until
         self._place(seat)
         return NOTHING
@@ -301,22 +355,55 @@ class Dispatcher:
             if seat.slot.state is State.VACANT:
                 seat.slot.step(Event.WANTED)
                 actions.append(StartWorker(seat.slot.number, seat.slot.generation))
-            task, _ = queued.popitem(last=False)
-            seat.given[task] = None
-            self._given_to[task] = seat
+            tasks = self._next_batch()
+            given = seat.given
+            for task, alone in tasks:
+                given[task] = alone
+                self._given_to[task] = seat
             self._place(seat)
-            actions.append(SendTask(seat.slot.number, task))
+            actions.append(SendTasks(seat.slot.number, [task for task, _ in tasks]))
+        self.full = bool(queued)
         return actions
 
-    def _best_seat(self) -> _Seat | None:
-        """Where the next task begins soonest, or None if every inbox is at its depth."""
+    def _next_batch(self) -> list[tuple[TaskId, bool]]:
+        """Take what goes as one message from the queue: no more than a fair share, so that none is left idle."""
+        queued = self.queued
+        tasks = [queued.popitem(last=False)]
+        if tasks[0][1]:
+            return tasks
+        for _ in range(min(self.batch, len(queued) // len(self._seats)) - 1):
+            task = queued.popitem(last=False)
+            if task[1]:
+                queued[task[0]] = True
+                queued.move_to_end(task[0], last=False)
+                break
+            tasks.append(task)
+        return tasks
+
+    def _learn(self, busy_s: float) -> None:
+        """Reckon with the longest task of late: up at once, down slowly."""
+        known = self._busy_s
+        self._busy_s = min(busy_s, 2 * BATCH_S) if busy_s > known else known + 0.2 * (busy_s - known)
+        batch = LARGEST_BATCH
+        while batch > 1 and batch * self._busy_s > BATCH_S:
+            batch //= 2
+        if batch != self.batch:
+            self.batch = batch
+            for seat in self._seats:
+                self._place(seat)
+
+    def _best_seat(self, start: bool = True) -> _Seat | None:
+        """Where the next task begins soonest, or None if every inbox is at its depth.
+
+        Without `start`, None as well if a worker is to be started for it.
+        """
         ranks = self._ranks
         if ranks[0]:
             return next(reversed(ranks[0].values()))
         if ranks[1]:
             return next(reversed(ranks[1].values()))
         if self._vacant and not self._dismissed:
-            return self._seats[self._vacant.pop()]
+            return self._seats[self._vacant.pop()] if start else None
         for rank in ranks[2:-1]:
             if rank:
                 return next(iter(rank.values()))
@@ -324,43 +411,47 @@ class Dispatcher:
 
     def _relieve(self) -> Sequence[Action]:
         """Nothing is queued: if a worker is idle while another has tasks waiting, take those back."""
-        if not self._ranks[0] or self.queued:
+        if not self._given_to or not self._ranks[0] or self.queued:
             return NOTHING
-        for rank in reversed(self._ranks[3:]):
+        # Rank 2 is passed over where nobody in it has a task waiting, or 256 busy workers would be looked at.
+        for rank in reversed(self._ranks[2 if self.batch > 1 else 3 :]):
             for seat in rank.values():
                 if seat.waiting:
                     return [TakeBack(seat.slot.number)]
         return NOTHING
 
-    def _requeue(self, seat: _Seat, tasks: list[TaskId]) -> None:
+    def _requeue(self, seat: _Seat, tasks: Sequence[TaskId]) -> None:
         for task in reversed(tasks):
-            del seat.given[task], self._given_to[task]
-            self.queued[task] = None
+            del self._given_to[task]
+            self.queued[task] = seat.given.pop(task)
             self.queued.move_to_end(task, last=False)
 
     def _place(self, seat: _Seat) -> None:
         """Put the seat where its rank says; if it is held, note that it waits for the clock."""
-        number = seat.slot.number
         rank = self._rank(seat)
         if rank != seat.rank:
+            number = seat.slot.number
             if seat.rank is not None:
                 del self._ranks[seat.rank][number]
             if rank is not None:
                 self._ranks[rank][number] = seat
             seat.rank = rank
         if seat.held_until:
-            self._paused[number] = seat
+            self._paused[seat.slot.number] = seat
 
     def _rank(self, seat: _Seat) -> int | None:
-        """0: ready and idle; 1: starting and idle; 2 + n: n tasks wait already; last: takes no more."""
+        """0: ready and idle; 1: starting and idle; 2 + n: n full messages wait already; last: takes no more."""
         state = seat.slot.state
-        if state is not State.READY and state is not State.STARTING:
+        given = len(seat.given)
+        if state is State.READY:
+            if seat.held_until is None and given < self._depth * self.batch:
+                return 2 + (given - 1) // self.batch if given else 0
+        elif state is State.STARTING:
+            if seat.held_until is None and given < self._depth * self.batch:
+                return 2 + given // self.batch if given else 1
+        else:
             return None
-        if seat.held_until is not None or len(seat.given) >= self._depth:
-            return len(self._ranks) - 1
-        if not seat.given:
-            return 0 if state is State.READY else 1
-        return 2 + seat.waiting
+        return len(self._ranks) - 1
 
     def _resumes(self, seat: _Seat) -> float | None:
         return seat.slot.not_before if seat.slot.state is State.COOLING else seat.held_until

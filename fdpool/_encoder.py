@@ -18,7 +18,7 @@ from .errors import FdpoolError, PayloadTooLarge
 from .fds import SCM_MAX_FD, OwnedFds
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
 #: Larger payloads go to a memory file. Measured there and back, inline against memfd, in us: 24 / 76 for
 #: 4 KiB, 40 / 87 for 32, 59 / 105 for 64, 106 / 153 for 128. So inline wins as far as a datagram reaches, but
@@ -93,18 +93,46 @@ class Encoder(Outgoing):
         self.sink = _Sink(self.chunks.append)
         self.pickler: pickle.Pickler | None = None
 
+    def try_plainly(self, obj: object) -> Payload | None:
+        """What `encode` does where all is simple: 2 microseconds, against 3.3. None if it is not, and nothing has
+        happened."""
+        pickler = self.pickler
+        if pickler is None or self.busy or self.outer is not None or _reducers.is_stale():
+            return None
+        chunks = self.chunks
+        self.busy = True
+        self.spill_bytes = SPILL_BYTES
+        simple = False
+        try:
+            pickler.dump(obj)
+            if len(chunks) == 1 and not self.fds and not self.buffers:
+                body = chunks[0]
+                if type(body) is bytes and len(body) <= SPILL_BYTES and not _needs_values(body):
+                    simple = True
+                    return Payload(body)
+        except Exception:
+            pass  # `encode` will meet it again, and explain
+        finally:
+            pickler.clear_memo()
+            chunks.clear()
+            if not simple or self.in_band:
+                self.clear()
+            self.busy = False
+        return None
+
     def fill(self, obj: object) -> None:
         """Fill chunks, buffers and descriptors from `obj`, with plain pickle if that will do."""
-        if not self._fill_plainly(obj):
-            self.clear()
-            _reducers.refresh()
-            _cloud_pickler()(self.sink, protocol=5, buffer_callback=self.keep).dump(obj)
-        if len(self.chunks) > 1:
-            # A large buffer that is kept in band is passed through as it is, and has no length.
-            self.chunks[:] = [c.raw() if isinstance(c, pickle.PickleBuffer) else c for c in self.chunks]
+        if not self.fill_plainly(obj):
+            self.fill_by_value(obj)
 
-    def _fill_plainly(self, obj: object) -> bool:
-        """Use plain pickle; False if it fails, or if what it made will not do."""
+    def fill_by_value(self, obj: object) -> None:
+        """`fill` with cloudpickle, after `fill_plainly` has said no."""
+        self.clear()
+        _reducers.refresh()
+        _cloud_pickler()(self.sink, protocol=5, buffer_callback=self.keep).dump(obj)
+
+    def fill_plainly(self, obj: object) -> bool:
+        """`fill` with plain pickle; False if that fails, or if what it made will not do."""
         pickler = self.pickler
         if pickler is None:
             pickler = self.pickler = pickle.Pickler(self.sink, 5, buffer_callback=self.keep)
@@ -117,7 +145,7 @@ class Encoder(Outgoing):
             if self.failure is not None:
                 raise
             return False
-        return not _needs_values(self.chunks)
+        return not any(map(_needs_values, self.chunks))
 
     def keep(self, buffer: pickle.PickleBuffer) -> bool:
         """Whether a protocol-5 buffer is pickled in band, with the rest.
@@ -136,6 +164,9 @@ class Encoder(Outgoing):
     def pack(self) -> Payload:
         """The payload of what was pickled; it takes the descriptors."""
         chunks = self.chunks
+        if len(chunks) > 1:
+            # A large buffer that is kept in band is passed through as it is, and has no length.
+            chunks[:] = [c.raw() if isinstance(c, pickle.PickleBuffer) else c for c in chunks]
         body = chunks[0] if len(chunks) == 1 else b""
         if self.buffers or (len(body) or self.size()) > self.spill_bytes:
             return self._pack_spilled()
@@ -190,7 +221,9 @@ def leave(encoder: Encoder, *, keep: bool) -> None:
     """
     if keep and encoder.outer is None and encoder.pickler is not None:
         encoder.pickler.clear_memo()
-        encoder.clear()
+        encoder.chunks.clear()
+        if encoder.fds or encoder.buffers or encoder.in_band:
+            encoder.clear()
         encoder.busy = False
     else:
         encoder.clear()
@@ -206,7 +239,15 @@ def encode(
     done = False
     try:
         try:
-            encoder.fill(obj)
+            if encoder.fill_plainly(obj):
+                chunks = encoder.chunks
+                if len(chunks) == 1 and not encoder.fds and not encoder.buffers:  # nearly always
+                    body = chunks[0]
+                    if type(body) is bytes and len(body) <= spill_bytes:
+                        done = True
+                        return Payload(body)
+            else:
+                encoder.fill_by_value(obj)
         except Exception as error:
             if encoder.failure is not None:
                 raise encoder.failure from None
@@ -235,24 +276,22 @@ def attempt(obj: object) -> Exception | None:
     return None
 
 
-def _needs_values(chunks: Sequence[Bytes]) -> bool:
+def _needs_values(chunk: Bytes | pickle.PickleBuffer) -> bool:
     """True if the bytes refer to something that has to travel by value, or to a subclass of one of our kinds.
 
     The bytes are enough to know: a reference holds its module's name as a short string. A string that merely
     says so costs a second pass, and nothing else.
     """
-    by_value: set[str] | None = None
+    if isinstance(chunk, pickle.PickleBuffer) or len(chunk) > _LARGEST_FRAME:
+        return False
+    if _reducers.find_telltale(chunk) is not None:
+        return True
     cloudpickle = sys.modules.get("cloudpickle")
     if cloudpickle is not None and hasattr(cloudpickle, "list_registry_pickle_by_value"):
-        by_value = cloudpickle.list_registry_pickle_by_value()
-    for chunk in chunks:
-        if isinstance(chunk, pickle.PickleBuffer) or len(chunk) > _LARGEST_FRAME:
-            continue
-        if _reducers.find_telltale(chunk) is not None:
-            return True
-        if by_value:  # as prefixes: a registered package stands for its submodules
-            data: Any = chunk
-            if any(name.encode() in data for name in by_value):
+        data: Any = chunk
+        # As prefixes: a registered package stands for its submodules.
+        for name in cloudpickle.list_registry_pickle_by_value():
+            if name.encode() in data:
                 return True
     return False
 

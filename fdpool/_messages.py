@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import pickle
+from collections.abc import Callable
 from struct import Struct
 from typing import NamedTuple, Union
 
@@ -24,8 +25,8 @@ MAX_DATAGRAM = 68 * 1024
 
 # -- task link -----------------------------------------------------------------------------------
 
-# version, kind, flags, (pad), descriptors, (pad), body bytes, task id
-_HEADER = Struct("<BBBxHxxIQ")
+# version, kind, flags, (pad), descriptors, microseconds, body bytes, task id
+_HEADER = Struct("<BBBxHHIQ")
 HEADER_BYTES = _HEADER.size
 MAX_BODY = MAX_DATAGRAM - HEADER_BYTES
 _SPILLED = 1
@@ -33,12 +34,15 @@ _SPILLED = 1
 # Kinds. To the worker:
 TASK = 1  # body: the call
 LEAVE = 2  # finish: no task follows
+TASKS = 3  # body: several calls, each with a TASK header of its own; they are run in this order
 # To the client:
 READY = 16  # the initializer is done, tasks are taken
 DONE = 17  # body: the result
 FAILED = 18  # body: the exception
 REFUSED = 19  # the task never ran, as its descriptors did not all arrive; body: REFUSAL, then a reason
 BOOT_FAILED = 20  # body: the exception that the initializer raised
+ANSWERS = 21  # body: several answers, each with a header of its own, to tasks that came together
+RETURNED = 22  # only in ANSWERS: the task was not begun, and will not be, as the client asked for it back
 
 REFUSAL = Struct("<HH")  # descriptors wanted, descriptors got
 
@@ -64,13 +68,25 @@ class Header(NamedTuple):
     spilled: bool
     fd_count: int
     task: int
+    micros: int  # of an answer: how long the worker was busy with it, 65535 for any longer
+
+
+_new: Callable[..., Header] = tuple.__new__  # half the cost of Header(...), which is a Python function
 
 
 def pack_header(
-    kind: int, task: int = 0, body_bytes: int = 0, fd_count: int = 0, spilled: bool = False
+    kind: int, task: int = 0, body_bytes: int = 0, fd_count: int = 0, spilled: bool = False, micros: int = 0
 ) -> bytes:
     """The header of a datagram whose body and descriptors are those counted here."""
-    return _HEADER.pack(VERSION, kind, _SPILLED if spilled else 0, fd_count, body_bytes, task)
+    return _HEADER.pack(
+        VERSION,
+        kind,
+        _SPILLED if spilled else 0,
+        fd_count,
+        micros if micros < 0xFFFF else 0xFFFF,
+        body_bytes,
+        task,
+    )
 
 
 def unpack_header(data: bytes) -> Header:
@@ -81,14 +97,33 @@ def unpack_header(data: bytes) -> Header:
     """
     if len(data) < HEADER_BYTES:
         raise WireError(f"a datagram of {len(data)} bytes is shorter than its {HEADER_BYTES}-byte header")
-    version, kind, flags, fd_count, body_bytes, task = _HEADER.unpack_from(data)
+    version, kind, flags, fd_count, micros, body_bytes, task = _HEADER.unpack_from(data)
     if version != VERSION:
         raise WireError(f"a datagram speaks version {version}, this side speaks {VERSION}")
     if body_bytes != len(data) - HEADER_BYTES:
         raise WireError(
             f"a header promises {body_bytes} bytes of body, the datagram has {len(data) - HEADER_BYTES}"
         )
-    return Header(kind, bool(flags & _SPILLED), fd_count, task)
+    return _new(Header, (kind, bool(flags & _SPILLED), fd_count, task, micros))
+
+
+def split(data: bytes, start: int = HEADER_BYTES) -> list[tuple[int, int, bytes]]:
+    """The (kind, task, body) of each message in `data`, which holds one after the other from `start`.
+
+    Raises:
+        WireError: the lengths do not add up.
+    """
+    found: list[tuple[int, int, bytes]] = []
+    end = len(data)
+    while start < end:
+        if end - start < HEADER_BYTES:
+            raise WireError(f"{end - start} bytes after the last of {len(found)} messages in one datagram")
+        _, kind, _, _, _, body_bytes, task = _HEADER.unpack_from(data, start)
+        start += HEADER_BYTES + body_bytes
+        found.append((kind, task, data[start - body_bytes : start]))
+    if start > end:
+        raise WireError(f"a message in a datagram of {end} bytes claims to reach to {start}")
+    return found
 
 
 # -- control link: to the supervisor ---------------------------------------------------------------

@@ -1,7 +1,7 @@
 """What this kernel offers beyond POSIX, one small function each, with what is done without it.
 
-`FDPOOL_WITHOUT` in the environment (names separated by commas: memfd, pidfd, subreaper, pdeathsig)
-makes a feature look absent, so that the fallbacks can be tested on a kernel that has them all.
+`FDPOOL_WITHOUT` in the environment (names separated by commas: memfd, pidfd, subreaper, pdeathsig,
+epoll) makes a feature look absent, so that the fallbacks can be tested on a kernel that has them all.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The pump: the one thread of a client that waits. It receives answers and reports, and settles futures.
+"""The pump: the one thread of a client that always waits, for answers, deaths and deadlines.
 
-Futures are settled here and nowhere else, with the lock free, since loading a result and calling back
-are user code.
+Answers may also be taken, and futures settled, by a thread that waits for one (`_receiver`); reports, time and
+the end of the pool are dealt with here alone, and so are callbacks, with the lock free, as they are user code.
 """
 
 from __future__ import annotations
@@ -10,45 +10,51 @@ import selectors
 import threading
 import time
 from collections import deque
-from concurrent.futures import InvalidStateError
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from . import _messages, payload, wire
-from ._answers import open_answer
+from . import _messages
 from ._broken import PoolBroken, describe_status
 from ._critical import Mask, block_signals, put_back
 from ._links import SlotLink, Waker
-from ._messages import HEADER_BYTES, MAX_DATAGRAM, Header
-from .errors import FdTransferError, WireError
-from .fds import SCM_MAX_FD, close_all
+from ._receiver import Receiver
+from ._tasks import TaskFuture
+from .errors import FdTransferError
 
 if TYPE_CHECKING:
     from ._client import Client
 
-_BATCH = 64  # most answers received from one slot before the others are looked at
-_ALL = 1 << 30
-
 
 class Pump:
-    """The waiting thread of `client`. Made and closed by it; `watch`, `wake` and `settle_later` are for any thread."""
+    """The waiting thread of `client`. Made and closed by it; `watch` and `wake` are for any thread.
+
+    Attributes:
+        receiver: takes the answers.
+    """
 
     def __init__(self, client: Client, mask: Mask) -> None:
         self._client = client
         self._mask = mask  # the signals that callbacks find blocked
         thread = threading.Thread(target=self._run, name="fdpool-pump", daemon=True)
         self._thread: threading.Thread | None = thread
+        self._callbacks: deque[TaskFuture[Any]] = deque()
         self._selector = selectors.DefaultSelector()
         try:
             self._waker = Waker()
         except BaseException:
             self._selector.close()
             raise
+        try:
+            self.receiver = Receiver(client, self._call_back, self.wake)
+        except BaseException:
+            self._selector.close()
+            self._waker.close()
+            raise
         self._selector.register(self._waker, selectors.EVENT_READ)
+        answers = self.receiver.watched_by_pump()
+        if answers is not None:
+            self._selector.register(answers, selectors.EVENT_READ, self.receiver)
         self._ticks_at: float | None = None
         self._look_again = False  # touched by the thread alone
-        self._to_settle: deque[tuple[int, tuple[Header, wire.Received] | None, BaseException | None]] = (
-            deque()
-        )
 
     def start(self) -> None:
         """Begin, once the client has its control link.
@@ -61,6 +67,11 @@ class Pump:
         assert self._thread is not None
         self._thread.start()
 
+    @property
+    def is_current(self) -> bool:
+        """True if this is the pump's own thread."""
+        return self._thread is not None and threading.get_ident() == self._thread.ident
+
     def join(self) -> None:
         """Wait for the thread's end; from that thread itself, return at once."""
         thread = self._thread
@@ -71,25 +82,27 @@ class Pump:
 
     def watch(self, link: SlotLink) -> None:
         """Receive what comes on a slot from now on."""
-        self._selector.register(link.mine, selectors.EVENT_READ, link)
-        self.wake()
+        if not self.receiver.watch(link):
+            self._selector.register(link.mine, selectors.EVENT_READ, link)
+            self.wake()
 
     def wake(self) -> None:
         """Make the thread look again before it waits; from any thread, itself included.
 
         It may be in the pump that an event is handled after it has worked out how long to wait.
         """
-        if threading.current_thread() is self._thread:
+        if self.is_current:
             self._look_again = True
         else:
             self._waker.wake()
 
-    def settle_later(self, task: int, error: BaseException) -> None:
-        """Have a task settled with an error, in the pump's thread."""
-        self._to_settle.append((task, None, error))
+    def close(self, abandoned: bool = False) -> None:
+        """Close the descriptors; whatever was watched is to be closed as well, and by its owner.
 
-    def close(self) -> None:
-        """Close the descriptors; whatever was watched is to be closed as well, and by its owner."""
+        Args:
+            abandoned: this is a forked child, where the threads that used them are not.
+        """
+        self.receiver.close(abandoned)
         self._selector.close()
         self._waker.close()
 
@@ -104,6 +117,7 @@ class Pump:
                 self._turn()
         except Exception as error:
             self._crash(error)
+        self._client.close()
 
     def _turn(self) -> None:
         """Wait once, handle what came, settle futures, and see whether the pool can move on in its end."""
@@ -111,17 +125,22 @@ class Pump:
         timeout_s = self._timeout_s()
         ready = self._selector.select(0.0 if self._look_again else timeout_s)
         self._look_again = False
+        self.receiver.reclaim()
         for key, _ in ready:
-            if isinstance(key.data, SlotLink):
-                self._receive_answers(key.data, _BATCH)
+            if key.data is self.receiver:
+                self.receiver.take_ready()
+            elif isinstance(key.data, SlotLink):
+                self.receiver.take_from(key.data)
             elif key.data is None:
                 self._waker.clear()
             elif not self._receive_reports():
                 return
         if self._ticks_at is not None and self._ticks_at <= time.monotonic():
             client.critical.post(client.dispatcher.tick, time.monotonic())
+        if client.looks_at is not None and client.looks_at <= time.monotonic():
+            client.critical.post(client.look_after_batches)
         client.critical.drain()
-        self.settle_all()
+        self.settle()
         client.move_on()
 
     def _timeout_s(self) -> float | None:
@@ -130,9 +149,13 @@ class Pump:
         with client.critical:
             deadline = client.wanted_at()
             self._ticks_at = client.dispatcher.next_deadline()
-        if client.critical.pending or self._to_settle:
+        if client.critical.pending or self.receiver.pending or self._callbacks:
             return 0.0
-        return None if deadline is None else max(0.0, deadline - time.monotonic())
+        look = self.receiver.next_look()
+        if deadline is None:
+            return look
+        remaining_s = max(0.0, deadline - time.monotonic())
+        return remaining_s if look is None else min(look, remaining_s)
 
     def _crash(self, error: Exception) -> None:
         """A defect of our own. Closing the control link has every worker killed; nobody waits in vain."""
@@ -143,83 +166,27 @@ class Pump:
             client.break_pool(broken)
             if client.control is not None:
                 client.control.socket.close()
-        self.settle_all()
+        self.settle()
         with client.critical:
             client.bury()
 
-    # -- answers -------------------------------------------------------------------------------------------
+    # -- futures -------------------------------------------------------------------------------------------
 
-    def _receive_answers(self, link: SlotLink, most: int) -> None:
-        """Receive what a slot's worker has sent; after `most` datagrams the selector will say that there is more."""
-        for _ in range(most):
-            received = wire.try_receive(link.mine, MAX_DATAGRAM, SCM_MAX_FD)
-            if received is None:
-                return
-            self._take_answer(link.slot, received)
-
-    def _take_answer(self, slot: int, received: wire.Received) -> None:
-        """Post what a datagram means. One that answers no task of this slot is closed and passed over."""
-        client = self._client
-        try:
-            header = _messages.unpack_header(received.data)
-        except WireError:
-            close_all(received.fds)
+    def settle(self) -> None:
+        """Runs in: the pump. Settle what is due, and call back."""
+        self.receiver.settle()
+        if not self._callbacks:
             return
-        if header.kind == _messages.READY:
-            client.critical.post(client.dispatcher.readied, slot)
-        elif header.kind == _messages.BOOT_FAILED:
-            cause = payload.loads_failure(received.data[HEADER_BYTES:], received.fds, header.spilled)
-            broken = PoolBroken(f"the pool's initializer failed: {type(cause).__name__}: {cause}")
-            broken.__cause__ = cause
-            client.critical.post(client.break_pool, broken)
-        elif client.dispatcher.slot_of(header.task) != slot:
-            close_all(received.fds)
-        else:
-            self._to_settle.append((header.task, (header, received), None))
-            client.critical.post(client.dispatcher.finished, slot, header.task)
-
-    def settle_all(self) -> None:
-        """Settle what is due, with signals let through: a callback may start programs, which inherit the mask."""
-        if not self._to_settle:
-            return
-        put_back(self._mask)
+        put_back(self._mask)  # a callback may start programs, which inherit the mask
         try:
-            while self._to_settle:
-                self._settle(*self._to_settle.popleft())
+            while self._callbacks:
+                self._callbacks.popleft().call_back()
         finally:
             block_signals()
 
-    def _settle(
-        self, task: int, answer: tuple[Header, wire.Received] | None, error: BaseException | None
-    ) -> None:
-        record = self._client.tasks.get(task)
-        if record is None:
-            if answer is not None:
-                close_all(answer[1].fds)
-            return
-        result = None
-        if answer is not None:
-            result, error = open_answer(*answer)
-        future = record.future
-        future._client = None
-        if record.payload is not None:
-            record.payload.close()
-        try:
-            if error is None:
-                future.set_result(result)
-            else:
-                future.set_exception(error)
-        except InvalidStateError:
-            pass  # its owner has settled it by hand
-        except BaseException:
-            # concurrent.futures logs what a callback raises, but SystemExit and its like it lets through, and the
-            # pool would stand still.
-            import logging
-
-            logging.getLogger("concurrent.futures").exception("exception calling callback for %r", future)
-        finally:
-            # Only now: as long as a task is in there, the pool does not end.
-            del self._client.tasks[task]
+    def _call_back(self, future: TaskFuture[Any]) -> None:
+        self._callbacks.append(future)
+        self.wake()
 
     # -- reports -------------------------------------------------------------------------------------------
 
@@ -257,6 +224,10 @@ class Pump:
     def _worker_gone(self, slot: int, pid: int, status: int | None) -> None:
         """Settle a dead worker's slot: first every answer that it sent, then what it left unread, then the loss."""
         link = self._client.links[slot]
-        self._receive_answers(link, _ALL)
+        board = self._client.board
+        assert board is not None
+        self.receiver.take_last(link, board, self._post_exit, link, pid, status)
+
+    def _post_exit(self, link: SlotLink, pid: int, status: int | None) -> None:
         link.ended(pid, status)
-        self._client.critical.post(self._client.worker_exited, slot)
+        self._client.critical.post(self._client.worker_exited, link.slot)

@@ -102,14 +102,18 @@ _copied: dict[Any, Any] = {}
 _urgent = ["tempfile", "multiprocessing.connection"]
 
 
-def refresh_if_stale() -> None:
-    """`refresh` if plain pickle would go wrong without; cheap, as every payload asks."""
+def is_stale() -> bool:
+    """True if plain pickle would go wrong without `refresh`; cheap, as every payload asks."""
     modules = sys.modules
     for name in _urgent:
         if name in modules:
-            refresh()
-            return
-    if _copied != copyreg.dispatch_table:
+            return True
+    return _copied != copyreg.dispatch_table
+
+
+def refresh_if_stale() -> None:
+    """`refresh` if it is due."""
+    if is_stale():
         refresh()
 
 

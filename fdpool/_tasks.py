@@ -1,12 +1,13 @@
-"""A task as the client keeps it, and the future that stands for it."""
+"""A task as the client keeps it: the future that stands for it."""
 
 from __future__ import annotations
 
 import _thread
 import threading
+import time
 from collections import deque
 from concurrent.futures import Future
-from concurrent.futures._base import CANCELLED, PENDING
+from concurrent.futures._base import CANCELLED, FINISHED, PENDING, RUNNING
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ._critical import block_in_main, put_back
@@ -17,16 +18,32 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+#: States of a future that is still to be settled.
+UNDONE = (PENDING, RUNNING)
+
 
 class _Condition(_thread.RLock, threading.Condition):  # type: ignore[misc]  # final to typeshed, not to CPython
     """A condition that is its own lock, so that `with` enters and leaves it inside C.
 
     The methods of `threading.Condition` that do so are Python: a Ctrl-C in them, with the lock already or still
     taken, would leave a future whose settling hangs the pump.
+
+    All that those methods need besides the lock is made when it is asked for, which is hardly ever: a future
+    costs 0.7 microseconds, with `Future.__init__` and a Condition of its own 1.7.
     """
 
-    def __init__(self) -> None:
-        self._waiters: deque[Any] = deque()  # all that Condition's own methods need besides the lock
+    __init__ = object.__init__  # in C, unlike Condition's
+
+    @property
+    def awaited(self) -> bool:
+        """True if somebody has ever waited for it."""
+        return "_waiters" in self.__dict__
+
+    def __getattr__(self, name: str) -> Any:
+        if name != "_waiters":
+            raise AttributeError(name)
+        self._waiters: deque[Any] = deque()
+        return self._waiters
 
 
 class TaskFuture(Future[T]):
@@ -39,12 +56,23 @@ class TaskFuture(Future[T]):
 
     _result: T
     _exception: BaseException | None
+    _state: str
+    _condition: _Condition
+    _waiters: list[Any]
+    _done_callbacks: list[Any]
     _client: Client | None = None
     _task = 0
+    #: For the pool: the payload, as long as the task may have to be sent (again), and what errors call the task.
+    call: Payload | None = None
+    label = ""
 
     def __init__(self) -> None:
-        super().__init__()
         self._condition = _Condition()
+        self._state = PENDING
+        self._result = None  # type: ignore[assignment]
+        self._exception = None
+        self._waiters = []
+        self._done_callbacks = []
 
     def cancel(self) -> bool:
         client = self._client
@@ -61,6 +89,7 @@ class TaskFuture(Future[T]):
                     self._state = CANCELLED
                     self._condition.notify_all()
             if cancelled:
+                client.wake_waiter(self)
                 # What an executor calls when it meets a cancelled future; `wait` and `as_completed` are only
                 # told by this.
                 super().set_running_or_notify_cancel()
@@ -71,6 +100,68 @@ class TaskFuture(Future[T]):
                 if cancelled:
                     self._invoke_callbacks()  # type: ignore[attr-defined]  # user code: signals let through
         return self.cancelled()
+
+    def result(self, timeout: float | None = None) -> T:
+        if self._state == FINISHED and self._exception is None:
+            return self._result
+        client = self._client
+        if client is not None and self._state in UNDONE:
+            timeout = _wait(client, self, timeout)
+        try:
+            return super().result(timeout)
+        finally:
+            del self  # or future and traceback would keep each other
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        client = self._client
+        if client is not None and self._state in UNDONE:
+            timeout = _wait(client, self, timeout)
+        return super().exception(timeout)
+
+    def set_result(self, result: T) -> None:
+        super().set_result(result)
+        self._tell_waiter()
+
+    def set_exception(self, exception: BaseException | None) -> None:
+        super().set_exception(exception)
+        self._tell_waiter()
+
+    def _tell_waiter(self) -> None:
+        client = self._client
+        if client is not None:
+            client.wake_waiter(self)
+
+    def settle(self, result: Any, error: BaseException | None) -> bool:
+        """For the pool: what `set_result` and `set_exception` do, save calling back; True if there is a need to.
+
+        Nothing happens to a future that its owner has settled by hand.
+        """
+        self._client = None
+        with self._condition:
+            if self._state not in UNDONE:
+                return False
+            self._result = result
+            self._exception = error
+            self._state = FINISHED
+            for waiter in self._waiters:
+                if error is None:
+                    waiter.add_result(self)
+                else:
+                    waiter.add_exception(self)
+            if self._condition.awaited:
+                self._condition.notify_all()
+        return bool(self._done_callbacks)
+
+    def call_back(self) -> None:
+        """For the pool: call what was added before `settle`. Never raises."""
+        try:
+            self._invoke_callbacks()  # type: ignore[attr-defined]
+        except BaseException:
+            # concurrent.futures logs what a callback raises, but SystemExit and its like it lets through, and the
+            # pool would stand still.
+            import logging
+
+            logging.getLogger("concurrent.futures").exception("exception calling callback for %r", self)
 
     def _Future__get_result(self) -> T:
         """What the base's `result()` ends with, save that an exception may be falsy (gh-132063, Python 3.14)."""
@@ -84,6 +175,16 @@ class TaskFuture(Future[T]):
     def running(self) -> bool:
         client = self._client
         return super().running() or (client is not None and not self.done() and client.has_begun(self._task))
+
+
+def _wait(client: Client, future: TaskFuture[Any], timeout: float | None) -> float | None:
+    """Wait as far as the client can help; returns what is left of `timeout`."""
+    if timeout is None:
+        client.wait_for(future, None)
+        return None
+    deadline = time.monotonic() + timeout
+    client.wait_for(future, timeout)
+    return max(0.0, deadline - time.monotonic())
 
 
 class CommandFuture(TaskFuture[T]):
@@ -103,14 +204,3 @@ class CommandFuture(TaskFuture[T]):
             return False  # it has ended meanwhile
         self.set_running_or_notify_cancel()
         return True
-
-
-class Task:
-    """What the client holds of a task until it is settled; the payload only until it is sent."""
-
-    __slots__ = ("future", "label", "payload")
-
-    def __init__(self, future: TaskFuture[Any], payload: Payload | None, label: str) -> None:
-        self.future = future
-        self.payload = payload
-        self.label = label

@@ -12,6 +12,7 @@ import select
 import signal
 import socket
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from typing import NamedTuple
@@ -20,9 +21,15 @@ from . import _messages, payload, wire
 from ._board import Page
 from ._messages import HEADER_BYTES, MAX_DATAGRAM, Header
 from ._spawn import flush_standard_streams
+from ._spin import Spin
 from .errors import WireError
 from .fds import SCM_MAX_FD, close_all
 from .payload import Payload
+
+#: Longest that answers to tasks that came together are kept for each other, if those tasks take longer than expected.
+FLUSH_S = 200e-6
+
+_NONE = -1
 
 _FINISH_S = 2  # how long what a failed initializer leaves behind (threads, exit handlers) may delay the news
 
@@ -45,6 +52,7 @@ class Worker:
         self._inbox = inbox
         self._pid = os.getpid()
         self._in_task = False
+        self._previous = _NONE  # the task that ran last
 
     def run(self, boot: Boot) -> None:
         """Run the initializer, say READY, and serve until told to leave or `max_tasks` are done."""
@@ -53,8 +61,15 @@ class Worker:
             raise SystemExit(1)
         self._send(_messages.READY, 0, None)
         tasks_left = boot.max_tasks
+        spin = Spin()
+        poll = select.poll()
+        poll.register(self._inbox, select.POLLIN)
+        ready = poll.poll
         while tasks_left is None or tasks_left > 0:
+            soon = spin.look(ready)
             received = wire.receive(self._inbox, MAX_DATAGRAM, SCM_MAX_FD)
+            if not soon:
+                spin.waited()
             try:
                 header = _messages.unpack_header(received.data)
             except WireError:
@@ -63,19 +78,69 @@ class Worker:
             if header.kind == _messages.LEAVE:
                 close_all(received.fds)
                 return
+            if header.kind == _messages.TASKS:
+                close_all(received.fds)
+                self._run_batch(boot.page, _messages.split(received.data))
+                continue
             if header.kind != _messages.TASK:
                 close_all(received.fds)
                 continue
             if received.fds_lost or received.bytes_cut or len(received.fds) != header.fd_count:
                 self._refuse(header, received)
                 continue
+            began = time.monotonic()
             boot.page.begin(header.task)
             answer, kind = self._run_task(received.data[HEADER_BYTES:], received.fds, header.spilled)
             del received
-            self._send(kind, header.task, answer)
+            self._send(kind, header.task, answer, int((time.monotonic() - began) * 1e6))
             del answer
+            self._previous = header.task
             if tasks_left is not None:
                 tasks_left -= 1
+
+    def _run_batch(self, page: Page, calls: list[tuple[int, int, bytes]]) -> None:
+        """Run tasks that came together, and answer them together, but for those after which time has passed.
+
+        Each answer is written down before the next task begins, so that it outlives whatever that does to us.
+        """
+        answers: list[bytes] = []
+        began = last_sent = time.monotonic()
+        previous = self._previous
+        calls.reverse()
+        while calls:
+            _, task, body = calls.pop()
+            if not page.may_begin(task, previous):
+                page.begin(0)
+                previous = _NONE
+                back = [task, *(task for _, task, _ in reversed(calls))]
+                answers += [_messages.pack_header(_messages.RETURNED, task) for task in back]
+                break
+            answer, kind = self._run_call(body, [], False)
+            del body
+            previous = task
+            record = b""
+            if not answer.fds:
+                record = _messages.pack_header(kind, task, len(answer.body)) + answer.body
+            if not record or not page.log(record):
+                self._send_answers(page, answers, began)
+                self._send(kind, task, answer)
+                began = last_sent = time.monotonic()
+                continue
+            answers.append(record)
+            now = time.monotonic()
+            if now - last_sent > FLUSH_S and calls:
+                self._send_answers(page, answers, began)
+                began = last_sent = now
+        self._previous = previous
+        self._send_answers(page, answers, began)
+
+    def _send_answers(self, page: Page, answers: list[bytes], began: float) -> None:
+        """Send what `answers` holds, if anything, and forget it."""
+        if answers:
+            busy_ns = int((time.monotonic() - began) * 1e9)
+            self._send(_messages.ANSWERS, busy_ns, Payload(b"".join(answers)))
+            answers.clear()
+            page.forget_log()
 
     def _run_task(self, body: bytes, fds: list[int], spilled: bool) -> tuple[Payload, int]:
         """Load the call, run it, and pickle what became of it; nothing that it does escapes."""
@@ -151,12 +216,12 @@ class Worker:
         body = _messages.REFUSAL.pack(header.fd_count, min(got, 0xFFFF)) + reason.encode()
         self._send(_messages.REFUSED, header.task, Payload(body))
 
-    def _send(self, kind: int, task: int, answer: Payload | None) -> None:
+    def _send(self, kind: int, task: int, answer: Payload | None, micros: int = 0) -> None:
         """Send one answer, waiting as long as it takes: the client reads, or it is dead and so are we."""
         body = b"" if answer is None else answer.body
         fds = answer.fds.numbers if answer is not None and answer.fds else []
         spilled = answer is not None and answer.spilled
-        header = _messages.pack_header(kind, task, len(body), len(fds), spilled)
+        header = _messages.pack_header(kind, task, len(body), len(fds), spilled, micros)
         pause_s = 0.001
         while True:
             try:

@@ -13,7 +13,7 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 from . import _diagnosis, _spill
-from ._encoder import SPILL_BYTES, Bytes, Payload, attempt, encode, enter, leave
+from ._encoder import SPILL_BYTES, Bytes, Encoder, Payload, attempt, encode, enter, leave
 from ._placement import Incoming, chain, current, drop_tracebacks, release, reserve
 from .errors import FdpoolError, NotLoadable, RemoteError, RemoteTraceback
 from .fds import SCM_MAX_FD, OwnedFds
@@ -64,6 +64,11 @@ def dumps_call(
     max_fds: int = SCM_MAX_FD,
 ) -> Payload:
     """A payload of the tuple `(fn, args, kwargs)`; raises as `dumps` does, naming the call's arguments."""
+    encoder = current.outgoing
+    if spill_bytes == SPILL_BYTES and max_fds == SCM_MAX_FD and type(encoder) is Encoder:
+        payload = encoder.try_plainly((fn, args, kwargs))
+        if payload is not None:
+            return payload
     return encode(
         (fn, args, kwargs),
         spill_bytes,
@@ -74,6 +79,13 @@ def dumps_call(
 
 def dumps_result(value: object, *, spill_bytes: int = SPILL_BYTES, max_fds: int = SCM_MAX_FD) -> Payload:
     """A payload of what a task returned; raises as `dumps` does, with `may_have_run` True."""
+    if value is None:
+        return Payload(_NONE)
+    encoder = current.outgoing
+    if spill_bytes == SPILL_BYTES and max_fds == SCM_MAX_FD and type(encoder) is Encoder:
+        payload = encoder.try_plainly(value)
+        if payload is not None:
+            return payload
     try:
         return encode(
             value,
@@ -84,6 +96,10 @@ def dumps_result(value: object, *, spill_bytes: int = SPILL_BYTES, max_fds: int 
     except FdpoolError as error:
         error.may_have_run = True
         raise
+
+
+#: What a function that only does something returns: not worth a pickler.
+_NONE = pickle.dumps(None, 5)
 
 
 # -- payloads to objects -------------------------------------------------------------------------
@@ -103,7 +119,7 @@ def loads(body: Bytes, fds: list[int], spilled: bool) -> Any:
     """
     if not fds and not spilled:
         try:
-            return pickle.loads(body)
+            return None if body == _NONE else pickle.loads(body)
         except Exception as error:
             raise _not_loadable(error) from error
     dealt = current.incoming = Incoming(fds, current.incoming)

@@ -133,25 +133,16 @@ class Pool(Executor):
             WorkerLost: the worker died while it ran this task;
             PoolBroken: the pool broke or was ended before.
         """
+        client = self._client
+        client.check_usable()
         label = getattr(fn, "__qualname__", None) or repr(fn)
-        return self._submit(fn, args, kwargs, label, TaskFuture())
-
-    def _submit(
-        self,
-        fn: Callable[..., T],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        label: str,
-        future: TaskFuture[T],
-    ) -> Future[T]:
-        """Pickle a call and hand it on; `label` is what errors call it."""
-        self._client.check_usable()
+        future: TaskFuture[T] = TaskFuture()
         try:
             call = payload.dumps_call(fn, args, kwargs)
         except NotPicklable as error:
             future.set_exception(error)
             return future
-        return self._client.submit(call, label, future)
+        return client.submit(call, label, future)
 
     def map(
         self,
@@ -337,7 +328,14 @@ class Pool(Executor):
 
     def _submit_command(self, fn: Callable[[Any], T], command: Any, label: str) -> Future[T]:
         """As `submit`, with a future whose `cancel` ends the running program too."""
-        return self._submit(fn, (command,), {}, label, CommandFuture())
+        self._client.check_usable()
+        future: CommandFuture[T] = CommandFuture()
+        try:
+            call = payload.dumps_call(fn, (command,), {})
+        except NotPicklable as error:
+            future.set_exception(error)
+            return future
+        return self._client.submit(call, label, future)
 
     def popen(
         self,

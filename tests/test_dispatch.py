@@ -10,7 +10,7 @@ from fdpool._dispatch import (
     DismissWorker,
     Dispatcher,
     LoseTask,
-    SendTask,
+    SendTasks,
     StartWorker,
     TakeBack,
     Where,
@@ -19,7 +19,21 @@ from fdpool._dispatch import (
 
 def sent(actions: Sequence[Action]) -> list[tuple[int, int]]:
     """The (slot, task) pairs that were sent."""
-    return [(action.slot, action.task) for action in actions if isinstance(action, SendTask)]
+    return [
+        (action.slot, task) for action in actions if isinstance(action, SendTasks) for task in action.tasks
+    ]
+
+
+def send(slot: int, task: int) -> SendTasks:
+    """What a task that is sent at once, by itself, answers to."""
+    return SendTasks(slot, (task,))
+
+
+def same(actions: Sequence[Action], *expected: Action) -> bool:
+    """True if these are the actions, whatever kind of sequence holds the tasks."""
+    return [a._replace(tasks=tuple(a.tasks)) if isinstance(a, SendTasks) else a for a in actions] == list(
+        expected
+    )
 
 
 def ready_pool(workers: int, depth: int = 4) -> Dispatcher:
@@ -30,25 +44,25 @@ def ready_pool(workers: int, depth: int = 4) -> Dispatcher:
     for slot in range(workers):
         dispatcher.readied(slot)
         for task in dispatcher.given(slot):
-            dispatcher.finished(slot, task)
+            dispatcher.finished(slot, [task])
     assert dispatcher.idle
     return dispatcher
 
 
 def test_the_first_task_starts_a_worker_and_lies_in_its_inbox_meanwhile() -> None:
     dispatcher = Dispatcher(2)
-    assert dispatcher.submitted(1) == [StartWorker(0, 1), SendTask(0, 1)]
+    assert same(dispatcher.submitted(1), StartWorker(0, 1), send(0, 1))
 
 
 def test_a_worker_is_started_only_if_none_is_idle() -> None:
     dispatcher = ready_pool(1)
-    assert dispatcher.submitted(1) == [SendTask(0, 1)]
+    assert same(dispatcher.submitted(1), send(0, 1))
     dispatcher = Dispatcher(3)
     dispatcher.submitted(1)
     dispatcher.readied(0)
-    dispatcher.finished(0, 1)
-    assert dispatcher.submitted(2) == [SendTask(0, 2)]
-    assert dispatcher.submitted(3) == [StartWorker(1, 1), SendTask(1, 3)]
+    dispatcher.finished(0, [1])
+    assert same(dispatcher.submitted(2), send(0, 2))
+    assert same(dispatcher.submitted(3), StartWorker(1, 1), send(1, 3))
 
 
 def test_no_more_workers_than_allowed_and_no_deeper_than_allowed() -> None:
@@ -69,7 +83,7 @@ def test_a_finished_task_makes_room_for_the_first_in_the_queue() -> None:
     dispatcher = ready_pool(1, depth=2)
     for task in (1, 2, 3, 4):
         dispatcher.submitted(task)
-    assert dispatcher.finished(0, 1) == [SendTask(0, 3)]
+    assert same(dispatcher.finished(0, [1]), send(0, 3))
 
 
 def test_an_idle_worker_gets_what_a_busy_one_has_not_begun() -> None:
@@ -79,7 +93,7 @@ def test_an_idle_worker_gets_what_a_busy_one_has_not_begun() -> None:
     (slot_of_1,) = [slot for slot in (0, 1) if 1 in dispatcher.given(slot)]
     other = 1 - slot_of_1
     for task in dispatcher.given(other):
-        actions = dispatcher.finished(other, task)
+        actions = dispatcher.finished(other, [task])
     assert actions == [TakeBack(slot_of_1)]
     waiting = dispatcher.given(slot_of_1)[1:]
     assert sent(dispatcher.taken_back(slot_of_1, waiting))[0] == (other, waiting[0])
@@ -89,7 +103,7 @@ def test_nothing_is_taken_back_when_the_busy_worker_has_nothing_waiting() -> Non
     dispatcher = ready_pool(2)
     dispatcher.submitted(1)
     dispatcher.submitted(2)
-    assert dispatcher.finished(dispatcher.slot_of(2) or 0, 2) == ()
+    assert dispatcher.finished(dispatcher.slot_of(2) or 0, [2]) == ()
 
 
 def test_a_worker_that_is_still_starting_can_be_relieved_of_all_its_tasks() -> None:
@@ -97,7 +111,7 @@ def test_a_worker_that_is_still_starting_can_be_relieved_of_all_its_tasks() -> N
     dispatcher.submitted(1)
     dispatcher.submitted(2)
     dispatcher.readied(0)
-    assert dispatcher.finished(0, 1) == [TakeBack(1)]
+    assert dispatcher.finished(0, [1]) == [TakeBack(1)]
     assert sent(dispatcher.taken_back(1, [2])) == [(0, 2)]
 
 
@@ -115,19 +129,19 @@ def test_only_the_begun_task_is_lost_when_its_worker_dies() -> None:
     for task in (1, 2, 3):
         dispatcher.submitted(task)
     actions = dispatcher.exited(0, unread=[2, 3], now=0.0)
-    assert actions == [LoseTask(0, 1), StartWorker(0, 2), SendTask(0, 2), SendTask(0, 3)]
+    assert same(actions, LoseTask(0, 1), StartWorker(0, 2), send(0, 2), send(0, 3))
 
 
 def test_a_worker_killed_while_idle_is_noticed_by_nobody() -> None:
     dispatcher = ready_pool(1)
     assert list(dispatcher.exited(0, unread=[], now=0.0)) == []
-    assert dispatcher.submitted(1) == [StartWorker(0, 2), SendTask(0, 1)]
+    assert same(dispatcher.submitted(1), StartWorker(0, 2), send(0, 1))
 
 
 def test_a_task_that_was_in_the_inbox_of_a_dead_idle_worker_is_run_by_the_next() -> None:
     dispatcher = ready_pool(1)
     dispatcher.submitted(1)
-    assert dispatcher.exited(0, unread=[1], now=0.0) == [StartWorker(0, 2), SendTask(0, 1)]
+    assert same(dispatcher.exited(0, unread=[1], now=0.0), StartWorker(0, 2), send(0, 1))
 
 
 def test_workers_that_die_before_they_are_ready_break_the_pool_at_the_limit() -> None:
@@ -161,7 +175,7 @@ def test_a_queued_task_is_withdrawn_and_never_sent() -> None:
     dispatcher.submitted(1)
     dispatcher.submitted(2)
     assert dispatcher.withdraw(2) is Where.QUEUED
-    assert list(dispatcher.finished(0, 1)) == []
+    assert list(dispatcher.finished(0, [1])) == []
     assert dispatcher.idle
 
 
@@ -187,16 +201,16 @@ def test_a_full_inbox_gets_nothing_until_one_of_its_tasks_ends() -> None:
     dispatcher = ready_pool(1)
     dispatcher.submitted(1)
     dispatcher.submitted(2)
-    dispatcher.inbox_full(0, 2, until=5.0)
+    dispatcher.inbox_full(0, [2], until=5.0)
     assert list(dispatcher.submitted(3)) == []
     assert dispatcher.next_deadline() is None
-    assert sent(dispatcher.finished(0, 1)) == [(0, 2), (0, 3)]
+    assert sent(dispatcher.finished(0, [1])) == [(0, 2), (0, 3)]
 
 
 def test_a_kernel_filled_by_others_is_asked_again_after_a_while() -> None:
     dispatcher = ready_pool(1)
     dispatcher.submitted(1)
-    dispatcher.inbox_full(0, 1, until=5.0)
+    dispatcher.inbox_full(0, [1], until=5.0)
     assert dispatcher.next_deadline() == 5.0
     assert list(dispatcher.tick(4.9)) == []
     assert sent(dispatcher.tick(5.0)) == [(0, 1)]
@@ -207,8 +221,8 @@ def test_stray_answers_change_nothing() -> None:
     dispatcher.submitted(1)
     slot = dispatcher.slot_of(1)
     assert slot is not None
-    assert list(dispatcher.finished(1 - slot, 1)) == []
-    assert list(dispatcher.finished(slot, 99)) == []
+    assert list(dispatcher.finished(1 - slot, [1])) == []
+    assert list(dispatcher.finished(slot, [99])) == []
     assert dispatcher.given(slot) == [1]
 
 

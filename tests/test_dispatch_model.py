@@ -14,7 +14,7 @@ from fdpool._dispatch import (
     DismissWorker,
     Dispatcher,
     LoseTask,
-    SendTask,
+    SendTasks,
     StartWorker,
     TakeBack,
     Where,
@@ -34,9 +34,12 @@ class Kernel(RuleBasedStateMachine):
         self.dispatcher = Dispatcher(SLOTS, DEPTH, boot_limit=1000)
         self.now = 0.0
         self.ids = iter(range(1, 1_000_000))
-        self.inboxes: list[deque[int]] = [deque() for _ in range(SLOTS)]
+        self.inboxes: list[deque[list[int]]] = [deque() for _ in range(SLOTS)]  # each message holds tasks
         self.workers: list[str | None] = [None] * SLOTS  # "starting", "ready" or none
         self.running: list[int | None] = [None] * SLOTS
+        self.received: list[deque[int]] = [deque() for _ in range(SLOTS)]  # came with it, and not begun
+        self.logged: list[list[int]] = [[] for _ in range(SLOTS)]  # answers written down and not sent
+        self.alone: set[int] = set()
         self.pending: set[int] = set()
         self.begun: list[int] = []
         self.outcomes: dict[int, str] = {}
@@ -45,34 +48,41 @@ class Kernel(RuleBasedStateMachine):
         todo: deque[Action] = deque(actions)  # type: ignore[call-overload]
         while todo:
             action = todo.popleft()
-            if isinstance(action, SendTask):
-                assert action.task in self.pending, "a task that is done was sent"
+            if isinstance(action, SendTasks):
+                assert self.pending.issuperset(action.tasks), "a task that is done was sent"
+                assert len(action.tasks) == 1 or self.alone.isdisjoint(action.tasks)
+                assert len(action.tasks) <= self.dispatcher.batch
                 if len(self.inboxes[action.slot]) >= INBOX_LIMIT:
-                    todo.extend(self.dispatcher.inbox_full(action.slot, action.task, self.now + 1))
+                    todo.extend(self.dispatcher.inbox_full(action.slot, action.tasks, self.now + 1))
                 else:
-                    self.inboxes[action.slot].append(action.task)
+                    self.inboxes[action.slot].append(list(action.tasks))
             elif isinstance(action, StartWorker):
                 assert self.workers[action.slot] is None, "two workers in a slot"
                 self.workers[action.slot] = "starting"
             elif isinstance(action, TakeBack):
-                taken = list(self.inboxes[action.slot])
-                self.inboxes[action.slot].clear()
-                todo.extend(self.dispatcher.taken_back(action.slot, taken))
+                todo.extend(self.dispatcher.taken_back(action.slot, self.empty_inbox(action.slot)))
             elif isinstance(action, LoseTask):
                 self.settle(action.task, "lost")
             else:
                 assert not isinstance(action, (BreakPool, DismissWorker))
+
+    def empty_inbox(self, slot: int) -> list[int]:
+        taken = [task for message in self.inboxes[slot] for task in message]
+        self.inboxes[slot].clear()
+        return taken
 
     def settle(self, task: int, outcome: str) -> None:
         assert task not in self.outcomes, "a task has two outcomes"
         self.pending.remove(task)
         self.outcomes[task] = outcome
 
-    @rule(count=st.integers(1, 6))
-    def submit(self, count: int) -> None:
+    @rule(count=st.integers(1, 30), alone=st.booleans())
+    def submit(self, count: int, alone: bool) -> None:
         for task in (next(self.ids) for _ in range(count)):
             self.pending.add(task)
-            self.perform(self.dispatcher.submitted(task))
+            if alone:
+                self.alone.add(task)
+            self.perform(self.dispatcher.submitted(task, alone))
 
     @rule(slot=st.integers(0, SLOTS - 1))
     def become_ready(self, slot: int) -> None:
@@ -82,27 +92,51 @@ class Kernel(RuleBasedStateMachine):
 
     @rule(slot=st.integers(0, SLOTS - 1))
     def begin(self, slot: int) -> None:
-        if self.workers[slot] == "ready" and self.running[slot] is None and self.inboxes[slot]:
-            task = self.inboxes[slot].popleft()
+        if self.workers[slot] != "ready" or self.running[slot] is not None:
+            return
+        if not self.received[slot] and self.inboxes[slot]:
+            self.received[slot].extend(self.inboxes[slot].popleft())
+        if self.received[slot]:
+            task = self.received[slot].popleft()
             assert task not in self.begun, "a task has begun twice"
             self.begun.append(task)
             self.running[slot] = task
 
-    @rule(slot=st.integers(0, SLOTS - 1))
-    def finish(self, slot: int) -> None:
+    @rule(
+        slot=st.integers(0, SLOTS - 1), at_once=st.booleans(), busy_s=st.sampled_from([0.0, 5e-6, 60e-6, 1.0])
+    )
+    def finish(self, slot: int, at_once: bool, busy_s: float) -> None:
         task = self.running[slot]
         if task is not None:
             self.running[slot] = None
-            self.settle(task, "done")
-            self.perform(self.dispatcher.finished(slot, task))
+            self.logged[slot].append(task)
+            if at_once or not self.received[slot]:
+                self.answer(slot, busy_s)
+
+    def answer(self, slot: int, busy_s: float | None) -> None:
+        if self.logged[slot]:
+            done, self.logged[slot] = self.logged[slot], []
+            for task in done:
+                self.settle(task, "done")
+            self.perform(self.dispatcher.finished(slot, done, busy_s))
+
+    @rule(slot=st.integers(0, SLOTS - 1))
+    def look_at_one_that_takes_long(self, slot: int) -> None:
+        """What the pump does now and then: fetch its neighbours' answers, and take back what has not begun."""
+        if self.running[slot] is not None:
+            self.answer(slot, None)
+            back = list(self.received[slot]) + self.empty_inbox(slot)
+            self.received[slot].clear()
+            self.perform(self.dispatcher.taken_back(slot, back))
 
     @rule(slot=st.integers(0, SLOTS - 1))
     def die(self, slot: int) -> None:
         if self.workers[slot] is not None:
+            self.answer(slot, None)
             begun, self.running[slot] = self.running[slot], None
             self.workers[slot] = None
-            unread = list(self.inboxes[slot])
-            self.inboxes[slot].clear()
+            unread = list(self.received[slot]) + self.empty_inbox(slot)
+            self.received[slot].clear()
             self.perform(self.dispatcher.exited(slot, unread, self.now))
             assert begun is None or self.outcomes[begun] == "lost"
 
@@ -116,8 +150,7 @@ class Kernel(RuleBasedStateMachine):
         if where is Where.INBOX:
             slot = self.dispatcher.slot_of(task)
             assert slot is not None
-            taken = list(self.inboxes[slot])
-            self.inboxes[slot].clear()
+            taken = self.empty_inbox(slot)
             if task in taken:
                 where = Where.QUEUED
             if task in taken:
@@ -134,7 +167,7 @@ class Kernel(RuleBasedStateMachine):
 
     @rule(slot=st.integers(0, SLOTS - 1), task=st.integers(-5, -1))
     def stray_answer(self, slot: int, task: int) -> None:
-        assert list(self.dispatcher.finished(slot, task)) == []
+        assert list(self.dispatcher.finished(slot, [task])) == []
 
     @precondition(lambda self: self.pending)
     @rule()
@@ -147,7 +180,7 @@ class Kernel(RuleBasedStateMachine):
             for slot in range(SLOTS):
                 self.become_ready(slot)
                 self.begin(slot)
-                self.finish(slot)
+                self.finish(slot, True, 0.0)
         assert not self.pending, "a task is stuck"
 
     @invariant()

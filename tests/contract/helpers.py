@@ -87,3 +87,34 @@ def _explode(what: str) -> None:
     if what == "recursion":
         return _explode(what)
     raise RuntimeError(f"cannot be loaded: {what}")
+
+
+def nothing() -> None:
+    """A task that is over as soon as it begins."""
+
+
+def note(path: str, number: int) -> int:
+    """Write down that this has run."""
+    fd = os.open(path, os.O_WRONLY | os.O_APPEND)
+    os.write(fd, b"%d\n" % number)
+    os.close(fd)
+    return number
+
+
+def fail_with(number: int) -> None:
+    raise ValueError(str(number))
+
+
+def many_bytes(number: int) -> bytes:
+    return bytes(number * 200)
+
+
+def open_null(_number: int) -> Any:
+    return open(os.devnull, "rb")
+
+
+def wait_at(fifo: str) -> None:
+    """Say that we run, then wait until the FIFO has had a writer; carries no descriptor, so may travel with others."""
+    Path(f"{fifo}.begun").touch()
+    with open(fifo, "rb") as end:
+        end.read()

@@ -1,0 +1,344 @@
+"""Taking what workers have answered, and settling futures with it: by the pump, or by who waits for a result.
+
+A thread that waits for a future receives answers itself, all that come, until its own has: that saves waking
+the pump, and being woken by it. The slots' sockets are in an inner epoll, which is in an outer one that the
+pump's selector watches. Who waits takes the inner out of the outer's sight, polls it, and puts it back. One
+thread at a time may do so; others that wait meanwhile are told by whoever settles.
+
+Without epoll nobody but the pump receives.
+"""
+
+from __future__ import annotations
+
+import select
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from . import _messages, _platform, payload, wire
+from ._answers import Answer, open_answer
+from ._board import SETTLE_S, Board
+from ._broken import PoolBroken
+from ._critical import block_in_main, put_back
+from ._links import SlotLink, Waker
+from ._messages import HEADER_BYTES, MAX_DATAGRAM, Header
+from ._spin import Spin
+from ._tasks import UNDONE, TaskFuture
+from .errors import WireError
+from .fds import SCM_MAX_FD, close_all
+
+if TYPE_CHECKING:
+    from ._client import Client
+
+_BATCH = 64  # most answers received from one slot before the others are looked at
+_ALL = 1 << 30
+#: How long answers may be kept from the pump between two waits. A thread that submits and waits, again and again,
+#: would meet the answer before it waits, and the pump be woken for it: 250 microseconds a task against 35.
+_KEEP_S = 0.002
+
+_EVENTS = 256  # most slots looked at in one go
+
+
+class Receiver:
+    """The receiving side of `client`; thread-safe.
+
+    Args:
+        call_back: has the callbacks of a future called that was settled; must not wait.
+        look_again: makes the pump ask `next_look` again.
+    """
+
+    def __init__(
+        self, client: Client, call_back: Callable[[TaskFuture[Any]], None], look_again: Callable[[], None]
+    ) -> None:
+        self._client = client
+        self._look_again = look_again
+        self._call_back = call_back
+        self._links: dict[int, SlotLink] = {}
+        self._waker = Waker()  # makes who waits look at its future again
+        # Receiving and posting are one step: who handles a death must not overtake an answer received before.
+        self._receiving = threading.RLock()
+        self._turn: Any = threading.RLock()  # held by who waits
+        self._awaited: TaskFuture[Any] | None = None
+        self._others: set[object] = set()  # threads that wait and do not receive
+        self._kept = False  # the inner epoll is kept from the pump although nobody waits just now
+        self._left_at = 0.0
+        self._spin = Spin()
+        self._to_settle: deque[tuple[int, Answer | None, BaseException | None]] = deque()
+        self._inner: Any = None
+        self._outer: Any = None
+        if hasattr(select, "epoll") and _platform.has("epoll"):
+            try:
+                self._inner, self._outer = select.epoll(), select.epoll()
+                self._inner.register(self._waker, select.EPOLLIN)
+                self._outer.register(self._inner, select.EPOLLIN)
+            except OSError:
+                self.close(abandoned=True)
+                raise
+
+    def watched_by_pump(self) -> int | None:
+        """What becomes readable when answers have come and nobody waits for one; None if there is no such thing."""
+        fd: int | None = None if self._outer is None else self._outer.fileno()
+        return fd
+
+    def watch(self, link: SlotLink) -> bool:
+        """Receive what comes on a slot from now on; False if the pump itself has to watch it."""
+        self._links[link.mine.fileno()] = link
+        if self._inner is None:
+            return False
+        self._inner.register(link.mine, select.EPOLLIN)
+        return True
+
+    @property
+    def pending(self) -> bool:
+        """True if something is to be settled."""
+        return bool(self._to_settle)
+
+    def settle_later(self, task: int, error: BaseException) -> None:
+        """Have a task settled with an error by the next `settle`."""
+        self._to_settle.append((task, None, error))
+
+    def close(self, abandoned: bool = False) -> None:
+        """Close the descriptors once nobody waits any more; all futures are settled.
+
+        Args:
+            abandoned: this is a forked child, where nobody does.
+        """
+        if not abandoned:
+            self._waker.wake()
+            self._turn.acquire()  # and never released: who comes now waits as without epoll
+        for owned in (self._inner, self._outer, self._waker):
+            if owned is not None:
+                owned.close()
+
+    # -- who waits -----------------------------------------------------------------------------------------
+
+    def wait_for(self, future: TaskFuture[Any], timeout: float | None) -> None:
+        """Return when `future` is settled or `timeout` seconds are over, receiving meanwhile if nobody else does."""
+        if self._inner is None:
+            return
+        deadline = None if timeout is None else time.monotonic() + timeout
+        if self._receive_until(future, deadline):
+            return
+        # Somebody else receives, and will settle this one too, or leave it to the pump if it sees us here.
+        token = object()
+        self._others.add(token)
+        try:
+            while not self._receive_until(future, deadline):
+                remaining = None if deadline is None else deadline - time.monotonic()
+                with future._condition:
+                    if future._state not in UNDONE or (remaining is not None and remaining <= 0):
+                        return
+                    future._condition.wait(remaining)
+        finally:
+            self._others.discard(token)
+
+    def _receive_until(self, future: TaskFuture[Any], deadline: float | None) -> bool:
+        """Receive until `future` is settled or the time is over; False if it is another thread's turn."""
+        mask = block_in_main()
+        try:
+            if not self._turn.acquire(blocking=False):
+                return False
+            try:
+                self._awaited = future
+                began = time.monotonic()
+                if not self._kept:
+                    self._outer.modify(self._inner, 0)
+                try:
+                    self._wait(future, deadline, mask)
+                finally:
+                    self._give_back(began)
+            finally:
+                self._awaited = None
+                self._turn.release()
+        finally:
+            put_back(mask)
+        return True
+
+    def _give_back(self, began: float) -> None:
+        """Let the pump see answers again; or not yet, if waits follow each other quickly."""
+        now = time.monotonic()
+        if began - self._left_at < _KEEP_S and now - began < _KEEP_S and not self._others:
+            if not self._kept:
+                self._kept = True
+                self._look_again()
+        else:
+            self._kept = False
+            self._outer.modify(self._inner, select.EPOLLIN)
+        self._left_at = now
+
+    def next_look(self) -> float | None:
+        """Runs in: the pump. How long it may sleep at most, so that answers kept from it do not lie for long."""
+        return _KEEP_S if self._kept else None
+
+    def reclaim(self) -> None:
+        """Runs in: the pump. See answers again, if nobody has waited for one lately."""
+        if self._kept and self._turn.acquire(blocking=False):
+            try:
+                if self._kept and time.monotonic() - self._left_at > _KEEP_S / 2:
+                    self._kept = False
+                    self._outer.modify(self._inner, select.EPOLLIN)
+            finally:
+                self._turn.release()
+
+    def _wait(self, future: TaskFuture[Any], deadline: float | None, mask: set[int] | None) -> None:
+        """As `wait_for`, whose turn it is. Signals are blocked in the main thread, save while this blocks."""
+        poll = self._inner.poll
+        spin = self._spin
+        while future._state in UNDONE and not self._client.is_over:
+            events = spin.look(poll)
+            if not events:
+                remaining = -1.0
+                if deadline is not None and (remaining := deadline - time.monotonic()) <= 0:
+                    return
+                if mask is None:
+                    events = poll(remaining, _EVENTS)
+                else:
+                    put_back(mask)
+                    try:
+                        events = poll(remaining, _EVENTS)
+                    finally:
+                        block_in_main()
+                spin.waited()
+            self.take(events)
+            self.settle()
+
+    def wake(self, future: TaskFuture[Any]) -> None:
+        """`future` is settled, and not by who waits for it: tell."""
+        if self._awaited is future:
+            self._waker.wake()
+
+    # -- answers -------------------------------------------------------------------------------------------
+
+    def take_ready(self) -> None:
+        """Runs in: the pump. Receive what has come, if nobody else does."""
+        self.take(self._inner.poll(0, _EVENTS))
+
+    def take(self, events: list[tuple[int, int]]) -> None:
+        """Receive from the slots that `events` of the inner epoll names."""
+        for fd, _ in events:
+            link = self._links.get(fd)
+            if link is None:
+                self._waker.clear()
+            else:
+                with self._receiving:
+                    self._receive(link, _BATCH)
+
+    def take_from(self, link: SlotLink) -> None:
+        """Receive from one slot, as far as a turn goes."""
+        with self._receiving:
+            self._receive(link, _BATCH)
+
+    def take_last(self, link: SlotLink, board: Board, event: Callable[..., Any], *arguments: Any) -> None:
+        """Take all that a dead worker has sent and logged, then post its death, with no answer in between."""
+        with self._receiving:
+            self._receive(link, _ALL)
+            self._take_answers(link.slot, board.logged(link.slot), 0, None)
+            event(*arguments)
+
+    def take_log(self, slot: int, board: Board) -> None:
+        """Take what a worker that seems to stand still has logged; nothing if it goes on meanwhile."""
+        data = board.logged(slot)
+        if data:
+            time.sleep(SETTLE_S)
+            if board.logged(slot) == data:
+                with self._receiving:
+                    self._take_answers(slot, data, 0, None)
+
+    def _receive(self, link: SlotLink, most: int) -> None:
+        """Receive; after `most` datagrams epoll will say that there is more."""
+        slot, has_given = link.slot, self._client.dispatcher.has_given
+        for _ in range(most):
+            received = wire.try_receive(link.mine, MAX_DATAGRAM, SCM_MAX_FD)
+            if received is None:
+                return
+            self._take_answer(slot, received)
+            if most is _BATCH and not has_given(slot):
+                return  # nothing more is expected
+
+    def _take_answer(self, slot: int, received: wire.Received) -> None:
+        """Post what a datagram means. One that answers no task of this slot is closed and passed over."""
+        client = self._client
+        try:
+            header = _messages.unpack_header(received.data)
+        except WireError:
+            close_all(received.fds)
+            return
+        if header.kind == _messages.READY:
+            client.critical.post_blocked(client.dispatcher.readied, slot)
+        elif header.kind == _messages.BOOT_FAILED:
+            cause = payload.loads_failure(received.data[HEADER_BYTES:], received.fds, header.spilled)
+            broken = PoolBroken(f"the pool's initializer failed: {type(cause).__name__}: {cause}")
+            broken.__cause__ = cause
+            client.critical.post_blocked(client.break_pool, broken)
+        elif header.kind == _messages.ANSWERS:
+            close_all(received.fds)
+            self._take_answers(slot, received.data, HEADER_BYTES, header.task / 1e9)
+        elif client.dispatcher.slot_of(header.task) != slot:
+            close_all(received.fds)
+        else:
+            answer = (header, received.data[HEADER_BYTES:], received.fds)
+            self._to_settle.append((header.task, answer, None))
+            client.critical.post_blocked(
+                client.dispatcher.finished, slot, (header.task,), header.micros / 1e6
+            )
+
+    def _take_answers(self, slot: int, data: bytes, start: int, busy_s: float | None) -> None:
+        """Post what answers mean that come together, from the offset `start` on."""
+        client = self._client
+        slot_of = client.dispatcher.slot_of
+        done: list[int] = []
+        returned: list[int] = []
+        try:
+            found = _messages.split(data, start)
+        except WireError:
+            return
+        for kind, task, body in found:
+            if slot_of(task) != slot:
+                continue
+            if kind == _messages.RETURNED:
+                returned.append(task)
+            else:
+                done.append(task)
+                self._to_settle.append((task, (Header(kind, False, 0, task, 0), body, []), None))
+        if done:
+            client.critical.post_blocked(client.dispatcher.finished, slot, done, busy_s)
+        if returned:
+            client.critical.post_blocked(client.returned, slot, returned)
+
+    # -- settling ------------------------------------------------------------------------------------------
+
+    def settle(self) -> None:
+        """Settle what is due. Objects are loaded here, which is user code; callbacks are the pump's."""
+        due = self._to_settle
+        while due:
+            try:
+                entry = due.popleft()
+            except IndexError:
+                return  # another thread was faster
+            self._settle(*entry)
+
+    def _settle(self, task: int, answer: Answer | None, error: BaseException | None) -> None:
+        client = self._client
+        future = client.tasks.get(task)
+        if future is None:
+            if answer is not None:
+                close_all(answer[2])
+            return
+        result = None
+        if answer is not None:
+            result, error = open_answer(*answer)
+        call = future.call
+        if call is not None:
+            future.call = None
+            if call.fds is not None:
+                call.close()
+        if future.settle(result, error):
+            self._call_back(future)
+        if self._awaited is future and not self._turn._is_owned():
+            self._waker.wake()
+        # Only now: as long as a task is in there, the pool does not end.
+        del client.tasks[task]
+        if not client.tasks:
+            client.idle()
