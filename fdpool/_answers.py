@@ -20,7 +20,12 @@ def open_answer(header: Header, body: bytes, numbers: list[int]) -> tuple[Any, B
 
     Takes its descriptors over. Never raises: user code runs in here, and what that raises is the error.
     """
-    if header.kind == _messages.DONE and not numbers and not header.fd_count:
+    if (
+        header.kind != _messages.FAILED
+        and header.kind != _messages.REFUSED
+        and not numbers
+        and not header.fd_count
+    ):
         try:
             return payload.loads(body, numbers, False), None
         except BaseException as error:

@@ -18,7 +18,7 @@ from . import _platform, fds
 
 AREA_BYTES = 64 * 1024
 _WORD = Struct("<Q")
-_BEGUN, _STOP, _RECALL, _LOGGED = range(4)  # words; the second and third are the client's to write
+_BEGUN, _STOP, _RECALL, _LOGGED, _CLAIMED = range(5)  # words; the second and third are the client's to write
 _LOG_AT = 64
 LOG_BYTES = AREA_BYTES - _LOG_AT
 
@@ -46,6 +46,10 @@ class Board:
         """The task that the slot's worker began last; 0 for none."""
         return self._word(slot, _BEGUN)
 
+    def claimed(self, slot: int) -> int:
+        """The item behind the last that the slot's worker has begun, or is about to, of the chunk that it runs."""
+        return self._word(slot, _CLAIMED)
+
     def logged(self, slot: int) -> bytes:
         """The answers that are written and perhaps not sent, as in an ANSWERS message, without its header.
 
@@ -59,7 +63,8 @@ class Board:
         self._leave_word(slot, _STOP, task)
 
     def recall(self, slot: int, begun: int) -> None:
-        """Ask the slot's worker to begin no more tasks that came together with `begun`, which it runs.
+        """Ask the slot's worker to begin no more tasks that came together with `begun`, which it runs; or, if that is
+        a chunk, none of its items that are not `claimed` by then.
 
         `SETTLE_S` later: if `begun` is what it was, nothing more will begin. If it is not, the worker went on; and it
         may have seen this as it was about to begin the next, and then it says RETURNED.
@@ -112,6 +117,15 @@ class Page:
         """Say that `task` begins now, unless the client wants nothing begun after the `previous` one."""
         self._words[_BEGUN] = task
         return self._words[_RECALL] != previous  # in this order: see `Board.recall`
+
+    def claim(self, task: int, start: int, end: int) -> bool:
+        """Say that items up to `end` of the chunk `task` begin now, unless the client has recalled it."""
+        words = self._words
+        words[_CLAIMED] = end
+        if words[_RECALL] == task:
+            words[_CLAIMED] = start
+            return False
+        return True
 
     def log(self, record: bytes) -> bool:
         """Write down an answer, header and body; False if there is no room."""

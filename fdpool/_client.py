@@ -17,6 +17,7 @@ import signal
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError
 from enum import Enum
 from typing import Any, TypeVar
 
@@ -30,7 +31,7 @@ from ._links import SlotLink
 from ._messages import HEADER_BYTES, MAX_DATAGRAM
 from ._pump import Pump
 from ._slots import State
-from ._tasks import TaskFuture
+from ._tasks import ChunkFuture, TaskFuture
 from .errors import ForkedPool, PoolShutDown
 from .fds import SCM_MAX_FD, OwnedFds, close_all
 from .payload import Payload
@@ -107,8 +108,9 @@ class Client:
         depth = INBOX_DEPTH if max_tasks is None else min(INBOX_DEPTH, max_tasks)
         # A worker that leaves after so many tasks must not have received more.
         self.dispatcher = Dispatcher(max_workers, depth, batching=max_tasks is None)
-        # Slots that were sent several tasks as one message, and what their worker had begun when last looked at.
-        self._batched: dict[int, int] = {}
+        # Slots that were sent several tasks as one message, or a chunk, and what their worker had begun (the task, and
+        # the item of a chunk) when last looked at.
+        self._batched: dict[int, tuple[int, int]] = {}
         self.looks_at: float | None = None  # when `look_after_batches` is due
         self._recalled: dict[
             int, set[int]
@@ -116,6 +118,7 @@ class Client:
         self.critical = Critical(self._handle, self._torn)
         self._ids = itertools.count(1)
         self._broken: PoolBroken | None = None
+        self._dropping = False  # what has not begun is cancelled
         self._grace_s: float | None = (
             None  # once the workers are to be ended, not dismissed: SIGTERM to SIGKILL
         )
@@ -165,7 +168,7 @@ class Client:
         future.call = call
         future.label = label
         dispatcher = self.dispatcher
-        alone = call.fds is not None or len(call.body) > _LARGEST_IN_BATCH
+        alone = call.fds is not None or len(call.body) > _LARGEST_IN_BATCH or type(future) is ChunkFuture
         if dispatcher.full and self.phase is Phase.SERVING:
             # Nothing to decide: it can only be queued, and whoever next gets the lock will do so. Looked at
             # again afterwards, as it may just have been too late for who had the lock.
@@ -277,6 +280,7 @@ class Client:
             return
         with self.critical:
             self._close_doors()
+            self._dropping = self._dropping or cancel
         if cancel:
             # Newest first: what is queued goes before what lies in an inbox, or each place made there would
             # be filled again from the queue.
@@ -322,9 +326,18 @@ class Client:
             return self.dispatcher.finished(slot, tasks)
         call = record.call
         numbers = call.fds.numbers if call.fds else ()
-        header = _messages.pack_header(_messages.TASK, task, len(call.body), len(numbers), call.spilled)
+        parts: tuple[bytes, ...]
+        if type(record) is ChunkFuture:
+            span = _messages.SPAN.pack(record.start, record.stop)
+            size = len(span) + len(call.body)
+            header = _messages.pack_header(_messages.CHUNK, task, size, len(numbers), call.spilled)
+            parts = (header, span, call.body)
+            self._look_after(slot)
+        else:
+            header = _messages.pack_header(_messages.TASK, task, len(call.body), len(numbers), call.spilled)
+            parts = (header, call.body)
         try:
-            sent = wire.try_send(self.links[slot].mine, (header, call.body), numbers)
+            sent = wire.try_send(self.links[slot].mine, parts, numbers)
         except OSError as error:
             if error.errno not in _messages.MAY_YET_LAND:
                 self.fail(task, error)
@@ -352,11 +365,14 @@ class Client:
         parts[0] = _messages.pack_header(_messages.TASKS, tasks[0], sum(map(len, parts)))
         if not wire.try_send(self.links[slot].mine, parts):
             return self._inbox_full(slot, tasks)
-        self._batched.setdefault(slot, 0)
+        self._look_after(slot)
+        return self.dispatcher.finished(slot, gone) if gone else ()
+
+    def _look_after(self, slot: int) -> None:
+        self._batched.setdefault(slot, (0, 0))
         if self.looks_at is None:
             self.looks_at = time.monotonic() + _LOOK_S
             self.wake()
-        return self.dispatcher.finished(slot, gone) if gone else ()
 
     def _inbox_full(self, slot: int, tasks: Sequence[int]) -> Sequence[Action]:
         self.wake()  # the pump must learn of the new deadline
@@ -389,6 +405,13 @@ class Client:
         if record is not None:
             pid, status = self.links[action.slot].last_exit
             begun = self.board is not None and self.board.begun(action.slot) == action.task
+            if type(record) is ChunkFuture and begun:
+                assert self.board is not None
+                claimed = self.board.claimed(action.slot)
+                if record.start <= claimed < record.stop:
+                    self._enter_first(record.part(claimed, 2), record)
+                    self.fail(action.task, worker_lost(pid, action.slot, status, record.label, begun))
+                    return self.dispatcher.assign()
             self.fail(action.task, worker_lost(pid, action.slot, status, record.label, begun))
         return ()
 
@@ -424,10 +447,14 @@ class Client:
         for slot, before in list(self._batched.items()):
             given = self.dispatcher.given(slot)
             begun = self.board.begun(slot)
+            now = (begun, self.board.claimed(slot))
             if not given or self.dispatcher.state(slot) is not State.READY:
                 del self._batched[slot]
-            elif begun != before or begun not in given:
-                self._batched[slot] = begun
+            elif now != before or begun not in given:
+                self._batched[slot] = now
+            elif type(chunk := self.tasks.get(begun)) is ChunkFuture:
+                if self.dispatcher.wanted and chunk.stop - self.board.claimed(slot) > 0:
+                    actions += self._part_running(slot, begun, chunk)
             else:
                 assert self._pump is not None
                 self._pump.receiver.take_log(slot, self.board)
@@ -455,6 +482,45 @@ class Client:
         free = given[given.index(begun) + 1 :]
         self._recalled.setdefault(slot, set()).update(free)
         return free
+
+    def _part_running(self, slot: int, task: int, chunk: ChunkFuture) -> Sequence[Action]:
+        """Take what a chunk's worker has not begun away from it, as one of its items takes long."""
+        assert self.board is not None
+        self.board.recall(slot, task)
+        time.sleep(SETTLE_S)
+        claimed = self.board.claimed(slot)
+        if self.board.begun(slot) != task or not chunk.start <= claimed < chunk.stop:
+            return ()
+        self._enter_first(chunk.part(claimed, 2), chunk)
+        return self.dispatcher.assign()
+
+    def chunk_cut(self, slot: int, task: int, chunks: Sequence[ChunkFuture]) -> Sequence[Action]:
+        """Event: the slot's worker has answered a chunk, but for these parts of it."""
+        whole = self.tasks.get(task)
+        if isinstance(whole, ChunkFuture):
+            self._enter_first(chunks, whole)
+        return self.dispatcher.finished(slot, (task,))
+
+    def _enter_first(self, chunks: Sequence[ChunkFuture], whole: ChunkFuture) -> None:
+        """Enter parts of a chunk as tasks of their own, before all others."""
+        entered = []
+        for chunk in chunks:
+            task = next(self._ids)
+            chunk._task = task
+            chunk.label = whole.label
+            chunk._client = self
+            self.tasks[task] = chunk
+            if self._dropping or self.phase not in (Phase.SERVING, Phase.DRAINING):
+                self.fail(task, CancelledError() if self._dropping else self._copy_of_broken())
+                continue
+            try:
+                assert whole.call is not None
+                chunk.call = whole.call.copy()
+            except OSError as error:
+                self.fail(task, error)
+                continue
+            entered.append(task)
+        self.dispatcher.put_first(entered)
 
     def returned(self, slot: int, tasks: Sequence[int]) -> Sequence[Action]:
         """Event: the slot's worker says that it has not begun these, and will not."""
@@ -508,7 +574,7 @@ class Client:
                 found += [task for _, task, _ in _messages.split(received.data) if task in self.tasks]
                 continue
             record = self.tasks.get(header.task)
-            if record is None or header.kind != _messages.TASK:
+            if record is None or header.kind not in (_messages.TASK, _messages.CHUNK):
                 close_all(received.fds)
                 continue
             found.append(header.task)

@@ -203,6 +203,17 @@ class Dispatcher:
         self.queued[task] = alone
         return NOTHING if self.full else self._assign()
 
+    def put_first(self, tasks: Sequence[TaskId]) -> None:
+        """New tasks, before all that are queued, as they are the rest of one that has begun; assigned with what comes
+        next."""
+        for task in reversed(tasks):
+            self.queued[task] = True
+            self.queued.move_to_end(task, last=False)
+
+    def assign(self) -> Sequence[Action]:
+        """Give queued tasks to whoever has room."""
+        return self._assign()
+
     def finished(
         self, slot: SlotNumber, tasks: Sequence[TaskId], busy_s: float | None = None
     ) -> Sequence[Action]:

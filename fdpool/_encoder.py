@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from . import _reducers, _spill
 from ._placement import Outgoing, current, drop_tracebacks
 from .errors import FdpoolError, PayloadTooLarge
-from .fds import SCM_MAX_FD, OwnedFds
+from .fds import SCM_MAX_FD, OwnedFds, duplicate
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -57,6 +57,23 @@ class Payload:
     def carries_fds(self) -> bool:
         """True if there are descriptors of the user's among its own."""
         return self.fds is not None and len(self.fds) > self.spilled
+
+    def copy(self) -> Payload:
+        """Another of the same, with duplicates of the descriptors.
+
+        Raises:
+            OSError: no descriptor is left (EMFILE).
+        """
+        if self.fds is None:
+            return Payload(self.body, None, self.spilled)
+        owned = OwnedFds()
+        try:
+            for number in self.fds.numbers:
+                owned.numbers.append(duplicate(number))
+        except BaseException:
+            owned.close()
+            raise
+        return Payload(self.body, owned, self.spilled)
 
     def close(self) -> None:
         """Close the descriptors that it still owns; safe to call again."""

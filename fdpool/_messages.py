@@ -35,6 +35,7 @@ _SPILLED = 1
 TASK = 1  # body: the call
 LEAVE = 2  # finish: no task follows
 TASKS = 3  # body: several calls, each with a TASK header of its own; they are run in this order
+CHUNK = 4  # body: SPAN, then (function, items, whether to unpack them): run these items of it
 # To the client:
 READY = 16  # the initializer is done, tasks are taken
 DONE = 17  # body: the result
@@ -43,7 +44,10 @@ REFUSED = 19  # the task never ran, as its descriptors did not all arrive; body:
 BOOT_FAILED = 20  # body: the exception that the initializer raised
 ANSWERS = 21  # body: several answers, each with a header of its own, to tasks that came together
 RETURNED = 22  # only in ANSWERS: the task was not begun, and will not be, as the client asked for it back
+PIECE = 23  # body: results of a chunk, which are counted in `micros`; more will follow
+CUT = 24  # the same, but the rest of the chunk has not begun, and will not
 
+SPAN = Struct("<II")  # the first item, and the one behind the last
 REFUSAL = Struct("<HH")  # descriptors wanted, descriptors got
 
 

@@ -25,7 +25,7 @@ from ._critical import block_in_main, put_back
 from ._links import SlotLink, Waker
 from ._messages import HEADER_BYTES, MAX_DATAGRAM, Header
 from ._spin import Spin
-from ._tasks import UNDONE, TaskFuture
+from ._tasks import UNDONE, ChunkFuture, TaskFuture
 from .errors import WireError
 from .fds import SCM_MAX_FD, close_all
 
@@ -277,12 +277,30 @@ class Receiver:
             self._take_answers(slot, received.data, HEADER_BYTES, header.task / 1e9)
         elif client.dispatcher.slot_of(header.task) != slot:
             close_all(received.fds)
+        elif type(future := client.tasks.get(header.task)) is ChunkFuture:
+            self._take_piece(slot, future, header, received)
         else:
             answer = (header, received.data[HEADER_BYTES:], received.fds)
             self._to_settle.append((header.task, answer, None))
             client.critical.post_blocked(
                 client.dispatcher.finished, slot, (header.task,), header.micros / 1e6
             )
+
+    def _take_piece(self, slot: int, future: ChunkFuture, header: Header, received: wire.Received) -> None:
+        """Keep the results of a chunk; post its end, and what is left of it."""
+        client = self._client
+        answer = (header, received.data[HEADER_BYTES:], received.fds)
+        if header.kind in (_messages.FAILED, _messages.REFUSED):
+            self._to_settle.append((header.task, answer, None))
+            client.critical.post_blocked(client.dispatcher.finished, slot, (header.task,))
+            return
+        future.pieces.append(answer)
+        if header.kind != _messages.PIECE:
+            reached = future.start + sum(piece[0].micros for piece in future.pieces)
+            rest = future.part(reached, 2) if future.start <= reached < future.stop else []
+            # In this order: the rest must be entered before anybody can ask for it.
+            client.critical.post_blocked(client.chunk_cut, slot, header.task, rest)
+            self._to_settle.append((header.task, None, None))
 
     def _take_answers(self, slot: int, data: bytes, start: int, busy_s: float | None) -> None:
         """Post what answers mean that come together, from the offset `start` on."""
@@ -329,6 +347,13 @@ class Receiver:
         result = None
         if answer is not None:
             result, error = open_answer(*answer)
+        if type(future) is ChunkFuture:
+            for piece in future.pieces:
+                results, failure = open_answer(*piece)
+                error = error or failure
+                future.mixed = future.mixed or type(results) is tuple
+                future.results += results or ()
+            future.pieces.clear()
         call = future.call
         if call is not None:
             future.call = None

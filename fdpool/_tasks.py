@@ -8,11 +8,13 @@ import time
 from collections import deque
 from concurrent.futures import Future
 from concurrent.futures._base import CANCELLED, FINISHED, PENDING, RUNNING
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ._critical import block_in_main, put_back
 
 if TYPE_CHECKING:
+    from ._answers import Answer
     from ._client import Client
     from .payload import Payload
 
@@ -185,6 +187,39 @@ def _wait(client: Client, future: TaskFuture[Any], timeout: float | None) -> flo
     deadline = time.monotonic() + timeout
     client.wait_for(future, timeout)
     return max(0.0, deadline - time.monotonic())
+
+
+class ChunkFuture(TaskFuture[None]):
+    """Some items of a map, which travel together; inside the pool only.
+
+    Attributes:
+        start, stop: which of the items in the payload.
+        pieces: messages with results, in order, as they came.
+        results: once it is settled: of the items up to `stop`, or as far as they got.
+        mixed: some of them are `_chunks.Raised`.
+        after: the chunk of the items from `stop` on that this one once had, or None.
+    """
+
+    def __init__(self, start: int, stop: int) -> None:
+        super().__init__()
+        self.start = start
+        self.stop = stop
+        self.pieces: list[Answer] = []
+        self.results: list[Any] = []
+        self.mixed = False
+        self.after: ChunkFuture | None = None
+
+    def part(self, reached: int, count: int) -> list[ChunkFuture]:
+        """Keep the items up to `reached`, and make `count` chunks of the rest, or one if it is a single item."""
+        total = self.stop - reached
+        count = min(count, total)
+        edges = [reached + total * n // count for n in range(count + 1)] if total else []
+        chunks = [ChunkFuture(start, stop) for start, stop in pairwise(edges)]
+        self.stop = reached
+        for chunk in reversed(chunks):
+            chunk.after = self.after
+            self.after = chunk
+        return chunks
 
 
 class CommandFuture(TaskFuture[T]):

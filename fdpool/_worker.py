@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
-from . import _messages, payload, wire
+from . import _chunks, _messages, payload, wire
 from ._board import Page
 from ._messages import HEADER_BYTES, MAX_DATAGRAM, Header
 from ._spawn import flush_standard_streams
@@ -82,13 +82,17 @@ class Worker:
                 close_all(received.fds)
                 self._run_batch(boot.page, _messages.split(received.data))
                 continue
-            if header.kind != _messages.TASK:
+            if header.kind not in (_messages.TASK, _messages.CHUNK):
                 close_all(received.fds)
                 continue
             if received.fds_lost or received.bytes_cut or len(received.fds) != header.fd_count:
                 self._refuse(header, received)
                 continue
             began = time.monotonic()
+            if header.kind == _messages.CHUNK:
+                self._run_chunk(boot.page, header, received)
+                del received
+                continue
             boot.page.begin(header.task)
             answer, kind = self._run_task(received.data[HEADER_BYTES:], received.fds, header.spilled)
             del received
@@ -133,6 +137,42 @@ class Worker:
                 began = last_sent = now
         self._previous = previous
         self._send_answers(page, answers, began)
+
+    def _run_chunk(self, page: Page, header: Header, received: wire.Received) -> None:
+        """Run items of a map as far as time allows, and answer with their results."""
+        task = header.task
+        start, stop = _messages.SPAN.unpack_from(received.data, HEADER_BYTES)
+
+        def claim(index: int, end: int) -> bool:
+            return page.claim(task, index, end)
+
+        def in_task(value: bool) -> None:
+            self._in_task = value
+            if not value:
+                self._leave_if_forked()
+
+        page.claim(task, start, start)
+        page.begin(task)
+        self._previous = _NONE
+        try:
+            body = received.data[HEADER_BYTES + _messages.SPAN.size :]
+            self._in_task = True
+            fn, items, star = payload.loads(body, received.fds, header.spilled)
+            self._in_task = False
+        except BaseException as error:
+            self._in_task = False
+            self._send(_messages.FAILED, task, payload.dumps_failure(error))
+            return
+        results, mixed = _chunks.run(fn, items, star, start, stop, claim, in_task)
+        fn = items = None
+        reached = start
+        kind, last = _messages.PIECE, (0, payload.dumps_result([]))
+        for count, piece in _chunks.answers(results, mixed):
+            if last[0]:
+                self._send(kind, task, last[1], last[0])
+            last = (count, piece)
+            reached += count
+        self._send(_messages.DONE if reached == stop else _messages.CUT, task, last[1], last[0])
 
     def _send_answers(self, page: Page, answers: list[bytes], began: float) -> None:
         """Send what `answers` holds, if anything, and forget it."""

@@ -118,3 +118,56 @@ def wait_at(fifo: str) -> None:
     Path(f"{fifo}.begun").touch()
     with open(fifo, "rb") as end:
         end.read()
+
+
+def wait_and_tell(number: int, seconds: float) -> int:
+    if seconds:
+        time.sleep(seconds)
+    return number
+
+
+def note_or_fail(path: str, number: int) -> int:
+    note(path, number)
+    if number == 7:
+        raise ValueError(str(number))
+    return number
+
+
+def note_or_die(path: str, number: int) -> int:
+    if number == 150:
+        os._exit(1)
+    return note(path, number)
+
+
+def note_slowly(path: str, number: int) -> int:
+    time.sleep(0.001)
+    return note(path, number)
+
+
+def odd_one_out(number: int, how: str) -> tuple[int, Any]:
+    if number != 63:
+        return number, None
+    if how == "stop":
+        raise StopIteration
+    if how == "exit":
+        raise SystemExit(4)
+    return number, (lambda: 5) if how == "lambda" else (n for n in range(3))
+
+
+def note_or_wait(path: str, gate: str, number: int) -> int:
+    """Item 3 waits until the gate has had a writer."""
+    if number == 3:
+        with open(gate, "rb") as end:
+            end.read()
+    return note(path, number)
+
+
+def first_and_length(data: bytes) -> tuple[int, int]:
+    return data[0], len(data)
+
+
+def interrupt_me_at(number: int, at: int) -> int:
+    if number == at:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)
+    return number
