@@ -285,7 +285,7 @@ class Client:
             # Newest first: what is queued goes before what lies in an inbox, or each place made there would
             # be filled again from the queue.
             for record in reversed(list(self.tasks.values())):
-                TaskFuture.cancel(record)  # not what a command makes of it: what runs shall finish
+                record.withdraw(running=False)  # what runs shall finish, a program too
         self.wake()
 
     def end(self, grace_s: float, reason: str) -> None:

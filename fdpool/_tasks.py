@@ -77,13 +77,17 @@ class TaskFuture(Future[T]):
         self._done_callbacks = []
 
     def cancel(self) -> bool:
+        return self.withdraw(running=False)
+
+    def withdraw(self, running: bool) -> bool:
+        """For the pool: `cancel`; with `running`, a program that runs is stopped, too."""
         client = self._client
         if client is None or self.done():
             return super().cancel()
         cancelled = False
         mask = block_in_main()  # once the pool has forgotten the task, nobody else would ever settle this
         try:
-            if not client.withdraw(self._task):
+            if not (client.withdraw(self._task) or (running and client.stop(self._task))):
                 return self.cancelled()
             with self._condition:
                 cancelled = self._state == PENDING
@@ -230,12 +234,4 @@ class CommandFuture(TaskFuture[T]):
     """
 
     def cancel(self) -> bool:
-        if super().cancel():
-            return True
-        client = self._client
-        if client is None or self.done() or not client.stop(self._task):
-            return self.cancelled()
-        if not Future.cancel(self):
-            return False  # it has ended meanwhile
-        self.set_running_or_notify_cancel()
-        return True
+        return self.withdraw(running=True)
