@@ -155,10 +155,11 @@ def odd_one_out(number: int, how: str) -> tuple[int, Any]:
 
 
 def note_or_wait(path: str, gate: str, number: int) -> int:
-    """Item 3 waits until the gate has had a writer."""
+    """Item 3 waits until the gate has had a writer; the others take long enough to be claimed one by one."""
     if number == 3:
         with open(gate, "rb") as end:
             end.read()
+    spin(100e-6)
     return note(path, number)
 
 
