@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ._completed import CompletedCommand as CompletedCommand
     from ._completed import SpawnError as SpawnError
     from ._pipeline import CompletedPipeline as CompletedPipeline
+    from ._shared import Shared as Shared
     from .aio import AsyncDatagramSocket as AsyncDatagramSocket
     from .aio import AsyncSocket as AsyncSocket
     from .errors import DescriptorRefused as DescriptorRefused
@@ -43,6 +44,7 @@ _HOMES = {
     "_broken": ("PoolBroken", "WorkerLost"),
     "_completed": ("CommandFailed", "CommandTimedOut", "CompletedCommand", "SpawnError"),
     "_pipeline": ("CompletedPipeline",),
+    "_shared": ("Shared",),
     "errors": (
         "DescriptorRefused",
         "FdTransferError",

@@ -21,7 +21,7 @@ from concurrent.futures import CancelledError
 from enum import Enum
 from typing import Any, TypeVar
 
-from . import _control, _dispatch, _messages, _process, wire
+from . import _control, _dispatch, _messages, _process, _spill, wire
 from ._answers import lost_descriptors, worker_lost
 from ._board import SETTLE_S, Board
 from ._broken import PoolBroken, describe_status
@@ -258,6 +258,25 @@ class Client:
         """Every task is settled: the pump must know if the end waits for that."""
         if self.phase is not Phase.SERVING:
             self.wake()
+
+    def recycle(self, call: Payload) -> None:
+        """Keep the memory file of a call, which nobody maps any more, for the next one."""
+        if call.fds is not None and call.fds.numbers and _spill.recycle(call.fds.numbers.pop(0)):
+            self.wake()  # the pump is to close it after a while
+
+    def forget(self, token: bytes) -> None:
+        """Tell the workers that no task takes a shared object any more. Never waits, for finalizers."""
+        if self.phase is Phase.SERVING:
+            self.critical.post(self._tell_to_forget, token)
+
+    def _tell_to_forget(self, token: bytes) -> Sequence[Action]:
+        header = _messages.pack_header(_messages.FORGET, 0, len(token))
+        for link in self.links.values():
+            try:
+                wire.try_send(link.mine, (header, token))
+            except OSError:
+                pass  # it will be pushed out by others, or go with the worker
+        return ()
 
     def let_go(self) -> None:
         """The pool was dropped: finish what was submitted, and end. Never waits, as this is for a finalizer:
@@ -637,7 +656,7 @@ class Client:
         moments = [self.dispatcher.next_deadline()]
         if self.phase in (Phase.LEAVING, Phase.QUITTING):
             moments.append(self.phase_ends)
-        moments.append(self.looks_at)
+        moments += (self.looks_at, _spill.expires_at())
         if self.control is not None and not self.control.flush():
             moments.append(time.monotonic() + RETRY_S)
         return min((moment for moment in moments if moment is not None), default=None)
@@ -703,6 +722,7 @@ class Client:
         """
         if self._pump is not None:
             self._pump.close(abandoned)
+            _spill.expire()
         for owned in (*self.links.values(), self.control, self.board, self._initializer):
             if owned is not None:
                 owned.close()

@@ -44,19 +44,23 @@ class Payload:
         fds: the descriptors that go with it, in order, owned by the payload; None if there are none. When
             spilled, the first is the memory file.
         spilled: True if `body` is only the head, and the rest is in the memory file.
+        lent: how many of the other descriptors are of shared objects.
     """
 
-    __slots__ = ("body", "fds", "spilled")
+    __slots__ = ("body", "fds", "lent", "spilled")
 
-    def __init__(self, body: bytes, fds: OwnedFds | None = None, spilled: bool = False) -> None:
+    def __init__(
+        self, body: bytes, fds: OwnedFds | None = None, spilled: bool = False, lent: int = 0
+    ) -> None:
         self.body = body
         self.fds = fds
         self.spilled = spilled
+        self.lent = lent
 
     @property
     def carries_fds(self) -> bool:
         """True if there are descriptors of the user's among its own."""
-        return self.fds is not None and len(self.fds) > self.spilled
+        return self.fds is not None and len(self.fds) > self.spilled + self.lent
 
     def copy(self) -> Payload:
         """Another of the same, with duplicates of the descriptors.
@@ -65,7 +69,7 @@ class Payload:
             OSError: no descriptor is left (EMFILE).
         """
         if self.fds is None:
-            return Payload(self.body, None, self.spilled)
+            return Payload(self.body)
         owned = OwnedFds()
         try:
             for number in self.fds.numbers:
@@ -73,7 +77,7 @@ class Payload:
         except BaseException:
             owned.close()
             raise
-        return Payload(self.body, owned, self.spilled)
+        return Payload(self.body, owned, self.spilled, self.lent)
 
     def close(self) -> None:
         """Close the descriptors that it still owns; safe to call again."""
@@ -127,12 +131,16 @@ class Encoder(Outgoing):
                 if type(body) is bytes and len(body) <= SPILL_BYTES and not _needs_values(body):
                     simple = True
                     return Payload(body)
+            elif not any(map(_needs_values, chunks)):
+                return self.pack()
         except Exception:
             pass  # `encode` will meet it again, and explain
         finally:
             pickler.clear_memo()
             chunks.clear()
             if not simple or self.in_band:
+                if self.buffers:
+                    self.pickler = None  # what has grown large is not kept
                 self.clear()
             self.busy = False
         return None
@@ -192,7 +200,7 @@ class Encoder(Outgoing):
         if not self.fds:
             return Payload(body)
         fds, self.fds = self.fds, []
-        return Payload(body, OwnedFds(fds))
+        return Payload(body, OwnedFds(fds), False, self.lent)
 
     def _pack_spilled(self) -> Payload:
         if len(self.fds) >= self.max_fds:
@@ -202,7 +210,7 @@ class Encoder(Outgoing):
             )
         memory, body = _spill.write(self.chunks, self.buffers)
         fds, self.fds = self.fds, []
-        return Payload(body, OwnedFds([memory, *fds]), True)
+        return Payload(body, OwnedFds([memory, *fds]), True, self.lent)
 
     def size(self) -> int:
         """How many bytes were pickled, buffers included."""
@@ -216,6 +224,7 @@ class Encoder(Outgoing):
         if self.buffers:
             self.buffers.clear()
         self.in_band = 0
+        self.lent = 0
         self.failure = None
 
 
@@ -239,6 +248,7 @@ def leave(encoder: Encoder, *, keep: bool) -> None:
     if keep and encoder.outer is None and encoder.pickler is not None:
         encoder.pickler.clear_memo()
         encoder.chunks.clear()
+        encoder.lent = 0
         if encoder.fds or encoder.buffers or encoder.in_band:
             encoder.clear()
         encoder.busy = False

@@ -30,12 +30,14 @@ _HEADER = Struct("<BBBxHHIQ")
 HEADER_BYTES = _HEADER.size
 MAX_BODY = MAX_DATAGRAM - HEADER_BYTES
 _SPILLED = 1
+_RELEASED = 2
 
 # Kinds. To the worker:
 TASK = 1  # body: the call
 LEAVE = 2  # finish: no task follows
 TASKS = 3  # body: several calls, each with a TASK header of its own; they are run in this order
 CHUNK = 4  # body: SPAN, then (function, items, whether to unpack them): run these items of it
+FORGET = 5  # body: the token of a shared object that no task takes any more
 # To the client:
 READY = 16  # the initializer is done, tasks are taken
 DONE = 17  # body: the result
@@ -73,19 +75,26 @@ class Header(NamedTuple):
     fd_count: int
     task: int
     micros: int  # of an answer: how long the worker was busy with it, 65535 for any longer
+    released: bool = False  # of an answer: nobody sees the memory file of the task any more
 
 
 _new: Callable[..., Header] = tuple.__new__  # half the cost of Header(...), which is a Python function
 
 
 def pack_header(
-    kind: int, task: int = 0, body_bytes: int = 0, fd_count: int = 0, spilled: bool = False, micros: int = 0
+    kind: int,
+    task: int = 0,
+    body_bytes: int = 0,
+    fd_count: int = 0,
+    spilled: bool = False,
+    micros: int = 0,
+    released: bool = False,
 ) -> bytes:
     """The header of a datagram whose body and descriptors are those counted here."""
     return _HEADER.pack(
         VERSION,
         kind,
-        _SPILLED if spilled else 0,
+        (_SPILLED if spilled else 0) | (_RELEASED if released else 0),
         fd_count,
         micros if micros < 0xFFFF else 0xFFFF,
         body_bytes,
@@ -108,7 +117,7 @@ def unpack_header(data: bytes) -> Header:
         raise WireError(
             f"a header promises {body_bytes} bytes of body, the datagram has {len(data) - HEADER_BYTES}"
         )
-    return _new(Header, (kind, bool(flags & _SPILLED), fd_count, task, micros))
+    return _new(Header, (kind, bool(flags & _SPILLED), fd_count, task, micros, bool(flags & _RELEASED)))
 
 
 def split(data: bytes, start: int = HEADER_BYTES) -> list[tuple[int, int, bytes]]:

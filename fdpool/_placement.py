@@ -75,15 +75,17 @@ class Outgoing:
 
     Attributes:
         fds: what has been duplicated so far, in the order of the indices; owned.
+        lent: how many of them are the pool's own (`_shared`), which may be sent again.
         max_fds: how many the message may carry.
         failure: an error of the system (EMFILE, say) that is nobody's object's fault, or None. Pickling may
             wrap what a reducer raises, and this one has to come out as it was.
     """
 
-    __slots__ = ("failure", "fds", "max_fds")
+    __slots__ = ("failure", "fds", "lent", "max_fds")
 
     def __init__(self, max_fds: int) -> None:
         self.fds: list[int] = []
+        self.lent = 0
         self.max_fds = max_fds
         self.failure: OSError | None = None
 

@@ -12,7 +12,7 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
-from . import _messages
+from . import _messages, _spill
 from ._broken import PoolBroken, describe_status
 from ._critical import Mask, block_signals, put_back
 from ._links import SlotLink, Waker
@@ -139,6 +139,7 @@ class Pump:
             client.critical.post(client.dispatcher.tick, time.monotonic())
         if client.looks_at is not None and client.looks_at <= time.monotonic():
             client.critical.post(client.look_after_batches)
+        _spill.expire(time.monotonic())
         client.critical.drain()
         self.settle()
         client.move_on()

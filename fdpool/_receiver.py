@@ -358,6 +358,8 @@ class Receiver:
         if call is not None:
             future.call = None
             if call.fds is not None:
+                if answer is not None and answer[0].released and call.spilled and not call.carries_fds:
+                    client.recycle(call)
                 call.close()
         if future.settle(result, error):
             self._call_back(future)

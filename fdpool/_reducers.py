@@ -27,6 +27,7 @@ from ._reduce_files import (
     reduce_text,
 )
 from ._reduce_sockets import TLS_STAYS, reduce_connection, reduce_socket, reduce_socket_io
+from ._shared import Shared, reduce_shared
 from .fds import Fd
 
 Reduced = tuple[Any, ...]
@@ -64,6 +65,7 @@ KINDS: dict[type, Reducer] = {
     ),
     io.TextIOWrapper: reduce_text,
     Fd: reduce_fd,
+    Shared: reduce_shared,
     socket.socket: reduce_socket,
     socket.SocketIO: reduce_socket_io,
     selectors.BaseSelector: _selector,

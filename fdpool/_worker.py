@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
-from . import _chunks, _messages, payload, wire
+from . import _chunks, _messages, _shared, _spill, payload, wire
 from ._board import Page
 from ._messages import HEADER_BYTES, MAX_DATAGRAM, Header
 from ._spawn import flush_standard_streams
@@ -53,6 +53,7 @@ class Worker:
         self._pid = os.getpid()
         self._in_task = False
         self._previous = _NONE  # the task that ran last
+        self._memory: _spill.Watch | None = None  # what the running task came in
 
     def run(self, boot: Boot) -> None:
         """Run the initializer, say READY, and serve until told to leave or `max_tasks` are done."""
@@ -82,6 +83,10 @@ class Worker:
                 close_all(received.fds)
                 self._run_batch(boot.page, _messages.split(received.data))
                 continue
+            if header.kind == _messages.FORGET:
+                close_all(received.fds)
+                _shared.forget(received.data[HEADER_BYTES:])
+                continue
             if header.kind not in (_messages.TASK, _messages.CHUNK):
                 close_all(received.fds)
                 continue
@@ -96,7 +101,9 @@ class Worker:
             boot.page.begin(header.task)
             answer, kind = self._run_task(received.data[HEADER_BYTES:], received.fds, header.spilled)
             del received
-            self._send(kind, header.task, answer, int((time.monotonic() - began) * 1e6))
+            released = self._memory is not None and self._memory.is_over()
+            self._memory = None
+            self._send(kind, header.task, answer, int((time.monotonic() - began) * 1e6), released)
             del answer
             self._previous = header.task
             if tasks_left is not None:
@@ -196,6 +203,8 @@ class Worker:
         try:
             self._in_task = True
             fn, args, kwargs = payload.loads(body, fds, spilled)
+            if spilled:
+                self._memory = _spill.Watch()
             result = fn(*args, **kwargs)
             self._leave_if_forked()
             fn = args = kwargs = None
@@ -256,12 +265,14 @@ class Worker:
         body = _messages.REFUSAL.pack(header.fd_count, min(got, 0xFFFF)) + reason.encode()
         self._send(_messages.REFUSED, header.task, Payload(body))
 
-    def _send(self, kind: int, task: int, answer: Payload | None, micros: int = 0) -> None:
+    def _send(
+        self, kind: int, task: int, answer: Payload | None, micros: int = 0, released: bool = False
+    ) -> None:
         """Send one answer, waiting as long as it takes: the client reads, or it is dead and so are we."""
         body = b"" if answer is None else answer.body
         fds = answer.fds.numbers if answer is not None and answer.fds else []
         spilled = answer is not None and answer.spilled
-        header = _messages.pack_header(kind, task, len(body), len(fds), spilled, micros)
+        header = _messages.pack_header(kind, task, len(body), len(fds), spilled, micros, released)
         pause_s = 0.001
         while True:
             try:

@@ -25,9 +25,10 @@ from ._chunks import Raised
 from ._client import Client
 from ._cpus import usable_cpus
 from ._pipeline import CompletedPipeline
+from ._shared import Shared
 from ._tasks import ChunkFuture, CommandFuture, TaskFuture
 from .commands import Arguments, CompletedCommand, Limit, Stream
-from .errors import FdpoolError, NotPicklable
+from .errors import DescriptorRefused, FdpoolError, NotPicklable
 from .fds import Fd, HasFileno, close_all
 from .running import RunningCommand, pipes_for
 from .sockets import StreamSocket
@@ -150,6 +151,25 @@ class Pool(Executor):
             future.set_exception(error)
             return future
         return client.submit(call, label, future)
+
+    def share(self, obj: T) -> Shared[T]:
+        """Put an object into memory once, for many tasks to take: submit the handle in its place.
+
+        Each worker maps it when it first meets it: a task costs the same whatever the object's size. Buffers in it
+        (NumPy arrays, bytes of `pickle.PickleBuffer`) are one copy for all workers, and read-only for tasks.
+
+        Raises:
+            NotPicklable: as for an argument of `submit`.
+            DescriptorRefused: it holds a descriptor; those travel in tasks only.
+            OSError: no memory, or no descriptor, is left.
+        """
+        self._client.check_usable()
+        call = payload.dumps(obj, spill_bytes=0)
+        assert call.fds is not None
+        if call.carries_fds or call.lent:
+            call.close()
+            raise DescriptorRefused(f"{type(obj).__qualname__} cannot be shared, as it holds a descriptor")
+        return Shared(call.fds.numbers[0], call.body, call.close, self._client.forget)
 
     def map(
         self,
