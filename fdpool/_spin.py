@@ -14,14 +14,15 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-#: How long to look, in seconds. Longer gains nothing that blocking would not give: that is what it costs.
-SPIN_S = 60e-6
+#: How long to look, in seconds: about what blocking and being woken costs both sides. Round trips on idle processors,
+#: median of 60 rounds: 330 microseconds with 60 here, 180 with 100, 150 with 150 and more, 420 without.
+SPIN_S = 200e-6
 
 #: Giving way took that long, so somebody else has run: the processors are wanted, and who blocks is woken sooner than
 #: who waits for a turn.
 _CROWDED_S = 15e-6
 
-_CREDIT = 16  # misses that end it
+_CREDIT = 8  # misses that end it
 _LONGEST_PENALTY = 256  # messages after which to try again, where the processors were wanted again and again
 
 _yield: Callable[[], object] = getattr(os, "sched_yield", lambda: time.sleep(0))
