@@ -9,16 +9,31 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from . import payload
 from .payload import Payload
 
 #: How long a worker runs items of one chunk. What comes after it waits so long; and each cut costs 80 microseconds.
-BUDGET_S = 0.004
+BUDGET_S = 0.006
 #: How long a slice may take that is claimed, and begun, as one. Items of 20 microseconds and more are claimed singly.
 _SLICE_S = 20e-6
 _LONGEST_SLICE = 256
+
+
+class Guard(Protocol):
+    """What a worker knows of the user code that it runs.
+
+    Attributes:
+        in_task: it runs: Ctrl-C may be raised in it.
+        items: what it runs on next. A child that it forks exhausts this, as it must not go on with them.
+    """
+
+    in_task: bool
+    items: Iterator[Any]
+
+    def leave_if_forked(self) -> None:
+        """End this process if it is a child that user code forked: it must not go on as a worker."""
 
 
 class Raised:
@@ -54,7 +69,7 @@ def run(
     start: int,
     stop: int,
     claim: Callable[[int, int], bool],
-    in_task: Callable[[bool], None],
+    guard: Guard,
 ) -> tuple[list[Any], bool]:
     """The results of `items` from `start` on, `stop` at most, or as far as time and `claim` allow; and
     whether some are `Raised`.
@@ -62,7 +77,7 @@ def run(
     Args:
         star: each item is a tuple of arguments.
         claim: told of the range that is begun next; False if it must not be.
-        in_task: told where user code begins and ends.
+        guard: told where user code begins and ends.
     """
     clock = time.monotonic
     results: list[Any] = []
@@ -76,20 +91,21 @@ def run(
             break
         began = clock()
         while index < end:
-            part = items[index:end]
+            guard.items = part = iter(items[index:end])
             calls = itertools.starmap(fn, part) if star else map(fn, part)
             try:
-                in_task(True)
+                guard.in_task = True
                 extend(calls)  # in C; what came before an error stays, as each is appended when it comes
                 if start + len(results) < end:  # it is the function that has raised StopIteration
                     raise StopIteration
-                in_task(False)
+                guard.in_task = False
             except BaseException as error:
-                in_task(False)
+                guard.in_task = False
                 if start + len(results) < end:  # else it is a Ctrl-C that came too late
                     results.append(raised(error))
                     mixed = True
             index = start + len(results)
+            guard.leave_if_forked()
         now = clock()
         if now - began > _SLICE_S:
             step = max(1, step // 2)

@@ -15,7 +15,6 @@ import itertools
 import os
 import signal
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError
 from enum import Enum
@@ -246,8 +245,9 @@ class Client:
     def wait_for(self, future: TaskFuture[Any], timeout: float | None) -> None:
         """Help to receive until `future` is settled or `timeout` seconds are over; may return early."""
         pump = self._pump
-        if not (pump is None or self.phase is Phase.FORKED or self.critical.is_mine or pump.is_current):
-            pump.receiver.wait_for(future, timeout)
+        if pump is None or self.phase is Phase.FORKED or self.critical.is_mine or pump.is_current:
+            return
+        pump.receiver.wait_for(future, timeout)
 
     def wake_waiter(self, future: TaskFuture[Any]) -> None:
         """`future` was settled by others than the pool: who receives for its sake shall see it."""
@@ -326,14 +326,16 @@ class Client:
 
     def _handle(self, event: Callable[..., Sequence[Action]], *arguments: Any) -> None:
         actions = event(*arguments)
-        if actions:
-            self._perform(actions)
+        while actions:
+            follow: list[Action] = []
+            for action in actions:
+                more = self._performers[type(action)](action)
+                if more:
+                    follow.extend(more)
+            actions = follow
 
     def _perform(self, actions: Sequence[Action]) -> None:
-        todo = deque(actions)
-        while todo:
-            action = todo.popleft()
-            todo.extend(self._performers[type(action)](action))
+        self._handle(lambda: actions)
 
     def _send_tasks(self, action: _dispatch.SendTasks) -> Sequence[Action]:
         slot, tasks = action

@@ -234,7 +234,9 @@ class Dispatcher:
         self._place(seat)
         if self._batching and busy_s is not None:
             self._learn(busy_s / len(tasks))
-        return self._assign() if self.queued else self._relieve()
+        if self.queued:
+            return self._assign()
+        return self._relieve() if self._given_to else NOTHING
 
     def inbox_full(self, slot: SlotNumber, tasks: Sequence[TaskId], until: float) -> Sequence[Action]:
         """The kernel would not take the tasks: they are first in the queue again, and the slot gets no other

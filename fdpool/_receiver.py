@@ -37,6 +37,11 @@ _ALL = 1 << 30
 #: How long answers may be kept from the pump between two waits. A thread that submits and waits, again and again,
 #: would meet the answer before it waits, and the pump be woken for it: 250 microseconds a task against 35.
 _KEEP_S = 0.002
+_LONG_S = 0.05  # waits that take longer are not worth it
+
+#: Of answers in a batch all else is known: they are small, and hold no descriptors.
+_PLAIN = {kind: Header(kind, False, 0, 0, 0) for kind in (_messages.DONE, _messages.FAILED)}
+_NOTHING: list[int] = []
 
 _EVENTS = 256  # most slots looked at in one go
 
@@ -136,6 +141,7 @@ class Receiver:
 
     def _receive_until(self, future: TaskFuture[Any], deadline: float | None) -> bool:
         """Receive until `future` is settled or the time is over; False if it is another thread's turn."""
+        client, poll, look = self._client, self._inner.poll, self._spin.look
         mask = block_in_main()
         try:
             if not self._turn.acquire(blocking=False):
@@ -146,7 +152,14 @@ class Receiver:
                 if not self._kept:
                     self._outer.modify(self._inner, 0)
                 try:
-                    self._wait(future, deadline, mask)
+                    while future._state in UNDONE and not client.is_over:
+                        events = look(poll)
+                        if not events:
+                            events = self._block(deadline, mask)
+                            if not events:
+                                break
+                        self.take(events)
+                        self.settle()
                 finally:
                     self._give_back(began)
             finally:
@@ -159,7 +172,7 @@ class Receiver:
     def _give_back(self, began: float) -> None:
         """Let the pump see answers again; or not yet, if waits follow each other quickly."""
         now = time.monotonic()
-        if began - self._left_at < _KEEP_S and now - began < _KEEP_S and not self._others:
+        if began - self._left_at < _KEEP_S and now - began < _LONG_S and not self._others:
             if not self._kept:
                 self._kept = True
                 self._look_again()
@@ -182,27 +195,22 @@ class Receiver:
             finally:
                 self._turn.release()
 
-    def _wait(self, future: TaskFuture[Any], deadline: float | None, mask: set[int] | None) -> None:
-        """As `wait_for`, whose turn it is. Signals are blocked in the main thread, save while this blocks."""
-        poll = self._inner.poll
-        spin = self._spin
-        while future._state in UNDONE and not self._client.is_over:
-            events = spin.look(poll)
-            if not events:
-                remaining = -1.0
-                if deadline is not None and (remaining := deadline - time.monotonic()) <= 0:
-                    return
-                if mask is None:
-                    events = poll(remaining, _EVENTS)
-                else:
-                    put_back(mask)
-                    try:
-                        events = poll(remaining, _EVENTS)
-                    finally:
-                        block_in_main()
-                spin.waited()
-            self.take(events)
-            self.settle()
+    def _block(self, deadline: float | None, mask: set[int] | None) -> list[tuple[int, int]]:
+        """Wait in the kernel, with signals let through; nothing if the time is over."""
+        remaining = -1.0
+        if deadline is not None and (remaining := deadline - time.monotonic()) <= 0:
+            return []
+        events: list[tuple[int, int]]
+        if mask is None:
+            events = self._inner.poll(remaining, _EVENTS)
+        else:
+            put_back(mask)
+            try:
+                events = self._inner.poll(remaining, _EVENTS)
+            finally:
+                block_in_main()
+        self._spin.waited()
+        return events
 
     def wake(self, future: TaskFuture[Any]) -> None:
         """`future` is settled, and not by who waits for it: tell."""
@@ -317,9 +325,9 @@ class Receiver:
                 continue
             if kind == _messages.RETURNED:
                 returned.append(task)
-            else:
+            elif kind in _PLAIN:
                 done.append(task)
-                self._to_settle.append((task, (Header(kind, False, 0, task, 0), body, []), None))
+                self._to_settle.append((task, (_PLAIN[kind], body, _NOTHING), None))
         if done:
             client.critical.post_blocked(client.dispatcher.finished, slot, done, busy_s)
         if returned:
@@ -329,13 +337,13 @@ class Receiver:
 
     def settle(self) -> None:
         """Settle what is due. Objects are loaded here, which is user code; callbacks are the pump's."""
-        due = self._to_settle
+        due, settle = self._to_settle, self._settle
         while due:
             try:
-                entry = due.popleft()
+                task, answer, error = due.popleft()
             except IndexError:
                 return  # another thread was faster
-            self._settle(*entry)
+            settle(task, answer, error)
 
     def _settle(self, task: int, answer: Answer | None, error: BaseException | None) -> None:
         client = self._client

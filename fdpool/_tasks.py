@@ -73,8 +73,12 @@ class TaskFuture(Future[T]):
         self._state = PENDING
         self._result = None  # type: ignore[assignment]
         self._exception = None
-        self._waiters = []
-        self._done_callbacks = []
+
+    def __getattr__(self, name: str) -> Any:
+        # These two are lists, hardly ever used, and 100 bytes each, which the garbage collector has to look through.
+        if name not in ("_waiters", "_done_callbacks"):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return self.__dict__.setdefault(name, [])
 
     def cancel(self) -> bool:
         return self.withdraw(running=False)
@@ -104,7 +108,7 @@ class TaskFuture(Future[T]):
                 put_back(mask)
             finally:
                 if cancelled:
-                    self._invoke_callbacks()  # type: ignore[attr-defined]  # user code: signals let through
+                    self._invoke_callbacks()  # user code: signals let through
         return self.cancelled()
 
     def result(self, timeout: float | None = None) -> T:
@@ -112,7 +116,12 @@ class TaskFuture(Future[T]):
             return self._result
         client = self._client
         if client is not None and self._state in UNDONE:
-            timeout = _wait(client, self, timeout)
+            if timeout is None:
+                client.wait_for(self, None)
+                if self._state == FINISHED and self._exception is None:
+                    return self._result
+            else:
+                timeout = _wait(client, self, timeout)
         try:
             return super().result(timeout)
         finally:
@@ -149,19 +158,21 @@ class TaskFuture(Future[T]):
             self._result = result
             self._exception = error
             self._state = FINISHED
-            for waiter in self._waiters:
-                if error is None:
-                    waiter.add_result(self)
-                else:
-                    waiter.add_exception(self)
+            used = self.__dict__
+            if "_waiters" in used:
+                for waiter in self._waiters:
+                    if error is None:
+                        waiter.add_result(self)
+                    else:
+                        waiter.add_exception(self)
             if self._condition.awaited:
                 self._condition.notify_all()
-        return bool(self._done_callbacks)
+            return "_done_callbacks" in used
 
     def call_back(self) -> None:
         """For the pool: call what was added before `settle`. Never raises."""
         try:
-            self._invoke_callbacks()  # type: ignore[attr-defined]
+            self._invoke_callbacks()
         except BaseException:
             # concurrent.futures logs what a callback raises, but SystemExit and its like it lets through, and the
             # pool would stand still.

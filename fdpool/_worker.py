@@ -14,7 +14,8 @@ import socket
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 from . import _chunks, _messages, _shared, _spill, payload, wire
@@ -46,12 +47,14 @@ class Boot(NamedTuple):
 
 
 class Worker:
-    """One worker's state: its socket, and whether user code is running."""
+    """One worker's state: its socket, and whether user code is running (a `_chunks.Guard`)."""
 
     def __init__(self, inbox: socket.socket) -> None:
         self._inbox = inbox
         self._pid = os.getpid()
-        self._in_task = False
+        self.in_task = False
+        self.items: Iterator[object] = iter(())
+        os.register_at_fork(after_in_child=self._drop_items)
         self._previous = _NONE  # the task that ran last
         self._memory: _spill.Watch | None = None  # what the running task came in
 
@@ -150,27 +153,19 @@ class Worker:
         task = header.task
         start, stop = _messages.SPAN.unpack_from(received.data, HEADER_BYTES)
 
-        def claim(index: int, end: int) -> bool:
-            return page.claim(task, index, end)
-
-        def in_task(value: bool) -> None:
-            self._in_task = value
-            if not value:
-                self._leave_if_forked()
-
         page.claim(task, start, start)
         page.begin(task)
         self._previous = _NONE
         try:
             body = received.data[HEADER_BYTES + _messages.SPAN.size :]
-            self._in_task = True
+            self.in_task = True
             fn, items, star = payload.loads(body, received.fds, header.spilled)
-            self._in_task = False
+            self.in_task = False
         except BaseException as error:
-            self._in_task = False
+            self.in_task = False
             self._send(_messages.FAILED, task, payload.dumps_failure(error))
             return
-        results, mixed = _chunks.run(fn, items, star, start, stop, claim, in_task)
+        results, mixed = _chunks.run(fn, items, star, start, stop, partial(page.claim, task), self)
         fn = items = None
         reached = start
         kind, last = _messages.PIECE, (0, payload.dumps_result([]))
@@ -201,19 +196,19 @@ class Worker:
 
     def _run_call(self, body: bytes, fds: list[int], spilled: bool) -> tuple[Payload, int]:
         try:
-            self._in_task = True
+            self.in_task = True
             fn, args, kwargs = payload.loads(body, fds, spilled)
             if spilled:
                 self._memory = _spill.Watch()
             result = fn(*args, **kwargs)
-            self._leave_if_forked()
+            self.leave_if_forked()
             fn = args = kwargs = None
             answer = payload.dumps_result(result)
-            self._in_task = False
+            self.in_task = False
             return answer, _messages.DONE
         except BaseException as error:
-            self._in_task = False
-            self._leave_if_forked()
+            self.in_task = False
+            self.leave_if_forked()
             fn = args = kwargs = result = None
             answer = payload.dumps_failure(error)
             return answer, _messages.FAILED
@@ -222,17 +217,17 @@ class Worker:
         if boot.initializer is None and boot.inherited is None:
             return True
         try:
-            self._in_task = True
+            self.in_task = True
             if boot.initializer is not None:
                 fds, spilled = boot.initializer_fds, boot.initializer_spilled
                 fn, args, kwargs = payload.loads(boot.initializer, fds, spilled)
                 fn(*args, **kwargs)
             elif boot.inherited is not None:
                 boot.inherited()
-            self._in_task = False
+            self.in_task = False
             return True
         except BaseException as error:
-            self._in_task = False
+            self.in_task = False
             import logging
 
             # As concurrent.futures does it, for those who watch its logger.
@@ -288,11 +283,16 @@ class Worker:
 
     def _on_sigint(self, _number: int, _frame: object) -> None:
         """Interrupt the task, as Ctrl-C would; never the loop, which might lose a message half received."""
-        if self._in_task:
-            self._in_task = False
+        if self.in_task:
+            self.in_task = False
             raise KeyboardInterrupt
 
-    def _leave_if_forked(self) -> None:
+    def _drop_items(self) -> None:
+        """Runs in: a child that a task has forked."""
+        for _ in self.items:
+            pass
+
+    def leave_if_forked(self) -> None:
         """A task may fork; a child that returns from it is not a worker and must not speak as one."""
         if os.getpid() != self._pid:
             os._exit(0)

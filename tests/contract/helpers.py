@@ -245,3 +245,12 @@ def kept_array() -> int:
     _kept[0].set()
     _kept[1].join()
     return int(_kept[2][0])
+
+
+def note_or_fork(path: str, number: int) -> int:
+    """Nearly always nothing, so that many items are run in one go; the child of one of them returns, too."""
+    if number == 1500:
+        os.fork()
+    if 1500 < number < 1510:
+        note(path, number)
+    return number

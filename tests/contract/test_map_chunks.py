@@ -166,6 +166,13 @@ def test_ctrl_c_in_a_worker_fails_one_item(pool: Pool) -> None:
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_a_child_that_returns_from_an_item_runs_no_other(pool: Pool, ledger: Path) -> None:
+    results = pool.map(partial(helpers.note_or_fork, str(ledger)), range(3000))
+    assert list(results) == list(range(3000))
+    pool.shutdown()
+    assert ran(ledger) == list(range(1501, 1510))
+
+
 def test_a_deadline_counts_from_the_call(pool: Pool) -> None:
     began = time.monotonic()
     with pytest.raises(TimeoutError):
