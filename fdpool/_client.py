@@ -173,9 +173,10 @@ class Client:
             # again afterwards, as it may just have been too late for who had the lock.
             self.tasks[task] = future
             self.critical.leave((dispatcher.submitted, task, alone))
-            if dispatcher.full and self.phase is Phase.SERVING:
-                return future
-            self.critical.drain()
+            if not dispatcher.full:
+                self.critical.drain()
+            if self.phase is not Phase.SERVING and self.withdraw(task):
+                self.check_usable()
             return future
         mask = block_in_main()  # a task that Ctrl-C left entered and not posted would never end
         try:
@@ -430,7 +431,7 @@ class Client:
                 assert self.board is not None
                 claimed = self.board.claimed(action.slot)
                 if record.start <= claimed < record.stop:
-                    self._enter_first(record.part(claimed, 2), record)
+                    self._queue_first(self.enter_parts(record.part(claimed, 2), record.label))
                     self.fail(action.task, worker_lost(pid, action.slot, status, record.label, begun))
                     return self.dispatcher.assign()
             self.fail(action.task, worker_lost(pid, action.slot, status, record.label, begun))
@@ -507,41 +508,53 @@ class Client:
     def _part_running(self, slot: int, task: int, chunk: ChunkFuture) -> Sequence[Action]:
         """Take what a chunk's worker has not begun away from it, as one of its items takes long."""
         assert self.board is not None
+        assert self._pump is not None
         self.board.recall(slot, task)
         time.sleep(SETTLE_S)
-        claimed = self.board.claimed(slot)
-        if self.board.begun(slot) != task or not chunk.start <= claimed < chunk.stop:
-            return ()
-        self._enter_first(chunk.part(claimed, 2), chunk)
+        with self._pump.receiver.undisturbed:  # or it may be parted there, as its worker has answered
+            claimed = self.board.claimed(slot)
+            if self.board.begun(slot) != task or not chunk.start <= claimed < chunk.stop:
+                return ()
+            parts = chunk.part(claimed, 2)
+            tasks = self.enter_parts(parts, chunk.label)
+        self._queue_first(tasks)
         return self.dispatcher.assign()
 
-    def chunk_cut(self, slot: int, task: int, chunks: Sequence[ChunkFuture]) -> Sequence[Action]:
+    def enter_parts(self, chunks: Sequence[ChunkFuture], label: str) -> list[int]:
+        """Make tasks of parts of a chunk; from any thread, while the chunk itself is still one. `parts_entered` is
+        to follow."""
+        tasks = []
+        for chunk in chunks:
+            chunk._client = self
+            chunk._task = next(self._ids)
+            chunk.label = label
+            self.tasks[chunk._task] = chunk
+            tasks.append(chunk._task)
+        return tasks
+
+    def chunk_cut(self, slot: int, task: int, parts: Sequence[int]) -> Sequence[Action]:
         """Event: the slot's worker has answered a chunk, but for these parts of it."""
-        whole = self.tasks.get(task)
-        if isinstance(whole, ChunkFuture):
-            self._enter_first(chunks, whole)
+        self._queue_first(parts)
         return self.dispatcher.finished(slot, (task,))
 
-    def _enter_first(self, chunks: Sequence[ChunkFuture], whole: ChunkFuture) -> None:
-        """Enter parts of a chunk as tasks of their own, before all others."""
-        entered = []
-        for chunk in chunks:
-            task = next(self._ids)
-            chunk._task = task
-            chunk.label = whole.label
-            chunk._client = self
-            self.tasks[task] = chunk
-            if self._dropping or self.phase not in (Phase.SERVING, Phase.DRAINING):
-                self.fail(task, CancelledError() if self._dropping else self._copy_of_broken())
-                continue
-            try:
-                assert whole.call is not None
-                chunk.call = whole.call.copy()
-            except OSError as error:
-                self.fail(task, error)
-                continue
-            entered.append(task)
-        self.dispatcher.put_first(entered)
+    def _queue_first(self, tasks: Sequence[int]) -> None:
+        """Have parts of a chunk run before all others, if anything is run any more."""
+        sound = []
+        for task in tasks:
+            record = self.tasks.get(task)
+            if record is None:
+                continue  # cancelled
+            if self._dropping:
+                self.fail(task, CancelledError())
+            elif self.phase not in (Phase.SERVING, Phase.DRAINING):
+                self.fail(task, self._copy_of_broken())
+            elif record.call is None:
+                self.fail(
+                    task, PoolBroken("no descriptor is left for the rest of a map's items (RLIMIT_NOFILE)")
+                )
+            else:
+                sound.append(task)
+        self.dispatcher.put_first(sound)
 
     def returned(self, slot: int, tasks: Sequence[int]) -> Sequence[Action]:
         """Event: the slot's worker says that it has not begun these, and will not."""

@@ -43,6 +43,7 @@ _LONG_S = 0.05  # waits that take longer are not worth it
 _PLAIN = {kind: Header(kind, False, 0, 0, 0) for kind in (_messages.DONE, _messages.FAILED)}
 _NOTHING: list[int] = []
 
+_CLOSE_S = 5.0  # how long who waits may take to notice the end: it may be loading a result
 _EVENTS = 256  # most slots looked at in one go
 
 
@@ -112,7 +113,7 @@ class Receiver:
         """
         if not abandoned:
             self._waker.wake()
-            self._turn.acquire()  # and never released: who comes now waits as without epoll
+            self._turn.acquire(timeout=_CLOSE_S)  # and never released: who comes now waits as without epoll
         for owned in (self._inner, self._outer, self._waker):
             if owned is not None:
                 owned.close()
@@ -212,6 +213,11 @@ class Receiver:
         self._spin.waited()
         return events
 
+    @property
+    def undisturbed(self) -> Any:
+        """A lock: while it is held, no answer is taken."""
+        return self._receiving
+
     def wake(self, future: TaskFuture[Any]) -> None:
         """`future` is settled, and not by who waits for it: tell."""
         if self._awaited is future:
@@ -306,8 +312,9 @@ class Receiver:
         if header.kind != _messages.PIECE:
             reached = future.start + sum(piece[0].micros for piece in future.pieces)
             rest = future.part(reached, 2) if future.start <= reached < future.stop else []
-            # In this order: the rest must be entered before anybody can ask for it.
-            client.critical.post_blocked(client.chunk_cut, slot, header.task, rest)
+            # In this order: the parts are tasks before the whole is settled, which its reader waits for.
+            parts = client.enter_parts(rest, future.label)
+            client.critical.post_blocked(client.chunk_cut, slot, header.task, parts)
             self._to_settle.append((header.task, None, None))
 
     def _take_answers(self, slot: int, data: bytes, start: int, busy_s: float | None) -> None:
@@ -374,6 +381,6 @@ class Receiver:
         if self._awaited is future and not self._turn._is_owned():
             self._waker.wake()
         # Only now: as long as a task is in there, the pool does not end.
-        del client.tasks[task]
+        client.tasks.pop(task, None)
         if not client.tasks:
             client.idle()

@@ -225,12 +225,23 @@ class ChunkFuture(TaskFuture[None]):
         self.after: ChunkFuture | None = None
 
     def part(self, reached: int, count: int) -> list[ChunkFuture]:
-        """Keep the items up to `reached`, and make `count` chunks of the rest, or one if it is a single item."""
+        """Keep the items up to `reached`, and make `count` chunks of the rest, or one if it is a single item.
+
+        Each has a copy of the call, or none if there is no descriptor left for it.
+        """
+        call = self.call
+        if call is None:
+            return []  # it is settled
         total = self.stop - reached
         count = min(count, total)
         edges = [reached + total * n // count for n in range(count + 1)] if total else []
         chunks = [ChunkFuture(start, stop) for start, stop in pairwise(edges)]
         self.stop = reached
+        for chunk in chunks:
+            try:
+                chunk.call = call.copy()
+            except OSError:
+                pass
         for chunk in reversed(chunks):
             chunk.after = self.after
             self.after = chunk
