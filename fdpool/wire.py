@@ -123,12 +123,6 @@ def try_send(sock: socket.socket, buffers: Sequence[Bytes], fds: Sequence[int] =
 
 def send(sock: socket.socket, buffers: Sequence[Bytes], fds: Sequence[int] = ()) -> None:
     """Like `try_send`, but wait for room; ENOBUFS is waited out too, with pauses up to 50 ms."""
-    try:
-        if try_send(sock, buffers, fds):
-            return
-    except OSError as error:
-        if error.errno != errno.ENOBUFS:
-            raise
     until_sent(lambda: try_send(sock, buffers, fds), sock)
 
 
