@@ -244,7 +244,7 @@ def test_workers_with_a_limit_of_tasks_are_replaced_after_the_pool_was_shut_down
 def test_sigterm_ends_a_worker_whose_task_never_comes_back_to_python(start_method: Any) -> None:
     with Pool(1, start_method=start_method) as pool:
         pid = pool.submit(os.getpid).result()
-        future = pool.submit(sum, itertools.repeat(1))
+        future = pool.submit(lambda: sum(itertools.repeat(1)))
         wait_until(lambda: future.running() and psutil.Process(pid).cpu_times().user > 0.05)
         os.kill(pid, signal.SIGTERM)
         with pytest.raises(fdpool.WorkerLost, match="SIGTERM"):

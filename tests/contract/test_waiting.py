@@ -1,0 +1,149 @@
+"""Who receives answers when: waiters, the pump, and what an idle pool costs."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from concurrent.futures import Future, as_completed, wait
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fdpool import Pool
+from tests.process_state import wait_until
+
+from . import helpers
+
+
+@pytest.fixture
+def pool() -> Any:
+    with Pool(2) as pool:
+        yield pool
+
+
+def switches(pids: list[int]) -> int:
+    """How often the threads of these processes have gone to sleep."""
+    total = 0
+    for pid in pids:
+        for status in Path(f"/proc/{pid}/task").glob("*/status"):
+            for line in status.read_text().splitlines():
+                if line.startswith("voluntary_ctxt_switches"):
+                    total += int(line.split()[1])
+    return total
+
+
+def test_an_idle_pool_does_not_wake_up(pool: Pool) -> None:
+    for _ in range(50):
+        pool.submit(helpers.square, 3).result()
+    for future in [pool.submit(helpers.square, n) for n in range(2000)]:
+        future.result()
+    supervisor = pool._client.control
+    assert supervisor is not None
+    pids = [supervisor.pid, *pool.worker_pids()]
+
+    def quiet() -> bool:
+        before = switches(pids)
+        time.sleep(0.3)
+        return switches(pids) == before
+
+    wait_until(quiet)
+    pump = next(thread for thread in threading.enumerate() if thread.name == "fdpool-pump")
+    mine = Path(f"/proc/self/task/{pump.native_id}/status")
+
+    def slept() -> str:
+        return next(line for line in mine.read_text().splitlines() if line.startswith("voluntary"))
+
+    before = slept()
+    time.sleep(0.3)
+    assert slept() == before
+
+
+def test_a_busy_thread_of_the_client_does_not_stall_the_pump(pool: Pool) -> None:
+    done: list[int] = []
+    for n in range(200):
+        pool.submit(helpers.square, n).add_done_callback(lambda future: done.append(future.result()))
+    deadline = time.monotonic() + 20
+    while len(done) < 200:  # never blocks, never gives way
+        assert time.monotonic() < deadline
+    assert sorted(done) == [n * n for n in range(200)]
+
+
+def test_answers_come_by_every_way_of_waiting_right_after_quick_waits(pool: Pool) -> None:
+    """Answers are kept from the pump between quick waits; whoever then waits in another way gets them all the same."""
+    for _ in range(20):
+        for _ in range(20):
+            pool.submit(helpers.square, 2).result()
+        futures = [pool.submit(helpers.square, n) for n in range(5)]
+        assert wait(futures, timeout=10).not_done == set()
+        assert {future.result() for future in as_completed(futures, timeout=10)} == {0, 1, 4, 9, 16}
+        pool.submit(helpers.square, 2).result()
+        future = pool.submit(helpers.square, 3)
+        deadline = time.monotonic() + 10
+        while not future.done():
+            assert time.monotonic() < deadline
+        called: list[Future[int]] = []
+        pool.submit(helpers.square, 4).add_done_callback(called.append)
+        wait_until(lambda called=called: len(called) == 1)
+
+
+def test_asyncio_and_threads_that_wait_do_not_disturb_each_other(pool: Pool) -> None:
+    results: list[int] = []
+
+    def in_thread() -> None:
+        results.extend(pool.submit(helpers.square, n).result(timeout=20) for n in range(300))
+
+    async def in_loop() -> list[int]:
+        loop = asyncio.get_running_loop()
+        return await asyncio.gather(*(loop.run_in_executor(pool, helpers.square, n) for n in range(300)))
+
+    threads = [threading.Thread(target=in_thread) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    assert asyncio.run(in_loop()) == [n * n for n in range(300)]
+    for thread in threads:
+        thread.join()
+    assert sorted(results) == sorted(3 * [n * n for n in range(300)])
+
+
+def test_a_wait_that_times_out_leaves_the_answer_to_the_pump(pool: Pool) -> None:
+    future = pool.submit(time.sleep, 0.2)
+    for _ in range(5):
+        with pytest.raises(TimeoutError):
+            future.result(timeout=0.01)
+    wait_until(future.done)
+
+
+def test_a_waiter_is_told_when_its_future_ends_by_other_means(pool: Pool) -> None:
+    gate = threading.Event()
+    blocker = [pool.submit(time.sleep, 0.3) for _ in range(2)]
+    queued = [pool.submit(helpers.square, n) for n in range(100)]
+    seen: list[BaseException | None] = []
+
+    def waiter() -> None:
+        gate.set()
+        try:
+            queued[-1].result(timeout=20)
+        except BaseException as error:
+            seen.append(error)
+
+    thread = threading.Thread(target=waiter)
+    thread.start()
+    gate.wait()
+    assert queued[-1].cancel()
+    thread.join(10)
+    assert not thread.is_alive()
+    assert [type(error).__name__ for error in seen] == ["CancelledError"]
+    wait(blocker)
+
+
+@pytest.mark.parametrize("without", ["", "epoll"])
+def test_all_of_it_works_without_epoll(without: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FDPOOL_WITHOUT", without)
+    with Pool(2) as pool:
+        assert pool.submit(helpers.square, 5).result(timeout=10) == 25
+        assert [f.result() for f in [pool.submit(helpers.square, n) for n in range(1000)]] == [
+            n * n for n in range(1000)
+        ]
+        assert list(pool.map(helpers.square, range(1000))) == [n * n for n in range(1000)]
