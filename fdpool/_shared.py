@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import pickle
-import secrets
 from collections import OrderedDict
 from collections.abc import Callable
 from types import TracebackType
@@ -35,7 +35,7 @@ class Shared(Generic[T]):
     def __init__(
         self, fd: int, body: bytes, release: Callable[[], None], forget: Callable[[bytes], None]
     ) -> None:
-        self._token = secrets.token_bytes(16)
+        self._token = os.urandom(16)
         self._fd = fd
         self._body = body
         self._release = release

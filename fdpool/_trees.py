@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 #: tasks start; it tells whose they were once they have left the worker's process group and lost their parent.
 WORKER_MARK = "FDPOOL_WORKER"
 
+#: From SIGTERM to SIGKILL, where a program's end has not been given a time of its own.
+GRACE_S = 1.0
+
 _SWEEP_S = 5.0
 
 

@@ -26,6 +26,7 @@ from ._completed import Arguments, CommandFailed, CommandTimedOut, CompletedComm
 from ._fdmap import check_targets
 from ._launch import Launch
 from ._program import Ended, Run, Why
+from ._trees import GRACE_S
 from .fds import Fd, HasFileno, OwnedFds, close_all
 from .sockets import StreamSocket
 
@@ -48,7 +49,6 @@ Stream = Union[int, HasFileno, None]
 #: A resource limit: soft and hard, or one number for both.
 Limit = Union[int, tuple[int, int]]
 
-GRACE_S = 1.0
 _CONSTANTS = (subprocess.PIPE, subprocess.STDOUT, subprocess.DEVNULL)
 _STREAMS = ("stdin", "stdout", "stderr")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import subprocess
 import time
 import weakref
 from collections import deque
@@ -18,20 +17,25 @@ if TYPE_CHECKING:
 
     from typing_extensions import ParamSpec
 
+    from ._pipeline import CompletedPipeline
+    from .commands import Arguments, CompletedCommand, Limit, Stream
+    from .running import RunningCommand
+
     P = ParamSpec("P")
 
-from . import _pipeline, _process, commands, payload
+from . import _process, payload
 from ._chunks import Raised
 from ._client import Client
 from ._cpus import usable_cpus
-from ._pipeline import CompletedPipeline
 from ._shared import Shared
 from ._tasks import ChunkFuture, CommandFuture, TaskFuture
-from .commands import Arguments, CompletedCommand, Limit, Stream
+from ._trees import GRACE_S
 from .errors import DescriptorRefused, FdpoolError, NotPicklable
 from .fds import Fd, HasFileno, close_all
-from .running import RunningCommand, pipes_for
 from .sockets import StreamSocket
+
+# What runs programs (`commands` and what is below it) is imported by the methods that do: a third of the time that
+# importing this module would take, and most pools run none.
 
 T = TypeVar("T")
 
@@ -271,7 +275,7 @@ class Pool(Executor):
         rlimits: Mapping[int, Limit] | None = None,
         new_session: bool = False,
         timeout: float | None = None,
-        grace: float = commands.GRACE_S,
+        grace: float = GRACE_S,
         check: bool = False,
         max_output: int | None = None,
     ) -> Future[CompletedCommand]:
@@ -306,6 +310,8 @@ class Pool(Executor):
         `SpawnError` (an `OSError`: the program could not be started), and as for `submit`. Its `cancel()`
         also ends a program that runs, as its timeout would.
         """
+        from . import commands
+
         command = commands.build(
             args,
             stdin=stdin,
@@ -345,7 +351,7 @@ class Pool(Executor):
         cwd: str | bytes | os.PathLike[str] | None = None,
         env: Mapping[str, str] | None = None,
         timeout: float | None = None,
-        grace: float = commands.GRACE_S,
+        grace: float = GRACE_S,
         check: bool = False,
         max_output: int | None = None,
     ) -> Future[CompletedPipeline]:
@@ -362,6 +368,10 @@ class Pool(Executor):
 
         The other arguments, and the errors, are those of `run`; `cancel()` of the future ends all stages.
         """
+        import subprocess
+
+        from . import _pipeline, commands
+
         if isinstance(stages, (str, bytes)):
             raise TypeError("stages is a sequence of programs, not a string; run() takes a shell's pipeline")
         if capture_output:
@@ -418,7 +428,7 @@ class Pool(Executor):
         rlimits: Mapping[int, Limit] | None = None,
         new_session: bool = False,
         timeout: float | None = None,
-        grace: float = commands.GRACE_S,
+        grace: float = GRACE_S,
         executable: str | bytes | os.PathLike[str] | None = None,
     ) -> RunningCommand:
         """Run a program in a worker, and have a handle of it meanwhile: its pid, signals, pipes to talk to it.
@@ -431,6 +441,9 @@ class Pool(Executor):
 
         Raises: as `run`. OSError: no descriptors left for the pipes.
         """
+        from . import commands
+        from .running import RunningCommand, pipes_for
+
         streams = {"stdin": stdin, "stdout": stdout, "stderr": stderr}
         given, pipes, theirs = pipes_for(streams, text, encoding, errors)
         ends: list[StreamSocket] = []
