@@ -54,6 +54,7 @@ _OUTSIDE = (
     signal.SIGKILL,
     signal.SIGTERM,
 )  # what kills from outside; a process's own faults have other signals
+_REPORT_S = 1.0  # how long the report of a worker's start may come after its first answer
 _LEAVE_S = 5.0  # how long a dismissed worker may take for its exit handlers and threads
 _QUIT_S = 10.0  # how long the supervisor may take to clear up
 
@@ -138,6 +139,16 @@ class Client:
     def is_over(self) -> bool:
         """True once nothing of the pool is left."""
         return self.phase is Phase.OVER
+
+    def worker_pids(self) -> list[int]:
+        """Of the workers that have been reported, and of those that have answered: their report is on its way."""
+        deadline = time.monotonic() + _REPORT_S
+        links = list(self.links.values())
+        while time.monotonic() < deadline and any(
+            link.starting and self.dispatcher.state(link.slot) is State.READY for link in links
+        ):
+            time.sleep(0.001)
+        return [pid for link in links if (pid := link.pid) is not None]
 
     def check_usable(self) -> None:
         """Raise what `submit` would, before any work is put into a payload."""

@@ -126,7 +126,7 @@ class Pool(Executor):
 
     def worker_pids(self) -> list[int]:
         """Process ids of the workers that are there now; may be out of date as soon as it is returned."""
-        return [link.pid for link in list(self._client.links.values()) if link.pid is not None]
+        return self._client.worker_pids()
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         """Run `fn(*args, **kwargs)` in a worker; returns the future of its result.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 import time
 from concurrent.futures import Future, as_completed, wait
@@ -147,3 +148,10 @@ def test_all_of_it_works_without_epoll(without: str, monkeypatch: pytest.MonkeyP
             n * n for n in range(1000)
         ]
         assert list(pool.map(helpers.square, range(1000))) == [n * n for n in range(1000)]
+
+
+def test_a_worker_that_has_answered_is_among_the_pids() -> None:
+    for _ in range(20):
+        with Pool(1) as pool:
+            pid = pool.submit(os.getpid).result()
+            assert pool.worker_pids() == [pid]
