@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from concurrent.futures import Future, as_completed, wait
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,7 @@ def test_asyncio_and_threads_that_wait_do_not_disturb_each_other(pool: Pool) -> 
 def test_a_wait_that_times_out_leaves_the_answer_to_the_pump(pool: Pool) -> None:
     future = pool.submit(time.sleep, 0.2)
     for _ in range(5):
-        with pytest.raises(TimeoutError):
+        with pytest.raises(FutureTimeoutError):
             future.result(timeout=0.01)
     wait_until(future.done)
 
