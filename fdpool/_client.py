@@ -118,6 +118,7 @@ class Client:
         self.critical = Critical(self._handle, self._torn)
         self._ids = itertools.count(1)
         self._broken: PoolBroken | None = None
+        self._torn_by: BaseException | None = None
         self._dropping = False  # what has not begun is cancelled
         self._grace_s: float | None = (
             None  # once the workers are to be ended, not dismissed: SIGTERM to SIGKILL
@@ -768,10 +769,22 @@ class Client:
             self._pump.wake()
 
     def _torn(self, error: BaseException) -> None:
-        """Something was raised in the middle of a decision: what the dispatcher believes may be wrong now."""
-        broken = PoolBroken(f"interrupted in the middle of a decision by {type(error).__name__}: {error}")
-        broken.__cause__ = error
-        self.break_pool(broken)
+        """Something was raised in the middle of a decision: what the dispatcher believes may be wrong now.
+
+        The pump breaks the pool, as no signal handler runs there: this may be interrupted, too.
+        """
+        self._torn_by = error
+        self.wake()
+
+    def mend(self) -> None:
+        """Runs in: the pump. Break the pool if a decision was torn."""
+        error = self._torn_by
+        if error is not None:
+            self._torn_by = None
+            broken = PoolBroken(f"interrupted in the middle of a decision by {type(error).__name__}: {error}")
+            broken.__cause__ = error
+            with self.critical:
+                self.break_pool(broken)
 
     def _copy_of_broken(self) -> PoolBroken:
         """A new instance each time: futures that share one would pile their tracebacks onto it."""

@@ -141,6 +141,7 @@ class Pump:
             client.critical.post(client.look_after_batches)
         _spill.expire(time.monotonic())
         client.critical.drain()
+        client.mend()
         self.settle()
         client.move_on()
 
