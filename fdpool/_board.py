@@ -121,7 +121,7 @@ class Page:
     def claim(self, task: int, start: int, end: int) -> bool:
         """Say that items up to `end` of the chunk `task` begin now, unless the client has recalled it."""
         words = self._words
-        words[_CLAIMED] = end
+        words[_CLAIMED] = end  # in this order, as in may_begin
         if words[_RECALL] == task:
             words[_CLAIMED] = start
             return False

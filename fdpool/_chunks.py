@@ -18,7 +18,21 @@ from .payload import Payload
 BUDGET_S = 0.006
 #: How long a slice may take that is claimed, and begun, as one. Items of 20 microseconds and more are claimed singly.
 _SLICE_S = 20e-6
-_LONGEST_SLICE = 256
+_LONGEST_SLICE = 32
+_FLUSH_S = 0.001  # how long results are kept for each other
+
+#: Types whose instances cannot change: it makes no difference whether items or results share one.
+_PLAIN = frozenset((int, float, complex, bool, str, bytes, type(None)))
+
+
+def is_plain(values: Sequence[Any]) -> bool:
+    """True if these are instances of a few types that cannot change, or tuples of such."""
+    others = set(map(type, values)) - _PLAIN
+    if not others:
+        return True
+    return others == {tuple} and is_plain(
+        [each for value in values if type(value) is tuple for each in value]
+    )
 
 
 class Guard(Protocol):
@@ -70,50 +84,64 @@ def run(
     stop: int,
     claim: Callable[[int, int], bool],
     guard: Guard,
-) -> tuple[list[Any], bool]:
-    """The results of `items` from `start` on, `stop` at most, or as far as time and `claim` allow; and
-    whether some are `Raised`.
+    flush: Callable[[list[Any], bool], None],
+) -> int:
+    """Run `items` from `start` on, `stop` at most, or as far as time and `claim` allow; returns how far.
 
     Args:
         star: each item is a tuple of arguments.
         claim: told of the range that is begun next; False if it must not be.
         guard: told where user code begins and ends.
+        flush: sends results, and whether some are `Raised`. Takes what is not plain data at once, as the function may
+            return the same object again, and change it.
     """
     clock = time.monotonic
     results: list[Any] = []
-    extend = results.extend
-    ends = clock() + BUDGET_S
-    index, step = start, 1
+    flushed = began = clock()
+    ends = began + BUDGET_S
+    base = index = start  # of the first of `results`, and of what comes next
+    step, longest = 1, _LONGEST_SLICE
     mixed = False
     while index < stop:
         end = min(index + step, stop)
         if not claim(index, end):
             break
         began = clock()
+        seen = len(results)
         while index < end:
             guard.items = part = iter(items[index:end])
             calls = itertools.starmap(fn, part) if star else map(fn, part)
             try:
                 guard.in_task = True
-                extend(calls)  # in C; what came before an error stays, as each is appended when it comes
-                if start + len(results) < end:  # it is the function that has raised StopIteration
+                results.extend(
+                    calls
+                )  # in C; what came before an error stays, as each is appended when it comes
+                if base + len(results) < end:  # it is the function that has raised StopIteration
                     raise StopIteration
                 guard.in_task = False
             except BaseException as error:
                 guard.in_task = False
-                if start + len(results) < end:  # else it is a Ctrl-C that came too late
+                if base + len(results) < end:  # else it is a Ctrl-C that came too late
                     results.append(raised(error))
                     mixed = True
-            index = start + len(results)
+            index = base + len(results)
             guard.leave_if_forked()
         now = clock()
-        if now - began > _SLICE_S:
-            step = max(1, step // 2)
-        elif now - began < _SLICE_S / 2 and step < _LONGEST_SLICE:
+        if not mixed and not is_plain(results[seen:]):
+            step = longest = 1
+        elif now - began > _SLICE_S:
+            step = 1
+        elif now - began < _SLICE_S / 2 and step < longest:
             step *= 2
+        if mixed or longest == 1 or now - flushed > _FLUSH_S:
+            flush(results, mixed)
+            results, mixed, base, flushed = [], False, index, now
         if now > ends:
             break
-    return results, mixed
+    guard.items = iter(())
+    if results:
+        flush(results, mixed)
+    return index
 
 
 def answers(results: list[Any], mixed: bool) -> Iterator[tuple[int, Payload]]:

@@ -115,9 +115,12 @@ class Client:
         self._recalled: dict[
             int, set[int]
         ] = {}  # what their workers will say they have not begun; known already
-        self.critical = Critical(self._handle, self._torn)
+        self.critical = Critical(self._handle, self.torn)
         self._ids = itertools.count(1)
         self._broken: PoolBroken | None = None
+        self._forgotten: set[bytes] = (
+            set()
+        )  # tokens of shared objects that tasks still to come may open again
         self._torn_by: BaseException | None = None
         self._dropping = False  # what has not begun is cancelled
         self._grace_s: float | None = (
@@ -271,6 +274,10 @@ class Client:
         """Every task is settled: the pump must know if the end waits for that."""
         if self.phase is not Phase.SERVING:
             self.wake()
+        elif self._forgotten:  # a task that was still to come may have opened them again
+            tokens, self._forgotten = self._forgotten, set()
+            for token in tokens:
+                self.critical.post(self._tell_to_forget, token)
 
     def recycle(self, call: Payload) -> None:
         """Keep the memory file of a call, which nobody maps any more, for the next one."""
@@ -280,6 +287,8 @@ class Client:
     def forget(self, token: bytes) -> None:
         """Tell the workers that no task takes a shared object any more. Never waits, for finalizers."""
         if self.phase is Phase.SERVING:
+            if self.tasks:
+                self._forgotten.add(token)
             self.critical.post(self._tell_to_forget, token)
 
     def _tell_to_forget(self, token: bytes) -> Sequence[Action]:
@@ -397,7 +406,15 @@ class Client:
             body = record.call.body
             parts += (_messages.pack_header(_messages.TASK, task, len(body)), body)
         parts[0] = _messages.pack_header(_messages.TASKS, tasks[0], sum(map(len, parts)))
-        if not wire.try_send(self.links[slot].mine, parts):
+        try:
+            sent = wire.try_send(self.links[slot].mine, parts)
+        except OSError as error:
+            if error.errno not in _messages.MAY_YET_LAND:
+                for task in tasks:
+                    self.fail(task, error)
+                return self.dispatcher.finished(slot, tasks)
+            sent = False
+        if not sent:
             return self._inbox_full(slot, tasks)
         self._look_after(slot)
         return self.dispatcher.finished(slot, gone) if gone else ()
@@ -505,7 +522,14 @@ class Client:
             inbox: what was taken out of its inbox just now.
         """
         assert self.board is not None
-        given = [task for task in self.dispatcher.given(slot) if task not in inbox]
+        given = [
+            task
+            for task in self.dispatcher.given(slot)
+            if task not in inbox
+            # What carries descriptors is not: see `Worker._may_begin`.
+            and (call := self.tasks[task].call if task in self.tasks else None) is not None
+            and call.fds is None
+        ]
         begun = self.board.begun(slot)
         if slot not in self._batched or begun not in given[:-1]:
             return []
@@ -556,7 +580,7 @@ class Client:
             record = self.tasks.get(task)
             if record is None:
                 continue  # cancelled
-            if self._dropping:
+            if self._dropping or (type(record) is ChunkFuture and record.abandoned):
                 self.fail(task, CancelledError())
             elif self.phase not in (Phase.SERVING, Phase.DRAINING):
                 self.fail(task, self._copy_of_broken())
@@ -571,7 +595,8 @@ class Client:
     def returned(self, slot: int, tasks: Sequence[int]) -> Sequence[Action]:
         """Event: the slot's worker says that it has not begun these, and will not."""
         known = self._recalled.get(slot, set())
-        fresh = [task for task in tasks if task not in known]  # the others are somewhere else already
+        # Those that were known to be free are somewhere else already, or here again.
+        fresh = [task for task in tasks if task not in known and self.dispatcher.slot_of(task) == slot]
         known.difference_update(tasks)
         return self.dispatcher.taken_back(slot, fresh)
 
@@ -768,7 +793,7 @@ class Client:
         if self._pump is not None:
             self._pump.wake()
 
-    def _torn(self, error: BaseException) -> None:
+    def torn(self, error: BaseException) -> None:
         """Something was raised in the middle of a decision: what the dispatcher believes may be wrong now.
 
         The pump breaks the pool, as no signal handler runs there: this may be interrupted, too.

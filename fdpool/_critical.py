@@ -12,6 +12,7 @@ another of the program's threads cannot be kept out; then `torn` is told, rather
 from __future__ import annotations
 
 import importlib
+import os
 import signal
 import threading
 from collections import deque
@@ -54,7 +55,7 @@ def block_signals() -> Mask:
     except BaseException:
         _sigmask(signal.SIG_SETMASK, _last)
         raise
-    if len(before) < len(_BLOCKED):  # not a block within a block
+    if len(before) < len(_BLOCKED) and threading.get_ident() == _main_thread:  # not a block within a block
         _last = before
     return before
 
@@ -179,3 +180,12 @@ class Critical:
 
 
 _main_thread = threading.main_thread().ident
+
+
+def _note_main_thread() -> None:
+    """Runs in: a forked child, whose one thread is its main thread, whichever it was."""
+    global _main_thread
+    _main_thread = threading.get_ident()
+
+
+os.register_at_fork(after_in_child=_note_main_thread)

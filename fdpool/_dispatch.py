@@ -251,6 +251,7 @@ class Dispatcher:
         """Forget the task if it is queued; otherwise say where it is."""
         if task in self.queued:
             del self.queued[task]
+            self.full = self.full and bool(self.queued)
             return Where.QUEUED
         seat = self._given_to.get(task)
         if seat is None:
@@ -346,6 +347,7 @@ class Dispatcher:
         """The pool is over; returns the tasks that were not done, the begun ones first."""
         tasks = [*self._given_to, *self.queued]
         self.queued.clear()
+        self.full = False
         self._given_to.clear()
         self._paused.clear()
         self._vacant.clear()

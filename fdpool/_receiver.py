@@ -21,6 +21,7 @@ from . import _messages, _platform, payload, wire
 from ._answers import Answer, open_answer
 from ._board import SETTLE_S, Board
 from ._broken import PoolBroken
+from ._chunks import raised
 from ._critical import block_in_main, put_back
 from ._links import SlotLink, Waker
 from ._messages import HEADER_BYTES, MAX_DATAGRAM, Header
@@ -65,6 +66,7 @@ class Receiver:
         self._waker = Waker()  # makes who waits look at its future again
         # Receiving and posting are one step: who handles a death must not overtake an answer received before.
         self._receiving = threading.RLock()
+        self._opening = threading.RLock()  # one thread at a time loads a chunk's results
         self._turn: Any = threading.RLock()  # held by who waits
         self._awaited: TaskFuture[Any] | None = None
         self._others: set[object] = set()  # threads that wait and do not receive
@@ -145,6 +147,8 @@ class Receiver:
         client, poll, look = self._client, self._inner.poll, self._spin.look
         mask = block_in_main()
         try:
+            # A signal handler, or a result that is loaded, may wait in here too, in the midst of another wait.
+            outer = self._awaited if self._turn._is_owned() else None
             if not self._turn.acquire(blocking=False):
                 return False
             try:
@@ -159,16 +163,27 @@ class Receiver:
                             events = self._block(deadline, mask)
                             if not events:
                                 break
-                        self.take(events)
-                        self.settle()
+                        self._take_and_settle(events)
                 finally:
-                    self._give_back(began)
+                    if outer is None:
+                        self._give_back(began)
             finally:
-                self._awaited = None
+                self._awaited = outer
+                if outer is not None:
+                    self._waker.wake()  # it may have been settled in here
                 self._turn.release()
         finally:
             put_back(mask)
         return True
+
+    def _take_and_settle(self, events: list[tuple[int, int]]) -> None:
+        try:
+            self.take(events)
+            self.settle()
+        except BaseException as error:
+            # A signal that another of the program's threads got in the main thread's place: an answer may be lost.
+            self._client.torn(error)
+            raise
 
     def _give_back(self, began: float) -> None:
         """Let the pump see answers again; or not yet, if waits follow each other quickly."""
@@ -202,13 +217,17 @@ class Receiver:
         if deadline is not None and (remaining := deadline - time.monotonic()) <= 0:
             return []
         events: list[tuple[int, int]]
-        if mask is None:
-            events = self._inner.poll(remaining, _EVENTS)
-        else:
+        try:
             put_back(mask)
-            try:
+            soon = _KEEP_S if remaining < 0 else min(_KEEP_S, remaining)
+            events = self._inner.poll(soon if self._kept else remaining, _EVENTS)
+            if not events and self._kept:
+                self._kept = False  # the pump need not look for the end of this
+                if deadline is not None:
+                    remaining = max(0.0, deadline - time.monotonic())
                 events = self._inner.poll(remaining, _EVENTS)
-            finally:
+        finally:
+            if mask is not None:
                 block_in_main()
         self._spin.waited()
         return events
@@ -233,11 +252,12 @@ class Receiver:
         """Receive from the slots that `events` of the inner epoll names."""
         for fd, _ in events:
             link = self._links.get(fd)
-            if link is None:
-                self._waker.clear()
-            else:
+            if link is not None:
                 with self._receiving:
                     self._receive(link, _BATCH)
+            elif self._turn.acquire(blocking=False):  # else it is for who waits
+                self._waker.clear()
+                self._turn.release()
 
     def take_from(self, link: SlotLink) -> None:
         """Receive from one slot, as far as a turn goes."""
@@ -328,11 +348,9 @@ class Receiver:
         except WireError:
             return
         for kind, task, body in found:
-            if slot_of(task) != slot:
-                continue
             if kind == _messages.RETURNED:
                 returned.append(task)
-            elif kind in _PLAIN:
+            elif kind in _PLAIN and slot_of(task) == slot:
                 done.append(task)
                 self._to_settle.append((task, (_PLAIN[kind], body, _NOTHING), None))
         if done:
@@ -359,16 +377,31 @@ class Receiver:
             if answer is not None:
                 close_all(answer[2])
             return
+        if type(future) is ChunkFuture:
+            with self._opening:  # its end and a failure of the pool may come together
+                self._open_pieces(future)
+                self._settle_with(task, future, answer, error)
+        else:
+            self._settle_with(task, future, answer, error)
+
+    def _open_pieces(self, chunk: ChunkFuture) -> None:
+        if chunk._state not in UNDONE:
+            return
+        for piece in chunk.pieces:
+            results, failure = open_answer(*piece)
+            if failure is not None:
+                results = (raised(failure),) * piece[0].micros
+            chunk.mixed = chunk.mixed or type(results) is tuple
+            chunk.results += results or ()
+        chunk.pieces.clear()
+
+    def _settle_with(
+        self, task: int, future: TaskFuture[Any], answer: Answer | None, error: BaseException | None
+    ) -> None:
+        client = self._client
         result = None
         if answer is not None:
             result, error = open_answer(*answer)
-        if type(future) is ChunkFuture:
-            for piece in future.pieces:
-                results, failure = open_answer(*piece)
-                error = error or failure
-                future.mixed = future.mixed or type(results) is tuple
-                future.results += results or ()
-            future.pieces.clear()
         call = future.call
         if call is not None:
             future.call = None

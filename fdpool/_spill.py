@@ -165,7 +165,8 @@ def _map(fd: int, length: int, writable: bool) -> mmap.mmap:
     if sys.version_info >= (3, 13):
         options["trackfd"] = False  # no duplicate of fd: a kept array then pins memory, and no descriptor
     mapping = mmap.mmap(fd, length, **options)
-    _latest.mapping, _latest.forks = weakref.ref(mapping), _forks
+    if writable:  # else it is a shared object's, which the task's own memory must not be taken for
+        _latest.mapping, _latest.forks = weakref.ref(mapping), _forks
     return mapping
 
 

@@ -151,8 +151,8 @@ class TaskFuture(Future[T]):
 
         Nothing happens to a future that its owner has settled by hand.
         """
-        self._client = None
         with self._condition:
+            self._client = None
             if self._state not in UNDONE:
                 return False
             self._result = result
@@ -212,6 +212,7 @@ class ChunkFuture(TaskFuture[None]):
         pieces: messages with results, in order, as they came.
         results: once it is settled: of the items up to `stop`, or as far as they got.
         mixed: some of them are `_chunks.Raised`.
+        abandoned: nobody reads the results any more; what is parted from it is not to be run.
         after: the chunk of the items from `stop` on that this one once had, or None.
     """
 
@@ -222,6 +223,7 @@ class ChunkFuture(TaskFuture[None]):
         self.pieces: list[Answer] = []
         self.results: list[Any] = []
         self.mixed = False
+        self.abandoned = False
         self.after: ChunkFuture | None = None
 
     def part(self, reached: int, count: int) -> list[ChunkFuture]:
@@ -243,6 +245,7 @@ class ChunkFuture(TaskFuture[None]):
             except OSError:
                 pass
         for chunk in reversed(chunks):
+            chunk.abandoned = self.abandoned
             chunk.after = self.after
             self.after = chunk
         return chunks

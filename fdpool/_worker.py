@@ -98,19 +98,36 @@ class Worker:
                 continue
             began = time.monotonic()
             if header.kind == _messages.CHUNK:
-                self._run_chunk(boot.page, header, received)
+                if self._may_begin(boot.page, header):
+                    self._run_chunk(boot.page, header, received)
                 del received
                 continue
-            boot.page.begin(header.task)
+            if not self._may_begin(boot.page, header):
+                continue
             answer, kind = self._run_task(received.data[HEADER_BYTES:], received.fds, header.spilled)
             del received
             released = self._memory is not None and self._memory.is_over()
             self._memory = None
             self._send(kind, header.task, answer, int((time.monotonic() - began) * 1e6), released)
             del answer
-            self._previous = header.task
             if tasks_left is not None:
                 tasks_left -= 1
+
+    def _may_begin(self, page: Page, header: Header) -> bool:
+        """Say that a task begins; or that it is returned, as the client wants nothing to begin after the one before.
+
+        What carries descriptors is not recalled: there is no other copy of it.
+        """
+        if header.fd_count:
+            page.begin(header.task)
+        elif not page.may_begin(header.task, self._previous):
+            page.begin(0)
+            self._previous = _NONE
+            returned = _messages.pack_header(_messages.RETURNED, header.task)
+            self._send(_messages.ANSWERS, 0, Payload(returned))
+            return False
+        self._previous = header.task
+        return True
 
     def _run_batch(self, page: Page, calls: list[tuple[int, int, bytes]]) -> None:
         """Run tasks that came together, and answer them together, but for those after which time has passed.
@@ -154,8 +171,6 @@ class Worker:
         start, stop = _messages.SPAN.unpack_from(received.data, HEADER_BYTES)
 
         page.claim(task, start, start)
-        page.begin(task)
-        self._previous = _NONE
         try:
             body = received.data[HEADER_BYTES + _messages.SPAN.size :]
             self.in_task = True
@@ -165,16 +180,13 @@ class Worker:
             self.in_task = False
             self._send(_messages.FAILED, task, payload.dumps_failure(error))
             return
-        results, mixed = _chunks.run(fn, items, star, start, stop, partial(page.claim, task), self)
-        fn = items = None
-        reached = start
-        kind, last = _messages.PIECE, (0, payload.dumps_result([]))
-        for count, piece in _chunks.answers(results, mixed):
-            if last[0]:
-                self._send(kind, task, last[1], last[0])
-            last = (count, piece)
-            reached += count
-        self._send(_messages.DONE if reached == stop else _messages.CUT, task, last[1], last[0])
+
+        def flush(results: list[object], mixed: bool) -> None:
+            for count, piece in _chunks.answers(results, mixed):
+                self._send(_messages.PIECE, task, piece, count)
+
+        reached = _chunks.run(fn, items, star, start, stop, partial(page.claim, task), self, flush)
+        self._send(_messages.DONE if reached == stop else _messages.CUT, task, payload.dumps_result([]))
 
     def _send_answers(self, page: Page, answers: list[bytes], began: float) -> None:
         """Send what `answers` holds, if anything, and forget it."""

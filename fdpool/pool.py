@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from functools import partial
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodDescriptorType, ModuleType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     P = ParamSpec("P")
 
 from . import _process, payload
-from ._chunks import Raised
+from ._chunks import Raised, is_plain
 from ._client import Client
 from ._cpus import usable_cpus
 from ._shared import Shared
@@ -189,8 +190,9 @@ class Pool(Executor):
             timeout: seconds from this call within which each result must be there; else `TimeoutError`.
             chunksize: how many items travel as one task, and fail as one if their worker dies. None: as many as is
                 best, which is judged again and again by how long they take; each item succeeds or fails by itself,
-                and none waits long behind another while a worker is idle. One at a time with `buffersize`, with
-                `max_tasks_per_child`, and where an argument holds a descriptor.
+                and none waits long behind another while a worker is idle. Only plain data (numbers, strings, bytes,
+                None, tuples of these) travels so, with a function that carries nothing along that it can change; else,
+                and with `timeout`, `buffersize` or `max_tasks_per_child`, each item is a task.
             buffersize: most tasks submitted and not yet yielded; then `iterables` are read as results are
                 taken. None, the default, reads them all and submits everything at once.
 
@@ -208,7 +210,7 @@ class Pool(Executor):
             raise ValueError(f"buffersize must be None or > 0, not {buffersize}")
         deadline = None if timeout is None else time.monotonic() + timeout
         if chunksize is None:
-            if buffersize is None and self._chunking and len(iterables) > 0:
+            if buffersize is None and timeout is None and self._chunking and iterables and _keeps_nothing(fn):
                 chunks = deque(self._submit_chunks(fn, iterables))
                 return _in_order(chunks, iter(()), weakref.ref(self), deadline)
             chunksize = 1
@@ -239,7 +241,9 @@ class Pool(Executor):
         while start < len(items):
             part = items[start : start + size]
             start += size
-            chunk = _dumped_chunk(fn, part, star) if len(part) > 1 else None
+            # Copies of an item that can change must not be shared with others, as in one pickle they would be.
+            together = len(part) > 1 and is_plain(list(itertools.chain.from_iterable(part)) if star else part)
+            chunk = _dumped_chunk(fn, part, star) if together else None
             if chunk is None:
                 for item in part:
                     yield self.submit(fn, *(item if star else (item,)))
@@ -505,6 +509,42 @@ class Pool(Executor):
         self.shutdown(wait=True)
 
 
+def _keeps_nothing(fn: Any, seen: tuple[Any, ...] = ()) -> bool:
+    """True if it makes no difference whether `fn` travels once for many items, or once for each.
+
+    It does where it carries along what it can change: a method its object, a closure its variables, a function of
+    `__main__` its globals.
+    """
+    if type(fn) is partial:
+        values = [value for value in (*fn.args, *fn.keywords.values()) if type(value) is not Shared]
+        return is_plain(values) and _keeps_nothing(fn.func, seen)
+    if isinstance(fn, BuiltinFunctionType):
+        return fn.__self__ is None or isinstance(fn.__self__, ModuleType)
+    if isinstance(fn, (type, MethodDescriptorType)):
+        return getattr(fn, "__module__", None) != "__main__"
+    if not isinstance(fn, FunctionType):
+        return False
+    if fn.__module__ != "__main__" and "<" not in fn.__qualname__:
+        return True  # by reference: what it changes is its worker's in any case
+    if fn.__closure__ or not is_plain([*(fn.__defaults__ or ()), *(fn.__kwdefaults__ or {}).values()]):
+        return False
+    if fn in seen:
+        return True
+    found = [fn.__globals__[name] for name in _names_in(fn.__code__) if name in fn.__globals__]
+    return all(
+        isinstance(each, ModuleType) or is_plain([each]) or _keeps_nothing(each, (*seen, fn))
+        for each in found
+    )
+
+
+def _names_in(code: CodeType) -> set[str]:
+    names = set(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            names |= _names_in(constant)
+    return names
+
+
 def _dumped_chunk(fn: Callable[..., Any], items: list[Any], star: bool) -> payload.Payload | None:
     """The payload of a chunk; None if its items do not go together, and perhaps one by one."""
     try:
@@ -553,11 +593,11 @@ def _in_order(
             yield from _results_of_chunk(pending, timeout)
     finally:
         for future in pending:
-            future.cancel()
-            part = getattr(future, "after", None)
+            part: Any = future
             while part is not None:
+                part.abandoned = True  # what a worker hands back of a chunk that it runs is not to go on
                 part.cancel()
-                part = part.after
+                part = getattr(part, "after", None)
 
 
 def _results_of_chunk(pending: deque[Future[Any]], timeout: float | None) -> Iterator[Any]:

@@ -254,3 +254,33 @@ def note_or_fork(path: str, number: int) -> int:
     if 1500 < number < 1510:
         note(path, number)
     return number
+
+
+def keep_first(array: Any, _other: Any) -> int:
+    return keep_array(array, "keep")
+
+
+def note_slower(path: str, number: int) -> int:
+    time.sleep(0.02)
+    return note(path, number)
+
+
+def throw(_number: int, dice: Any) -> float:
+    return float(dice.random())
+
+
+class Counter:
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def count(self, _number: int) -> int:
+        self.calls += 1
+        return self.calls
+
+
+_again: list[int] = [0]
+
+
+def same_list_again(number: int) -> list[int]:
+    _again[0] = number
+    return _again

@@ -148,6 +148,17 @@ def test_a_task_that_fails_or_answers_at_length_in_a_batch_is_its_own_affair(tmp
                     assert os.fstat(file.fileno()).st_rdev == os.stat(os.devnull).st_rdev
 
 
+def test_the_pool_goes_on_after_all_that_was_queued_has_been_cancelled() -> None:
+    with Pool(1) as pool:
+        warm(pool)
+        for _ in range(5):
+            futures = [pool.submit(time.sleep, 0.002) for _ in range(60)]
+            cancelled = [future.cancel() for future in reversed(futures)]
+            assert any(cancelled)
+            wait(futures, timeout=20)
+            assert pool.submit(helpers.square, 3).result(timeout=20) == 9
+
+
 def test_workers_with_a_limit_of_tasks_are_sent_one_by_one() -> None:
     with Pool(1, max_tasks_per_child=5) as pool:
         futures = flood(pool, 60)

@@ -142,6 +142,31 @@ def test_closing_the_iterator_cancels_what_has_not_begun(ledger: Path) -> None:
     assert len(ran(ledger)) < 900
 
 
+def test_items_of_a_chunk_that_is_running_stop_with_the_iterator(ledger: Path) -> None:
+    with Pool(1) as pool:
+        results = pool.map(partial(helpers.note_slower, str(ledger)), range(400))
+        assert next(results) == 0
+        results.close()  # type: ignore[attr-defined]
+    assert len(ran(ledger)) < 20
+
+
+@pytest.mark.parametrize("chunksize", [None, 1])
+def test_what_items_share_and_change_is_each_ones_own(pool: Pool, chunksize: int | None) -> None:
+    dice = random.Random(1)
+    first = random.Random(1).random()
+    numbers = pool.map(helpers.throw, range(50), [dice] * 50, chunksize=chunksize)
+    assert list(numbers) == [first] * 50
+    assert list(pool.map(helpers.Counter().count, range(50), chunksize=chunksize)) == [1] * 50
+    seen: list[int] = []
+
+    def remember(number: int) -> int:
+        seen.append(number)
+        return len(seen)
+
+    assert list(pool.map(remember, range(50), chunksize=chunksize)) == [1] * 50
+    assert list(pool.map(helpers.same_list_again, range(50), chunksize=chunksize)) == [[n] for n in range(50)]
+
+
 def test_shutdown_can_drop_the_rest(ledger: Path) -> None:
     pool = Pool(1)
     results = pool.map(partial(helpers.note_slowly, str(ledger)), range(1000))

@@ -132,6 +132,23 @@ def test_an_array_that_a_task_has_kept_never_changes(how: str) -> None:
         assert pool.submit(helpers.kept_array).result() == 7 << 18
 
 
+def test_an_array_that_came_with_a_shared_object_never_changes() -> None:
+    """That object's memory is mapped while the call is loaded, and must not be taken for the call's own."""
+    with Pool(1) as pool, pool.share({"some": 1}) as shared:
+        assert pool.submit(helpers.keep_first, numpy.full(1 << 18, 7), shared).result() == 7
+        for n in range(3):
+            assert pool.submit(helpers.sum_of, {"array": numpy.full(1 << 18, n)}).result() == n << 18
+        assert pool.submit(helpers.kept_array).result() == 7 << 18
+
+
+def test_a_shared_object_closed_before_its_last_task_is_let_go_of(pool: Pool) -> None:
+    shared = pool.share(numpy.zeros(1 << 18))
+    futures = [pool.submit(len, shared) for _ in range(40)]
+    shared.close()
+    assert {future.result() for future in futures} == {1 << 18}
+    wait_until(lambda: not any(pool.submit(helpers.maps_shared_memory).result() for _ in range(8)))
+
+
 def test_idle_memory_is_given_back() -> None:
     with Pool(1) as pool:
         pool.submit(len, bytes(1 << 20)).result()

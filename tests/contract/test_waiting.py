@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import threading
 import time
 from concurrent.futures import Future, as_completed, wait
@@ -149,6 +150,39 @@ def test_all_of_it_works_without_epoll(without: str, monkeypatch: pytest.MonkeyP
             n * n for n in range(1000)
         ]
         assert list(pool.map(helpers.square, range(1000))) == [n * n for n in range(1000)]
+
+
+def test_a_signal_handler_may_wait_in_the_midst_of_another_wait(pool: Pool) -> None:
+    inner: list[int] = []
+
+    def handle(_number: int, _frame: object) -> None:
+        time.sleep(0.001)
+        inner.append(pool.submit(helpers.wait_and_tell, 5, 0.3).result(timeout=20))
+
+    before = signal.signal(signal.SIGALRM, handle)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        assert pool.submit(helpers.wait_and_tell, 4, 0.2).result(timeout=20) == 4
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert inner == [5]
+    assert pool.submit(helpers.square, 3).result(timeout=20) == 9
+
+
+def test_a_long_wait_after_quick_ones_does_not_wake_the_pump(pool: Pool) -> None:
+    for _ in range(50):
+        pool.submit(helpers.square, 3).result()
+    [pump] = [thread for thread in threading.enumerate() if thread.name == "fdpool-pump"]
+    status = Path(f"/proc/self/task/{pump.native_id}/status")
+
+    def slept() -> int:
+        text = status.read_text()
+        return int(text.partition("\nvoluntary_ctxt_switches:")[2].split()[0])
+
+    before = slept()
+    pool.submit(time.sleep, 0.5).result()
+    assert slept() - before < 50
 
 
 def test_a_worker_that_has_answered_is_among_the_pids() -> None:
