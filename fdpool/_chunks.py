@@ -16,8 +16,8 @@ from .payload import Payload
 
 #: How long a worker runs items of one chunk. What comes after it waits so long; and each cut costs 80 microseconds.
 BUDGET_S = 0.006
-#: How long a slice may take that is claimed, and begun, as one. Items of 20 microseconds and more are claimed singly.
-_SLICE_S = 20e-6
+#: How long a slice may take that is claimed, and begun, as one. Items of 100 microseconds and more are claimed singly.
+_SLICE_S = 100e-6
 _LONGEST_SLICE = 32
 _FLUSH_S = 0.001  # how long results are kept for each other
 

@@ -159,7 +159,7 @@ def note_or_wait(path: str, gate: str, number: int) -> int:
     if number == 3:
         with open(gate, "rb") as end:
             end.read()
-    spin(100e-6)
+    spin(300e-6)
     return note(path, number)
 
 
