@@ -186,7 +186,7 @@ def test_a_long_wait_after_quick_ones_does_not_wake_the_pump(pool: Pool) -> None
 
 
 def test_a_worker_that_has_answered_is_among_the_pids() -> None:
-    for _ in range(20):
+    for _ in range(8):
         with Pool(1) as pool:
             pid = pool.submit(os.getpid).result()
             assert pool.worker_pids() == [pid]
