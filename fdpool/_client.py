@@ -4,8 +4,9 @@ How a task travels, and who may wait where:
 
     submit    any thread     enters the task and posts "submitted" (`_critical`): whoever gets the lock asks
                              `_dispatch` and performs its answer. Nothing there waits: sends are MSG_DONTWAIT.
-    answers   the pump       `_pump` waits for answers, deaths and deadlines, posts what they mean, and settles
-                             futures with the lock free, as their callbacks are user code.
+    answers   who waits      `_receiver` takes answers, posts what they mean, and settles futures with the lock
+              or the pump    free, as loading a result is user code.
+    the rest  the pump       `_pump` waits for deaths and deadlines, and calls back, which is user code, too.
     the end   the pump       in phases, each entered when the one before has nothing left to do.
 """
 
@@ -112,15 +113,13 @@ class Client:
         # the item of a chunk) when last looked at.
         self._batched: dict[int, tuple[int, int]] = {}
         self.looks_at: float | None = None  # when `look_after_batches` is due
-        self._recalled: dict[
-            int, set[int]
-        ] = {}  # what their workers will say they have not begun; known already
+        # What the workers of slots will say that they have not begun, as is known already.
+        self._recalled: dict[int, set[int]] = {}
         self.critical = Critical(self._handle, self.torn)
         self._ids = itertools.count(1)
         self._broken: PoolBroken | None = None
-        self._forgotten: set[bytes] = (
-            set()
-        )  # tokens of shared objects that tasks still to come may open again
+        # Tokens of shared objects that are closed, and that tasks still to come may open again.
+        self._forgotten: set[bytes] = set()
         self._torn_by: BaseException | None = None
         self._dropping = False  # what has not begun is cancelled
         self._grace_s: float | None = (
@@ -348,6 +347,10 @@ class Client:
 
     def _handle(self, event: Callable[..., Sequence[Action]], *arguments: Any) -> None:
         actions = event(*arguments)
+        if actions:
+            self._perform(actions)
+
+    def _perform(self, actions: Sequence[Action]) -> None:
         while actions:
             follow: list[Action] = []
             for action in actions:
@@ -355,9 +358,6 @@ class Client:
                 if more:
                     follow.extend(more)
             actions = follow
-
-    def _perform(self, actions: Sequence[Action]) -> None:
-        self._handle(lambda: actions)
 
     def _send_tasks(self, action: _dispatch.SendTasks) -> Sequence[Action]:
         slot, tasks = action
@@ -557,8 +557,8 @@ class Client:
         return self.dispatcher.assign()
 
     def enter_parts(self, chunks: Sequence[ChunkFuture], label: str) -> list[int]:
-        """Make tasks of parts of a chunk; from any thread, while the chunk itself is still one. `parts_entered` is
-        to follow."""
+        """Make tasks of parts of a chunk; from any thread, while the chunk itself is still one. `chunk_cut` or
+        `_queue_first` is to follow."""
         tasks = []
         for chunk in chunks:
             chunk._client = self

@@ -266,15 +266,7 @@ def encode(
     done = False
     try:
         try:
-            if encoder.fill_plainly(obj):
-                chunks = encoder.chunks
-                if len(chunks) == 1 and not encoder.fds and not encoder.buffers:  # nearly always
-                    body = chunks[0]
-                    if type(body) is bytes and len(body) <= spill_bytes:
-                        done = True
-                        return Payload(body)
-            else:
-                encoder.fill_by_value(obj)
+            encoder.fill(obj)
         except Exception as error:
             if encoder.failure is not None:
                 raise encoder.failure from None

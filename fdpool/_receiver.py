@@ -253,8 +253,7 @@ class Receiver:
         for fd, _ in events:
             link = self._links.get(fd)
             if link is not None:
-                with self._receiving:
-                    self._receive(link, _BATCH)
+                self.take_from(link)
             elif self._turn.acquire(blocking=False):  # else it is for who waits
                 self._waker.clear()
                 self._turn.release()

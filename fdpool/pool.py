@@ -146,16 +146,25 @@ class Pool(Executor):
             WorkerLost: the worker died while it ran this task;
             PoolBroken: the pool broke or was ended before.
         """
-        client = self._client
-        client.check_usable()
         label = getattr(fn, "__qualname__", None) or repr(fn)
-        future: TaskFuture[T] = TaskFuture()
+        return self._submit(fn, args, kwargs, label, TaskFuture())
+
+    def _submit(
+        self,
+        fn: Callable[..., T],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        label: str,
+        future: TaskFuture[T],
+    ) -> Future[T]:
+        """Pickle a call and hand it on; `label` is what errors call it."""
+        self._client.check_usable()
         try:
             call = payload.dumps_call(fn, args, kwargs)
         except NotPicklable as error:
             future.set_exception(error)
             return future
-        return client.submit(call, label, future)
+        return self._client.submit(call, label, future)
 
     def share(self, obj: T) -> Shared[T]:
         """Put an object into memory once, for many tasks to take: submit the handle in its place.
@@ -405,14 +414,7 @@ class Pool(Executor):
 
     def _submit_command(self, fn: Callable[[Any], T], command: Any, label: str) -> Future[T]:
         """As `submit`, with a future whose `cancel` ends the running program too."""
-        self._client.check_usable()
-        future: CommandFuture[T] = CommandFuture()
-        try:
-            call = payload.dumps_call(fn, (command,), {})
-        except NotPicklable as error:
-            future.set_exception(error)
-            return future
-        return self._client.submit(call, label, future)
+        return self._submit(fn, (command,), {}, label, CommandFuture())
 
     def popen(
         self,
