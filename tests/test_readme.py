@@ -79,4 +79,4 @@ def test_the_main_job_prints_a_line_for_each_of_its_files() -> None:
 
 
 def test_the_test_command_runs_the_tests() -> None:
-    assert command("test command").endswith(".venv-test/bin/python -m pytest\n")
+    assert command("test command").endswith(".venv-test/bin/python -m pytest -n auto\n")
