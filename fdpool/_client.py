@@ -17,23 +17,22 @@ import os
 import signal
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import CancelledError
 from enum import Enum
 from typing import Any, TypeVar
 
 from . import _control, _dispatch, _messages, _process, _spill, wire
-from ._answers import lost_descriptors, worker_lost
-from ._board import SETTLE_S, Board
+from ._answers import worker_lost
+from ._board import Board
 from ._broken import PoolBroken, describe_status
 from ._critical import Critical, Mask, block_in_main, mask_now, put_back
 from ._dispatch import Action, Dispatcher, Where
+from ._inboxes import RETRY_S, Inboxes
 from ._links import SlotLink
-from ._messages import HEADER_BYTES, MAX_DATAGRAM
 from ._pump import Pump
+from ._receiver import Receiver
 from ._slots import State
 from ._tasks import ChunkFuture, TaskFuture
 from .errors import ForkedPool, PoolShutDown
-from .fds import SCM_MAX_FD, OwnedFds, close_all
 from .payload import Payload
 
 T = TypeVar("T")
@@ -45,12 +44,6 @@ INBOX_DEPTH = 16
 #: Most bytes of a call that travels with others, so that the largest batch fits into a message.
 _LARGEST_IN_BATCH = 1024
 
-#: How often the pump looks after tasks that were sent together: whether one of them takes long, and holds up others.
-_LOOK_S = 0.004
-
-RETRY_S = (
-    0.01  # pause before the kernel is asked again to take a message, where nothing of ours is in its way
-)
 _OUTSIDE = (
     signal.SIGKILL,
     signal.SIGTERM,
@@ -109,25 +102,20 @@ class Client:
         depth = INBOX_DEPTH if max_tasks is None else min(INBOX_DEPTH, max_tasks)
         # A worker that leaves after so many tasks must not have received more.
         self.dispatcher = Dispatcher(max_workers, depth, batching=max_tasks is None)
-        # Slots that were sent several tasks as one message, or a chunk, and what their worker had begun (the task, and
-        # the item of a chunk) when last looked at.
-        self._batched: dict[int, tuple[int, int]] = {}
-        self.looks_at: float | None = None  # when `look_after_batches` is due
-        # What the workers of slots will say that they have not begun, as is known already.
-        self._recalled: dict[int, set[int]] = {}
+        self.inboxes = Inboxes(self)
         self.critical = Critical(self._handle, self.torn)
-        self._ids = itertools.count(1)
+        self.new_id = itertools.count(1).__next__
         self._broken: PoolBroken | None = None
         # Tokens of shared objects that are closed, and that tasks still to come may open again.
         self._forgotten: set[bytes] = set()
         self._torn_by: BaseException | None = None
-        self._dropping = False  # what has not begun is cancelled
+        self.dropping = False  # what has not begun is cancelled
         self._grace_s: float | None = (
             None  # once the workers are to be ended, not dismissed: SIGTERM to SIGKILL
         )
         self._pump: Pump | None = None
         self._performers: dict[type, Callable[[Any], Sequence[Action]]] = {
-            _dispatch.SendTasks: self._send_tasks,
+            _dispatch.SendTasks: self.inboxes.send,
             _dispatch.StartWorker: self._start_worker,
             _dispatch.TakeBack: self._take_back,
             _dispatch.LoseTask: self._lose_task,
@@ -142,6 +130,17 @@ class Client:
     def is_over(self) -> bool:
         """True once nothing of the pool is left."""
         return self.phase is Phase.OVER
+
+    @property
+    def runs_tasks(self) -> bool:
+        """True as long as what was submitted is run."""
+        return self.phase in (Phase.SERVING, Phase.DRAINING)
+
+    @property
+    def receiver(self) -> Receiver:
+        """Of a pool that serves."""
+        assert self._pump is not None
+        return self._pump.receiver
 
     def worker_pids(self) -> list[int]:
         """Of the workers that have been reported, and of those that have answered: their report is on its way."""
@@ -161,7 +160,7 @@ class Client:
                 "make a new Pool here"
             )
         if self._broken is not None:
-            raise self._copy_of_broken()
+            raise self.copy_of_broken()
         if _process.exiting():
             raise PoolShutDown("cannot schedule new futures after interpreter shutdown")
         if self.phase not in (Phase.NEW, Phase.SERVING):
@@ -175,7 +174,7 @@ class Client:
         Raises:
             ForkedPool, PoolShutDown, PoolBroken: the pool takes no tasks; the payload is closed.
         """
-        task = next(self._ids)
+        task = self.new_id()
         future._client = self
         future._task = task
         future.call = call
@@ -220,12 +219,8 @@ class Client:
             if where is Where.INBOX:
                 slot = self.dispatcher.slot_of(task)
                 assert slot is not None
-                found = self._receive_inbox(slot)
-                if task not in found:
-                    found = self._recall(slot, found) + found
-                mine = [task] if task in found else []
-                self._perform(self.dispatcher.taken_back(slot, found, dropping=mine))
-                where = Where.QUEUED if mine else Where.BEGUN
+                self._perform(self.inboxes.fetch(slot, task))
+                where = Where.BEGUN if self.dispatcher.slot_of(task) == slot else Where.QUEUED
             record = self.tasks.pop(task, None) if where is Where.QUEUED else None
         if record is None:
             return False
@@ -320,7 +315,7 @@ class Client:
             return
         with self.critical:
             self._close_doors()
-            self._dropping = self._dropping or cancel
+            self.dropping = self.dropping or cancel
         if cancel:
             # Newest first: what is queued goes before what lies in an inbox, or each place made there would
             # be filled again from the queue.
@@ -359,76 +354,6 @@ class Client:
                     follow.extend(more)
             actions = follow
 
-    def _send_tasks(self, action: _dispatch.SendTasks) -> Sequence[Action]:
-        slot, tasks = action
-        if len(tasks) > 1:
-            return self._send_batch(slot, tasks)
-        task = tasks[0]
-        record = self.tasks.get(task)
-        if record is None or record.call is None:  # failed meanwhile
-            return self.dispatcher.finished(slot, tasks)
-        call = record.call
-        numbers = call.fds.numbers if call.fds else ()
-        parts: tuple[bytes, ...]
-        if type(record) is ChunkFuture:
-            span = _messages.SPAN.pack(record.start, record.stop)
-            size = len(span) + len(call.body)
-            header = _messages.pack_header(_messages.CHUNK, task, size, len(numbers), call.spilled)
-            parts = (header, span, call.body)
-            self._look_after(slot)
-        else:
-            header = _messages.pack_header(_messages.TASK, task, len(call.body), len(numbers), call.spilled)
-            parts = (header, call.body)
-        try:
-            sent = wire.try_send(self.links[slot].mine, parts, numbers)
-        except OSError as error:
-            if error.errno not in _messages.MAY_YET_LAND:
-                self.fail(task, error)
-                return self.dispatcher.finished(slot, tasks)
-            sent = False
-        if not sent:
-            return self._inbox_full(slot, tasks)
-        if numbers and call.carries_fds:
-            # A copy kept here would hide from a reader that the task has closed its end.
-            record.call = None
-            call.close()
-        return ()
-
-    def _send_batch(self, slot: int, tasks: Sequence[int]) -> Sequence[Action]:
-        """Several small tasks without descriptors as one message."""
-        parts: list[bytes] = [b""]
-        gone: list[int] = []
-        for task in tasks:
-            record = self.tasks.get(task)
-            if record is None or record.call is None:
-                gone.append(task)
-                continue
-            body = record.call.body
-            parts += (_messages.pack_header(_messages.TASK, task, len(body)), body)
-        parts[0] = _messages.pack_header(_messages.TASKS, tasks[0], sum(map(len, parts)))
-        try:
-            sent = wire.try_send(self.links[slot].mine, parts)
-        except OSError as error:
-            if error.errno not in _messages.MAY_YET_LAND:
-                for task in tasks:
-                    self.fail(task, error)
-                return self.dispatcher.finished(slot, tasks)
-            sent = False
-        if not sent:
-            return self._inbox_full(slot, tasks)
-        self._look_after(slot)
-        return self.dispatcher.finished(slot, gone) if gone else ()
-
-    def _look_after(self, slot: int) -> None:
-        self._batched.setdefault(slot, (0, 0))
-        if self.looks_at is None:
-            self.looks_at = time.monotonic() + _LOOK_S
-            self.wake()
-
-    def _inbox_full(self, slot: int, tasks: Sequence[int]) -> Sequence[Action]:
-        self.wake()  # the pump must learn of the new deadline
-        return self.dispatcher.inbox_full(slot, tasks, time.monotonic() + RETRY_S)
-
     def _start_worker(self, action: _dispatch.StartWorker) -> Sequence[Action]:
         slot, generation = action
         link = self.links.get(slot)
@@ -449,7 +374,7 @@ class Client:
         return ()
 
     def _take_back(self, action: _dispatch.TakeBack) -> Sequence[Action]:
-        return self.dispatcher.taken_back(action.slot, self._receive_inbox(action.slot))
+        return self.dispatcher.taken_back(action.slot, self.inboxes.receive(action.slot))
 
     def _lose_task(self, action: _dispatch.LoseTask) -> Sequence[Action]:
         record = self.tasks.get(action.task)
@@ -460,7 +385,7 @@ class Client:
                 assert self.board is not None
                 claimed = self.board.claimed(action.slot)
                 if record.start <= claimed < record.stop:
-                    self._queue_first(self.enter_parts(record.part(claimed, 2), record.label))
+                    self.inboxes.queue_first(self.inboxes.enter_parts(record.part(claimed, 2), record.label))
                     self.fail(action.task, worker_lost(pid, action.slot, status, record.label, begun))
                     return self.dispatcher.assign()
             self.fail(action.task, worker_lost(pid, action.slot, status, record.label, begun))
@@ -481,135 +406,10 @@ class Client:
         status = self.links[slot].last_exit[1]
         killed = status is not None and os.WIFSIGNALED(status) and os.WTERMSIG(status) in _OUTSIDE
         self.wake()  # the slot may be paused now, and the pump must know until when
-        self._batched.pop(slot, None)
-        self._recalled.pop(slot, None)
-        unread = self._receive_inbox(slot)
-        return self.dispatcher.exited(
-            slot, self._received_not_begun(slot, unread) + unread, time.monotonic(), killed
-        )
-
-    def look_after_batches(self) -> Sequence[Action]:
-        """Event: it is time to see whether a task holds up others that travelled with it.
-
-        Its neighbours' answers are fetched from the board, and what has not begun is taken back if a worker is idle.
-        """
-        assert self.board is not None
-        actions: list[Action] = []
-        for slot, before in list(self._batched.items()):
-            given = self.dispatcher.given(slot)
-            begun = self.board.begun(slot)
-            now = (begun, self.board.claimed(slot))
-            if not given or self.dispatcher.state(slot) is not State.READY:
-                del self._batched[slot]
-            elif now != before or begun not in given:
-                self._batched[slot] = now
-            elif type(chunk := self.tasks.get(begun)) is ChunkFuture:
-                if self.dispatcher.wanted and chunk.stop - self.board.claimed(slot) > 0:
-                    actions += self._part_running(slot, begun, chunk)
-            else:
-                assert self._pump is not None
-                self._pump.receiver.take_log(slot, self.board)
-                if self.dispatcher.wanted:
-                    inbox = self._receive_inbox(slot)
-                    actions += self.dispatcher.taken_back(slot, self._recall(slot, inbox) + inbox)
-        self.looks_at = time.monotonic() + _LOOK_S if self._batched else None
-        return actions
-
-    def _recall(self, slot: int, inbox: Sequence[int]) -> list[int]:
-        """What the slot's worker has received and not begun, and will not begin, as its running task takes long.
-
-        Args:
-            inbox: what was taken out of its inbox just now.
-        """
-        assert self.board is not None
-        given = [
-            task
-            for task in self.dispatcher.given(slot)
-            if task not in inbox
-            # What carries descriptors is not: see `Worker._may_begin`.
-            and (call := self.tasks[task].call if task in self.tasks else None) is not None
-            and call.fds is None
-        ]
-        begun = self.board.begun(slot)
-        if slot not in self._batched or begun not in given[:-1]:
-            return []
-        self.board.recall(slot, begun)
-        time.sleep(SETTLE_S)
-        if self.board.begun(slot) != begun:
-            return []  # it has gone on, and may or may not have seen this; if it has, it says so
-        free = given[given.index(begun) + 1 :]
-        self._recalled.setdefault(slot, set()).update(free)
-        return free
-
-    def _part_running(self, slot: int, task: int, chunk: ChunkFuture) -> Sequence[Action]:
-        """Take what a chunk's worker has not begun away from it, as one of its items takes long."""
-        assert self.board is not None
-        assert self._pump is not None
-        self.board.recall(slot, task)
-        time.sleep(SETTLE_S)
-        with self._pump.receiver.undisturbed:  # or it may be parted there, as its worker has answered
-            claimed = self.board.claimed(slot)
-            if self.board.begun(slot) != task or not chunk.start <= claimed < chunk.stop:
-                return ()
-            parts = chunk.part(claimed, 2)
-            tasks = self.enter_parts(parts, chunk.label)
-        self._queue_first(tasks)
-        return self.dispatcher.assign()
-
-    def enter_parts(self, chunks: Sequence[ChunkFuture], label: str) -> list[int]:
-        """Make tasks of parts of a chunk; from any thread, while the chunk itself is still one. `chunk_cut` or
-        `_queue_first` is to follow."""
-        tasks = []
-        for chunk in chunks:
-            chunk._client = self
-            chunk._task = next(self._ids)
-            chunk.label = label
-            self.tasks[chunk._task] = chunk
-            tasks.append(chunk._task)
-        return tasks
-
-    def chunk_cut(self, slot: int, task: int, parts: Sequence[int]) -> Sequence[Action]:
-        """Event: the slot's worker has answered a chunk, but for these parts of it."""
-        self._queue_first(parts)
-        return self.dispatcher.finished(slot, (task,))
-
-    def _queue_first(self, tasks: Sequence[int]) -> None:
-        """Have parts of a chunk run before all others, if anything is run any more."""
-        sound = []
-        for task in tasks:
-            record = self.tasks.get(task)
-            if record is None:
-                continue  # cancelled
-            if self._dropping or (type(record) is ChunkFuture and record.abandoned):
-                self.fail(task, CancelledError())
-            elif self.phase not in (Phase.SERVING, Phase.DRAINING):
-                self.fail(task, self._copy_of_broken())
-            elif record.call is None:
-                self.fail(
-                    task, PoolBroken("no descriptor is left for the rest of a map's items (RLIMIT_NOFILE)")
-                )
-            else:
-                sound.append(task)
-        self.dispatcher.put_first(sound)
-
-    def returned(self, slot: int, tasks: Sequence[int]) -> Sequence[Action]:
-        """Event: the slot's worker says that it has not begun these, and will not."""
-        known = self._recalled.get(slot, set())
-        # Those that were known to be free are somewhere else already, or here again.
-        fresh = [task for task in tasks if task not in known and self.dispatcher.slot_of(task) == slot]
-        known.difference_update(tasks)
-        return self.dispatcher.taken_back(slot, fresh)
-
-    def _received_not_begun(self, slot: int, unread: list[int]) -> list[int]:
-        """What a dead worker had received, but not begun, and can be sent again."""
-        assert self.board is not None
-        begun = self.board.begun(slot)
-        received = [task for task in self.dispatcher.given(slot) if task not in unread and task != begun]
-        return [
-            task
-            for task in received
-            if (record := self.tasks.get(task)) is not None and record.call is not None
-        ]
+        self.inboxes.forget(slot)
+        unread = self.inboxes.receive(slot)
+        unread = self.inboxes.received_not_begun(slot, unread) + unread
+        return self.dispatcher.exited(slot, unread, time.monotonic(), killed)
 
     def break_pool(self, error: PoolBroken, grace_s: float = 0.0) -> Sequence[Action]:
         """Event: the pool is of no use any more. Fail every task, have the workers ended."""
@@ -620,7 +420,7 @@ class Client:
         if self.phase is not Phase.LEAVING:
             self.dispatcher.closed()
             for task in list(self.tasks):
-                self.fail(task, self._copy_of_broken())
+                self.fail(task, self.copy_of_broken())
         self.enter_leaving()
         self.wake()
         return ()
@@ -634,28 +434,6 @@ class Client:
                 record.call = None
             self._pump.receiver.settle_later(task, error)
             self.wake()
-
-    def _receive_inbox(self, slot: int) -> list[int]:
-        """Take every datagram out of the slot's inbox; returns their tasks, which have their payloads again."""
-        found = []
-        while (received := wire.try_receive(self.links[slot].theirs, MAX_DATAGRAM, SCM_MAX_FD)) is not None:
-            header = _messages.unpack_header(received.data)
-            if header.kind == _messages.TASKS:
-                close_all(received.fds)
-                found += [task for _, task, _ in _messages.split(received.data) if task in self.tasks]
-                continue
-            record = self.tasks.get(header.task)
-            if record is None or header.kind not in (_messages.TASK, _messages.CHUNK):
-                close_all(received.fds)
-                continue
-            found.append(header.task)
-            if record.call is not None:
-                close_all(received.fds)  # a copy of the file that the kept payload has
-                continue
-            record.call = Payload(received.data[HEADER_BYTES:], OwnedFds(received.fds), header.spilled)
-            if len(received.fds) != header.fd_count:
-                self.fail(header.task, lost_descriptors(header.fd_count, len(received.fds), "this process"))
-        return found
 
     # -- beginning and end ---------------------------------------------------------------------------------
 
@@ -708,7 +486,7 @@ class Client:
         moments = [self.dispatcher.next_deadline()]
         if self.phase in (Phase.LEAVING, Phase.QUITTING):
             moments.append(self.phase_ends)
-        moments += (self.looks_at, _spill.expires_at())
+        moments += (self.inboxes.looks_at, _spill.expires_at())
         if self.control is not None and not self.control.flush():
             moments.append(time.monotonic() + RETRY_S)
         return min((moment for moment in moments if moment is not None), default=None)
@@ -811,7 +589,7 @@ class Client:
             with self.critical:
                 self.break_pool(broken)
 
-    def _copy_of_broken(self) -> PoolBroken:
+    def copy_of_broken(self) -> PoolBroken:
         """A new instance each time: futures that share one would pile their tracebacks onto it."""
         assert self._broken is not None
         error = PoolBroken(*self._broken.args)

@@ -137,8 +137,9 @@ class Pump:
                 return
         if self._ticks_at is not None and self._ticks_at <= time.monotonic():
             client.critical.post(client.dispatcher.tick, time.monotonic())
-        if client.looks_at is not None and client.looks_at <= time.monotonic():
-            client.critical.post(client.look_after_batches)
+        looks_at = client.inboxes.looks_at
+        if looks_at is not None and looks_at <= time.monotonic():
+            client.critical.post(client.inboxes.look_after)
         _spill.expire(time.monotonic())
         client.critical.drain()
         client.mend()

@@ -332,8 +332,8 @@ class Receiver:
             reached = future.start + sum(piece[0].micros for piece in future.pieces)
             rest = future.part(reached, 2) if future.start <= reached < future.stop else []
             # In this order: the parts are tasks before the whole is settled, which its reader waits for.
-            parts = client.enter_parts(rest, future.label)
-            client.critical.post_blocked(client.chunk_cut, slot, header.task, parts)
+            parts = client.inboxes.enter_parts(rest, future.label)
+            client.critical.post_blocked(client.inboxes.chunk_cut, slot, header.task, parts)
             self._to_settle.append((header.task, None, None))
 
     def _take_answers(self, slot: int, data: bytes, start: int, busy_s: float | None) -> None:
@@ -355,7 +355,7 @@ class Receiver:
         if done:
             client.critical.post_blocked(client.dispatcher.finished, slot, done, busy_s)
         if returned:
-            client.critical.post_blocked(client.returned, slot, returned)
+            client.critical.post_blocked(client.inboxes.returned, slot, returned)
 
     # -- settling ------------------------------------------------------------------------------------------
 

@@ -58,13 +58,13 @@ def test_a_flood_is_sent_in_batches_and_every_result_is_right(monkeypatch: pytes
     with Pool(2) as pool:
         warm(pool)
         sizes: list[int] = []
-        send = pool._client._send_batch
+        send = pool._client.inboxes._send_batch
 
         def counted(slot: int, tasks: Any) -> Any:
             sizes.append(len(tasks))
             return send(slot, tasks)
 
-        monkeypatch.setattr(pool._client, "_send_batch", counted)
+        monkeypatch.setattr(pool._client.inboxes, "_send_batch", counted)
         futures = flood(pool, 3000)
         assert [future.result() for future in futures] == [n * n for n in range(3000)]
     assert sizes
