@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ._shared import Shared as Shared
     from .aio import AsyncDatagramSocket as AsyncDatagramSocket
     from .aio import AsyncSocket as AsyncSocket
+    from .errors import BindFailed as BindFailed
     from .errors import DescriptorRefused as DescriptorRefused
     from .errors import FdpoolError as FdpoolError
     from .errors import FdTransferError as FdTransferError
@@ -46,6 +47,7 @@ _HOMES = {
     "_pipeline": ("CompletedPipeline",),
     "_shared": ("Shared",),
     "errors": (
+        "BindFailed",
         "DescriptorRefused",
         "FdTransferError",
         "FdpoolError",

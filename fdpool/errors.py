@@ -59,6 +59,18 @@ class PoolShutDown(FdpoolError, RuntimeError):
     may_have_run = False
 
 
+class BindFailed(FdpoolError, OSError):
+    """A server cannot listen where it was told to; the message says where, why, and what to do.
+
+    Attributes:
+        errno: the kernel's reason, or None if the kernel was not asked.
+    """
+
+    def __init__(self, message: str, errno: int | None = None) -> None:
+        super().__init__(message)
+        self.errno = errno
+
+
 # -- the other side ------------------------------------------------------------------------------
 
 
