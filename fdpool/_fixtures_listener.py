@@ -1,0 +1,171 @@
+"""`Listener`: a listening socket that is bound before anybody serves on it, and is handed over by descriptor.
+
+So nobody else can take the port in between, and a client may connect at once: the kernel keeps its connection, and
+what it sends, until the server gets there.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Literal
+from urllib.parse import quote
+
+Kind = Literal["tcp", "tcp6", "unix"]
+
+_HOSTS = {"tcp": "127.0.0.1", "tcp6": "::1"}
+
+
+class Listener:
+    """A listening socket of a test. Tasks may carry it; there it is the same socket, and so is its copy.
+
+    Attributes:
+        socket: the listening socket, blocking.
+        kind: "tcp", "tcp6" or "unix".
+
+    Closing it takes a Unix socket's path along, but not in the copy that a task has received.
+    """
+
+    def __init__(self, listening: socket.socket, kind: Kind, folder: str | None = None) -> None:
+        self.socket = listening
+        self.kind: Kind = kind
+        self._folder = folder
+        self._name = listening.getsockname()
+
+    @classmethod
+    def open(cls, kind: Kind = "tcp", host: str | None = None, backlog: int = 128) -> Listener:
+        """Bind a free port of `host`, or a fresh path, and listen.
+
+        Raises:
+            ValueError: there is no such kind, or a host for a Unix socket.
+            OSError: the host is not ours to bind, or there is no such family here.
+        """
+        if kind == "unix":
+            if host is not None:
+                raise ValueError(f"a Unix socket has no host, so {host!r} cannot be its")
+            return cls._open_unix(backlog)
+        if kind not in _HOSTS:
+            raise ValueError(f"kind must be 'tcp', 'tcp6' or 'unix', not {kind!r}")
+        family = socket.AF_INET6 if kind == "tcp6" else socket.AF_INET
+        listening = socket.socket(family)
+        try:
+            listening.bind((host or _HOSTS[kind], 0))
+            listening.listen(backlog)
+        except BaseException:
+            listening.close()
+            raise
+        return cls(listening, kind)
+
+    @classmethod
+    def _open_unix(cls, backlog: int) -> Listener:
+        # Not in pytest's tmp_path: a socket's path has room for 107 bytes (unix(7)).
+        folder = tempfile.mkdtemp(prefix="fdpool-")
+        listening = socket.socket(socket.AF_UNIX)
+        try:
+            listening.bind(f"{folder}/socket")
+            listening.listen(backlog)
+        except BaseException:
+            listening.close()
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        return cls(listening, "unix", folder)
+
+    def fileno(self) -> int:
+        """The descriptor's number, so that it can be handed over wherever one can."""
+        return self.socket.fileno()
+
+    @property
+    def address(self) -> Any:
+        """What `socket.connect` takes: (host, port), or a path."""
+        return self._name if self.kind == "unix" else self._name[:2]
+
+    @property
+    def host(self) -> str:
+        """The host that it is bound to; of a Unix socket, "localhost"."""
+        return "localhost" if self.kind == "unix" else str(self._name[0])
+
+    @property
+    def port(self) -> int:
+        """The port that it is bound to.
+
+        Raises:
+            ValueError: a Unix socket has none.
+        """
+        if self.kind == "unix":
+            raise ValueError(f"a Unix socket has no port; its path is {self.path}")
+        return int(self._name[1])
+
+    @property
+    def path(self) -> str:
+        """The path that it is bound to.
+
+        Raises:
+            ValueError: only a Unix socket has one.
+        """
+        if self.kind != "unix":
+            raise ValueError(f"a TCP socket has no path; its address is {self.address}")
+        return str(self._name)
+
+    @property
+    def netloc(self) -> str:
+        """Host and port as they stand in a URL; of a Unix socket its path, quoted."""
+        if self.kind == "unix":
+            return quote(self.path, safe="")
+        return f"[{self.host}]:{self.port}" if self.kind == "tcp6" else f"{self.host}:{self.port}"
+
+    @property
+    def url(self) -> str:
+        """`http://host:port`; of a Unix socket `http+unix://` and its quoted path, as requests-unixsocket has it."""
+        return f"http{'+unix' if self.kind == 'unix' else ''}://{self.netloc}"
+
+    def connect(self, timeout: float | None = 10.0) -> socket.socket:
+        """A new connection to it, the caller's to close. Need not wait for a server."""
+        connection = socket.socket(self.socket.family)
+        try:
+            connection.settimeout(timeout)
+            connection.connect(self._name)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def close(self) -> None:
+        """Close it here, and remove a Unix socket's path; safe to call again. Servers keep their own copies."""
+        self.socket.close()
+        folder, self._folder = self._folder, None
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def refuse(self) -> None:
+        """Turn away whoever waits for a server, and whoever comes: for when there will be none any more."""
+        if self.socket.fileno() < 0:
+            return
+        # Kernel: of a listening socket this ends listening for every holder, and resets what was not accepted
+        # yet; a Unix socket's clients are only let go of when the last holder closes it.
+        try:
+            self.socket.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass
+
+    def __reduce__(self) -> tuple[Callable[..., Listener], tuple[object, ...]]:
+        return _arrived, (self.socket, self.kind)
+
+    def __enter__(self) -> Listener:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, _: object, __: TracebackType | None) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        where = "closed" if self.socket.fileno() < 0 else f"on descriptor {self.fileno()}"
+        return (
+            f"<Listener {self.kind} {os.fspath(self._name) if self.kind == 'unix' else self.netloc} {where}>"
+        )
+
+
+def _arrived(listening: socket.socket, kind: Kind) -> Listener:
+    return Listener(listening, kind)

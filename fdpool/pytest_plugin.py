@@ -1,0 +1,227 @@
+"""The pytest plugin: fixtures for workers, listeners and servers, and a check that tests leave nothing behind.
+
+Only what every run needs is here and imported here; the parts are in `_fixtures_*.py`, and are imported by the
+fixtures that use them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from ._fixtures_leaks import LeakCheck
+    from ._fixtures_listener import Kind, Listener
+    from ._fixtures_pools import PoolFactory, SharedPool
+    from .pool import Pool
+
+_NAME = "fdpool.pytest_plugin"
+_MODES = ("off", "warn", "fail")
+
+
+class LeakWarning(pytest.PytestWarning):
+    """A test has left something behind."""
+
+
+class _EntryPoint:
+    """What pytest loads where fdpool is installed. Registers this module under the name that `-p` and
+    `pytest_plugins` would give it, so that it is never loaded twice."""
+
+    @staticmethod
+    def pytest_addoption(pluginmanager: pytest.PytestPluginManager) -> None:
+        import sys
+
+        if not pluginmanager.has_plugin(_NAME):
+            pluginmanager.register(sys.modules[__name__], _NAME)
+
+
+entry_point = _EntryPoint()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("fdpool")
+    group.addoption(
+        "--fdpool-leaks",
+        choices=_MODES,
+        default=None,
+        help="what to do if a test leaves descriptors, processes, threads or shared memory behind "
+        "(default: the ini option fdpool_leaks, or off)",
+    )
+    group.addoption(
+        "--fdpool-trace",
+        action="store_true",
+        help="note where descriptors are opened, and tell it of those that are left behind; slows tests down",
+    )
+    parser.addini("fdpool_leaks", "what --fdpool-leaks is if it is not given", default="off")
+    parser.addini(
+        "fdpool_leaks_ignore",
+        "patterns of what may be left behind, one a line, such as: thread 'metrics'*",
+        type="linelist",
+    )
+    parser.addini(
+        "fdpool_leaks_patience",
+        "seconds for what is about to go, such as a thread that has been told to end (2)",
+        default="2",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", "leaks(*patterns): this test leaves things behind on purpose; all, or what fits a pattern"
+    )
+    if _mode(config) != "off":
+        _patience_s(config)
+        config.pluginmanager.register(_EveryTest(), "fdpool-leaks")
+    if config.getoption("--fdpool-trace"):
+        from . import _fixtures_trace
+
+        _fixtures_trace.start()
+        config.add_cleanup(_fixtures_trace.stop)
+
+
+def _mode(config: pytest.Config) -> str:
+    mode = config.getoption("--fdpool-leaks") or config.getini("fdpool_leaks")
+    if mode not in _MODES:
+        raise pytest.UsageError(f"fdpool_leaks must be one of {', '.join(_MODES)}, not {mode!r}")
+    return str(mode)
+
+
+def _patience_s(config: pytest.Config) -> float:
+    text = config.getini("fdpool_leaks_patience")
+    try:
+        return float(text)
+    except ValueError:
+        raise pytest.UsageError(f"fdpool_leaks_patience must be a number of seconds, not {text!r}") from None
+
+
+# -- leaks ---------------------------------------------------------------------------------------------
+
+
+class _EveryTest:
+    """Registered where every test is to be checked, so that it costs nothing where none is."""
+
+    @pytest.fixture(autouse=True)
+    def _fdpool_leaks(self, request: pytest.FixtureRequest) -> Iterator[None]:
+        if "leak_check" in request.fixturenames:
+            yield  # it checks more strictly
+            return
+        yield from _checked(request, _mode(request.config))
+
+
+@pytest.fixture
+def leak_check(request: pytest.FixtureRequest) -> Iterator[LeakCheck]:
+    """Fail this test if it leaves descriptors, processes, threads or shared memory behind; names them.
+
+    `allow(pattern)` lets something be, `assert_clean()` checks in the midst of the test.
+    """
+    yield from _checked(request, "fail")
+
+
+def _checked(request: pytest.FixtureRequest, mode: str) -> Iterator[Any]:
+    import os
+
+    from . import _fixtures_leaks
+
+    ignored = list(request.config.getini("fdpool_leaks_ignore"))
+    alone = "PYTEST_XDIST_WORKER" not in os.environ
+    failed_before = request.session.testsfailed
+    check = _fixtures_leaks.LeakCheck(request.node.nodeid, ignored, alone)
+    yield check
+    if request.session.testsfailed > failed_before:
+        return  # the traceback holds the frames, and these what they had open
+    marker = request.node.get_closest_marker("leaks")
+    if marker is not None and not marker.args:
+        return
+    for pattern in marker.args if marker is not None else ():
+        check.allow(pattern)
+    found = check.settled(_patience_s(request.config))
+    if found:
+        text = _fixtures_leaks.report(found)
+        if mode == "fail":
+            pytest.fail(text, pytrace=False)
+        request.node.warn(LeakWarning(text))
+
+
+# -- listeners -----------------------------------------------------------------------------------------
+
+
+class ListenerFactory:
+    """Makes listeners, and closes them all: the fixture `listener_factory` is one."""
+
+    def __init__(self) -> None:
+        self._made: list[Listener] = []
+
+    def __call__(self, kind: Kind = "tcp", *, host: str | None = None, backlog: int = 128) -> Listener:
+        """A new listening socket: "tcp" on 127.0.0.1, "tcp6" on ::1, or "unix" on a path of its own.
+
+        Raises:
+            ValueError, OSError: as `Listener.open`.
+        """
+        from ._fixtures_listener import Listener
+
+        listener = Listener.open(kind, host, backlog)
+        self._made.append(listener)
+        return listener
+
+    def close(self) -> None:
+        """Close all of them."""
+        while self._made:
+            self._made.pop().close()
+
+
+@pytest.fixture
+def listener_factory() -> Iterator[ListenerFactory]:
+    """Makes listening sockets that are closed at the end of the test: `listener_factory("unix")`."""
+    factory = ListenerFactory()
+    yield factory
+    factory.close()
+
+
+@pytest.fixture
+def listener(request: pytest.FixtureRequest, listener_factory: ListenerFactory) -> Listener:
+    """A listening socket on a free port of 127.0.0.1; with an indirect parameter of another kind, such as "unix"."""
+    return listener_factory(getattr(request, "param", "tcp"))
+
+
+# -- pools ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def worker_pool_factory() -> Iterator[PoolFactory]:
+    """Makes pools, with the arguments of `fdpool.Pool`, that end with the test."""
+    from ._fixtures_pools import PoolFactory
+
+    factory = PoolFactory()
+    yield factory
+    factory.close()
+
+
+@pytest.fixture
+def worker_pool(worker_pool_factory: PoolFactory) -> Pool:
+    """A fresh `fdpool.Pool` that ends with the test."""
+    return worker_pool_factory()
+
+
+@pytest.fixture(scope="session")
+def _fdpool_shared_pool() -> Iterator[SharedPool]:
+    from ._fixtures_pools import SharedPool
+    from .pool import Pool
+
+    shared = SharedPool(Pool)
+    shared.begin()  # now, so that no test's leak check sees it come
+    yield shared
+    shared.close()
+
+
+@pytest.fixture
+def shared_worker_pool(_fdpool_shared_pool: SharedPool, request: pytest.FixtureRequest) -> Iterator[Pool]:
+    """One `fdpool.Pool` for all tests of this process; workers that a test leaves changed are replaced, and named."""
+    yield _fdpool_shared_pool.begin()
+    found = _fdpool_shared_pool.audit()
+    if found:
+        text = "the test left shared_worker_pool otherwise than it was:\n  " + "\n  ".join(found)
+        if _mode(request.config) == "fail":
+            pytest.fail(text, pytrace=False)
+        request.node.warn(LeakWarning(text))

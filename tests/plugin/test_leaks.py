@@ -1,0 +1,250 @@
+"""The leak check: what it finds, how it names it, and what it lets be (F4)."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import threading
+from pathlib import Path
+
+import pytest
+
+import fdpool
+from fdpool import _fixtures_census as census
+from fdpool._fixtures_leaks import LeakCheck, report
+from tests.plugin.conftest import Run
+
+LEAKY = """
+    import os, socket, subprocess, threading
+    from multiprocessing import shared_memory
+    import fdpool
+    kept = []
+
+    def test_file(): kept.append(os.open(os.__file__, os.O_RDONLY))
+    def test_socket(): kept.append(socket.create_server(("127.0.0.1", 0)))
+    def test_memory_file(): kept.append(os.memfd_create("mine"))
+    def test_process(): kept.append(subprocess.Popen(["sleep", "30"], start_new_session=True))
+    def test_zombie():
+        kept.append(subprocess.Popen(["true"]))
+        os.waitid(os.P_PID, kept[-1].pid, os.WEXITED | os.WNOWAIT)
+    def test_daemon(): subprocess.run("setsid sleep 30 & echo $! > daemon", shell=True)
+    def test_thread():
+        kept.append(threading.Event())
+        threading.Thread(target=kept[-1].wait, name="spinner", daemon=True).start()
+    def test_shared_memory():
+        kept.append(shared_memory.SharedMemory(create=True, size=10))
+        kept[-1].close()
+    def test_pool():
+        kept.append(fdpool.Pool(1))
+        kept[-1].submit(pow, 2, 3).result()
+    def test_nothing(tmp_path):
+        with open(tmp_path / "file", "w") as file, fdpool.Pool(1) as pool:
+            assert pool.submit(file.write, "x").result() == 1
+"""
+
+#: What is left is left: the tests of the plugin do not wait for it.
+HASTY = "fdpool_leaks_patience = 0.05\n"
+
+CLEAN_UP = """
+    import os, signal
+    def pytest_sessionfinish():
+        import test_it
+        test_it.kept[3].kill(); test_it.kept[3].wait(); test_it.kept[4].wait(); test_it.kept[5].set()
+        test_it.kept[6].unlink(); test_it.kept[7].shutdown()
+        os.kill(int(open("daemon").read()), signal.SIGKILL)
+"""
+
+
+def test_each_kind_of_leak_fails_the_test_that_left_it_and_is_named(run_pytest: Run) -> None:
+    """F4, all kinds in one run: it costs as much as one."""
+    outcome = run_pytest(LEAKY, "--fdpool-leaks=fail", "--fdpool-trace", conftest=CLEAN_UP, ini=HASTY)
+    outcome.assert_counts(passed=10, error=9)
+    outcome.assert_says(
+        "ERROR at teardown of test_file",
+        "the test has left behind:",
+        "  descriptor ",
+        f"{os.__file__}\n      opened at test_it.py:7 in test_file",
+        "ERROR at teardown of test_socket",
+        "AF_INET SOCK_STREAM at ('127.0.0.1', ",
+        "in test_socket",
+        "ERROR at teardown of test_memory_file",
+        "/memfd:mine (deleted)\n      opened at test_it.py:9 in test_memory_file",
+        "ERROR at teardown of test_process",
+        ": sleep 30\n",
+        "ERROR at teardown of test_zombie",
+        ": true, dead and not waited for",
+        "ERROR at teardown of test_daemon",
+        ": sleep 30 (it has left this process's tree)",
+        "ERROR at teardown of test_thread",
+        "thread 'spinner', which runs Event.wait (a daemon)",
+        "ERROR at teardown of test_shared_memory",
+        "shared memory /dev/shm/psm_",
+        "ERROR at teardown of test_pool",
+        "pool of fdpool with the workers ",
+        "shut it down, or use it in a `with` block",
+    )
+    assert "test_nothing" not in outcome.text
+
+
+SMALL = """
+    import os, pytest
+    kept = []
+    def test_leak(): kept.append(os.pipe())
+"""
+
+
+def test_warn_only_warns_and_off_says_nothing(run_pytest: Run) -> None:
+    warned = run_pytest(SMALL, ini=HASTY + "fdpool_leaks = warn")
+    warned.assert_counts(passed=1)
+    warned.assert_says("LeakWarning: the test has left behind:", "descriptor", "(--fdpool-trace tells where")
+    off = run_pytest(SMALL, "--fdpool-leaks=off", ini="fdpool_leaks = fail")
+    off.assert_counts(passed=1)
+    assert "left behind" not in off.text
+
+
+@pytest.mark.parametrize(
+    ("ini", "text"),
+    [
+        ("fdpool_leaks = yes", "fdpool_leaks must be one of off, warn, fail, not 'yes'"),
+        (
+            "fdpool_leaks = fail\nfdpool_leaks_patience = long",
+            "fdpool_leaks_patience must be a number of seconds, not 'long'",
+        ),
+    ],
+)
+def test_an_option_that_makes_no_sense_is_a_usage_error(run_pytest: Run, ini: str, text: str) -> None:
+    outcome = run_pytest(SMALL, ini=ini)
+    assert outcome.status == 4
+    outcome.assert_says(text)
+
+
+def test_patterns_and_markers_let_things_be_and_the_fixture_is_strict_without_the_option(
+    run_pytest: Run,
+) -> None:
+    outcome = run_pytest(
+        """
+        import os, pytest, threading
+        kept = []
+        @pytest.mark.leaks
+        def test_marked(leak_check): kept.append(os.open(os.__file__, os.O_RDONLY))
+        @pytest.mark.leaks("descriptor *os.py")
+        def test_marked_by_pattern(leak_check): kept.append(os.open(os.__file__, os.O_RDONLY))
+        @pytest.mark.leaks("thread *")
+        def test_other_pattern(leak_check): kept.append(os.open(os.__file__, os.O_RDONLY))
+        def test_allowed(leak_check):
+            leak_check.allow("descriptor *os.py")
+            kept.append(os.open(os.__file__, os.O_RDONLY))
+        def test_ignored_by_ini(leak_check): kept.append(os.open("/etc/passwd", os.O_RDONLY))
+        def test_misused(leak_check): leak_check.allow(12)
+        def test_unchecked(): kept.append(os.open(os.__file__, os.O_RDONLY))
+        """,
+        ini=HASTY + "fdpool_leaks_ignore = descriptor */passwd",
+    )
+    outcome.assert_counts(passed=6, failed=1, error=1)
+    outcome.assert_says("ERROR at teardown of test_other_pattern")
+    outcome.assert_says("""leak_check.allow() takes a pattern such as "thread 'name'*", not 12""")
+
+
+def test_the_check_comes_after_other_fixtures_and_not_after_a_failure(run_pytest: Run) -> None:
+    """F6: errors in set-up and teardown, skips and expected failures are what they were."""
+    outcome = run_pytest(
+        """
+        import os, pytest
+        @pytest.fixture(scope="module")
+        def lasting():
+            fds = os.pipe()
+            yield fds
+            for fd in fds: os.close(fd)
+        @pytest.fixture
+        def passing():
+            fds = os.pipe()
+            yield fds
+            for fd in fds: os.close(fd)
+        @pytest.fixture
+        def broken(passing): raise RuntimeError("broken")
+        @pytest.fixture
+        def breaks_later(passing):
+            yield
+            raise RuntimeError("later")
+        def test_lasting(lasting, passing): pass
+        def test_broken(broken): pass
+        def test_breaks_later(breaks_later): pass
+        def test_failing(): pipe = os.pipe(); assert pipe is None
+        def test_skipped(passing): pytest.skip("no")
+        @pytest.mark.xfail
+        def test_expected(passing): assert 0
+        """,
+        "--fdpool-leaks=fail",
+    )
+    outcome.assert_counts(passed=2, failed=1, error=2, skipped=1, xfailed=1)
+    assert "left behind" not in outcome.text
+
+
+def test_garbage_is_no_leak_but_what_is_there_is_told_at_once(leak_check: LeakCheck) -> None:
+    cycle: list[object] = [open(os.devnull)]
+    cycle.append(cycle)
+    assert [leak.kind for leak in leak_check.now()] == ["descriptor"]
+    cycle[0].close()  # type: ignore[attr-defined]
+    leak_check.assert_clean()
+
+
+def test_a_check_in_the_midst_fails_with_the_report(leak_check: LeakCheck) -> None:
+    with open(os.devnull), pytest.raises(AssertionError, match=r"descriptor \d+: /dev/null"):
+        leak_check.assert_clean(patience_s=0)
+    leak_check.assert_clean()
+    with open(os.devnull):
+        leak_check.restart()
+        assert leak_check.now() == []
+
+
+def test_what_an_older_pool_takes_meanwhile_is_no_leak_of_the_test() -> None:
+    with fdpool.Pool(2) as pool:
+        pool.submit(pow, 2, 3).result()
+        check = LeakCheck("some test")
+        both = threading.Barrier(2)
+        first, second = (pool.submit(os.getpid) for _ in range(2))
+        assert {first.result(), second.result()} <= set(pool.worker_pids())
+        list(pool.map(_nap, range(4), chunksize=1))
+        assert len(pool.worker_pids()) == 2
+        del both
+        found = check.now()
+        assert found == [], report(found)
+
+
+def _nap(_: int) -> None:
+    import time
+
+    time.sleep(0.05)  # so that one worker alone will not do
+
+
+def test_a_process_of_a_thread_is_found_as_well() -> None:
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start() -> None:
+        started.append(subprocess.Popen(["sleep", "30"]))
+        done.set()
+        go.wait()
+
+    done, go = threading.Event(), threading.Event()
+    thread = threading.Thread(target=start)
+    thread.start()
+    done.wait()
+    try:
+        assert started[0].pid in census.descendants(os.getpid())
+    finally:
+        go.set()
+        thread.join()
+        started[0].kill()
+        started[0].wait()
+
+
+def test_a_socket_is_described_by_its_address(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as server:
+        check = LeakCheck("some test")
+        server.bind(str(tmp_path / "s"))
+        assert check.now() == []
+        with socket.socket(socket.AF_UNIX) as other:
+            other.bind(str(tmp_path / "t"))
+            (leak,) = check.now()
+    assert str(leak).endswith(f"AF_UNIX SOCK_STREAM at {tmp_path}/t")

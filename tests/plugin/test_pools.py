@@ -1,0 +1,137 @@
+"""The fixtures for pools: fresh ones end with their test, the shared one is mended after each."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from subprocess import PIPE
+
+import psutil
+import pytest
+
+import fdpool
+from fdpool._fixtures_pools import PoolFactory, SharedPool, end, profile
+from tests.plugin.conftest import Run
+
+
+def test_a_worker_pool_is_fresh_and_runs_tasks(worker_pool: fdpool.Pool) -> None:
+    assert worker_pool.worker_pids() == []
+    assert worker_pool.submit(pow, 2, 3).result() == 8
+
+
+def test_the_factory_takes_what_a_pool_takes_and_ends_all_that_it_made() -> None:
+    factory = PoolFactory()
+    pools = [factory(1), factory(max_workers=2, preload=["json"])]
+    workers = [psutil.Process(pool.submit(os.getpid).result()) for pool in pools]
+    factory.close()
+    assert not any(worker.is_running() for worker in workers)
+    with pytest.raises(fdpool.PoolShutDown):
+        pools[0].submit(os.getpid)
+    with pytest.raises(ValueError, match="max_workers must be greater than 0"):
+        factory(0)
+
+
+def test_what_still_runs_at_the_end_of_a_test_is_killed() -> None:
+    pool = fdpool.Pool(1)
+    future = pool.submit(time.sleep, 30)
+    queued = [pool.submit(os.getpid) for _ in range(40)]
+    while not future.running():
+        time.sleep(0.001)
+    end(pool, grace_s=0.05)
+    assert isinstance(future.exception(), fdpool.PoolBroken)
+    assert all(each.cancelled() for each in queued)
+
+
+# -- the shared pool -----------------------------------------------------------------------------------
+
+
+def _leave_thread() -> None:
+    threading.Thread(target=time.sleep, args=(30,), daemon=True).start()
+
+
+def _leave_child() -> None:
+    import subprocess
+
+    globals()["left"] = subprocess.Popen(["sleep", "30"])
+
+
+def _leave_file() -> None:
+    globals()["left"] = open(os.devnull)
+
+
+@pytest.mark.parametrize(
+    ("task", "text"),
+    [
+        (_leave_thread, "left with 1 more threads"),
+        (_leave_child, "left with 1 child processes"),
+        (_leave_file, "left with 1 more open: /dev/null"),
+    ],
+)
+def test_a_worker_that_is_left_changed_is_replaced_and_named(task, text: str) -> None:  # type: ignore[no-untyped-def]
+    shared = SharedPool(lambda: fdpool.Pool(1))
+    try:
+        pool = shared.begin()
+        pid = pool.submit(os.getpid).result()
+        assert shared.audit() == []
+        pool.submit(task).result()
+        (found,) = shared.audit()
+        assert found.startswith(f"worker {pid} was replaced, as it was ")
+        assert found.endswith(text)
+        assert shared.begin() is pool
+        assert pool.submit(os.getpid).result() != pid
+        assert shared.audit() == []
+    finally:
+        shared.close()
+
+
+def test_folder_and_umask_are_part_of_what_a_worker_has() -> None:
+    program = "import os; os.chdir('/'); os.umask(0o027); print(flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", program], stdin=PIPE, stdout=PIPE) as process:
+        process.stdout.readline()  # type: ignore[union-attr]
+        found = profile(process.pid)
+        process.communicate(b"\n")
+    assert found is not None
+    assert (found.folder, found.umask, found.threads, found.children) == ("/", "0027", 1, 0)
+    assert found.descriptors == {"pipe": 2, os.readlink("/proc/self/fd/2").partition(":[")[0]: 1}
+    assert profile(process.pid) is None
+
+
+def test_a_shared_pool_that_is_misused_is_replaced() -> None:
+    shared = SharedPool(lambda: fdpool.Pool(1))
+    try:
+        first = shared.begin()
+        first.shutdown()
+        (found,) = shared.audit()
+        assert found == "it was shut down or broken; it belongs to all tests: take worker_pool for that"
+        second = shared.begin()
+        assert second is not first
+        second.submit(time.sleep, 30)
+        (found,) = shared.audit()
+        assert found == "sleep was still running, and was killed"
+        assert shared.begin() is not second
+    finally:
+        shared.close()
+
+
+def test_tests_share_one_pool_and_are_told_what_they_left_in_it(run_pytest: Run) -> None:
+    outcome = run_pytest(
+        """
+        import os
+        pids = set()
+        def test_first(shared_worker_pool): pids.add(shared_worker_pool.submit(os.getpid).result())
+        def test_second(shared_worker_pool): assert {shared_worker_pool.submit(os.getpid).result()} == pids
+        def leave(): globals()["left"] = open(os.devnull)
+        def test_third(shared_worker_pool): shared_worker_pool.submit(leave).result()
+        def test_fourth(shared_worker_pool): assert not {shared_worker_pool.submit(os.getpid).result()} & pids
+        """,
+        "--fdpool-leaks=fail",
+    )
+    outcome.assert_counts(passed=4, error=1)
+    outcome.assert_says(
+        "ERROR at teardown of test_third",
+        "the test left shared_worker_pool otherwise than it was:\n  worker ",
+        " was replaced, as it was left with 1 more open: /dev/null",
+    )
