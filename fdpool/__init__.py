@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ._broken import PoisonTask as PoisonTask
     from ._broken import PoolBroken as PoolBroken
     from ._broken import WorkerLost as WorkerLost
     from ._completed import CommandFailed as CommandFailed
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from ._completed import SpawnError as SpawnError
     from ._pipeline import CompletedPipeline as CompletedPipeline
     from ._shared import Shared as Shared
+    from ._tasks import TaskFuture as TaskFuture
     from .aio import AsyncDatagramSocket as AsyncDatagramSocket
     from .aio import AsyncSocket as AsyncSocket
     from .errors import BindFailed as BindFailed
@@ -24,12 +26,15 @@ if TYPE_CHECKING:
     from .errors import FdpoolError as FdpoolError
     from .errors import FdTransferError as FdTransferError
     from .errors import ForkedPool as ForkedPool
+    from .errors import MemoryLimitExceeded as MemoryLimitExceeded
     from .errors import NotLoadable as NotLoadable
     from .errors import NotPicklable as NotPicklable
     from .errors import PayloadTooLarge as PayloadTooLarge
     from .errors import PoolShutDown as PoolShutDown
     from .errors import RemoteError as RemoteError
     from .errors import RemoteTraceback as RemoteTraceback
+    from .errors import TaskTerminated as TaskTerminated
+    from .errors import TaskTimeout as TaskTimeout
     from .errors import WireError as WireError
     from .exec_server import ExecServer as ExecServer
     from .fds import Fd as Fd
@@ -42,22 +47,26 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "aio": ("AsyncDatagramSocket", "AsyncSocket"),
-    "_broken": ("PoolBroken", "WorkerLost"),
+    "_broken": ("PoisonTask", "PoolBroken", "WorkerLost"),
     "_completed": ("CommandFailed", "CommandTimedOut", "CompletedCommand", "SpawnError"),
     "_pipeline": ("CompletedPipeline",),
     "_shared": ("Shared",),
+    "_tasks": ("TaskFuture",),
     "errors": (
         "BindFailed",
         "DescriptorRefused",
         "FdTransferError",
         "FdpoolError",
         "ForkedPool",
+        "MemoryLimitExceeded",
         "NotLoadable",
         "NotPicklable",
         "PayloadTooLarge",
         "PoolShutDown",
         "RemoteError",
         "RemoteTraceback",
+        "TaskTerminated",
+        "TaskTimeout",
         "WireError",
     ),
     "exec_server": ("ExecServer",),

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import textwrap
 from typing import Any
 
 from . import _messages, payload
-from ._broken import WorkerLost, describe_status
+from ._broken import PoisonTask, WorkerLost, describe_status
+from ._links import Exit
 from ._messages import Header
-from .errors import FdpoolError, FdTransferError
+from ._options import TaskOptions
+from ._tasks import CutShort, TaskFuture
+from .errors import FdpoolError, FdTransferError, MemoryLimitExceeded, TaskTimeout
 from .fds import close_all
 
 #: The header, the body, and the descriptors of a DONE, FAILED or REFUSED message; these are owned.
@@ -58,19 +62,69 @@ def lost_descriptors(wanted: int, got: int, receiver: str) -> FdTransferError:
     return FdTransferError(_messages.explain_loss(wanted, got, receiver), wanted, got)
 
 
-def worker_lost(pid: int, slot: int, status: int | None, label: str, begun: bool) -> WorkerLost:
+def task_lost(record: TaskFuture[Any], slot: int, death: Exit, begun: bool) -> BaseException:
     """The error of the task that a worker had received, and most likely begun, when it died."""
+    options = record.options or TaskOptions()
+    if record.cut_short is CutShort.TIMED_OUT and options.timeout is not None:
+        late = TaskTimeout(
+            f"{record.label} had run for {options.timeout:g} seconds, which is its timeout; its worker {death.pid} "
+            f"(slot {slot}) was ended, with all that descended from it{_again(record)}{_remains(death)}",
+            options.timeout,
+            death.stacks,
+            death.said,
+        )
+        late.attempts = (*record.attempts,)
+        return late
+    if record.cut_short is CutShort.TOOK_TOO_MUCH and options.max_memory is not None:
+        return MemoryLimitExceeded(
+            f"{record.label} took {record.used_memory:,} bytes of memory, its max_memory is {options.max_memory:,}; "
+            f"its worker {death.pid} (slot {slot}) was ended, with all that descended from it{_again(record)}"
+            f"{_remains(death)}",
+            options.max_memory,
+            record.used_memory,
+            death.stacks,
+            death.said,
+        )
+    return _worker_lost(record, slot, death, begun)
+
+
+def _worker_lost(record: TaskFuture[Any], slot: int, death: Exit, begun: bool) -> WorkerLost:
+    status = death.status
+    hint = f" ({death.hint})" if death.hint else ""
     what = (
-        f"while it ran {label}: the task may have run in part"
+        f"while it ran {record.label}: the task may have run in part"
         if begun
-        else f"just before it began {label}: the task has not run, but its descriptors are gone"
+        else f"just before it began {record.label}: the task has not run, but its descriptors are gone"
     )
-    error = WorkerLost(
-        f"worker {pid} (slot {slot}) {describe_status(status)} {what}; no other task is affected",
-        pid=pid,
+    lost = PoisonTask if record.attempts and begun and not record.may_retry else WorkerLost
+    error = lost(
+        f"worker {death.pid} (slot {slot}) {describe_status(status)}{hint} {what}{_again(record)}; no other task is "
+        f"affected{_remains(death)}",
+        pid=death.pid,
         slot=slot,
         signal=os.WTERMSIG(status) if status is not None and os.WIFSIGNALED(status) else None,
         exit_code=os.WEXITSTATUS(status) if status is not None and os.WIFEXITED(status) else None,
+        stacks=death.stacks,
+        stderr=death.said,
     )
     error.may_have_run = begun
+    if isinstance(error, PoisonTask):
+        error.attempts = (*record.attempts,)
     return error
+
+
+def _again(record: TaskFuture[Any]) -> str:
+    count = len(record.attempts)
+    return f", in the last of {count + 1} attempts" if count else ""
+
+
+def _remains(death: Exit) -> str:
+    """What the worker left that may say why, each part indented below a line of its own."""
+    text = ""
+    for title, part in (
+        ("Its stacks then", death.stacks),
+        ("The end of what it wrote to stderr", death.said),
+    ):
+        if part.strip():
+            text += f"\n{title}:\n{textwrap.indent(part.rstrip(), '  ')}"
+    return text

@@ -1,4 +1,4 @@
-"""What each worker has begun and done: one shared area a slot, which outlives the worker.
+"""What each worker has begun, done and said: one shared area a slot, which outlives the worker.
 
 A worker may die between receiving a task and beginning it. The task is then in no inbox and has no answer,
 as if it had begun, but the area says that it had not: so the next worker can run it. Of tasks that came
@@ -12,14 +12,18 @@ from __future__ import annotations
 
 import mmap
 import os
+import time
 from struct import Struct
 
 from . import _platform, fds
 
 AREA_BYTES = 64 * 1024
 _WORD = Struct("<Q")
-_BEGUN, _STOP, _RECALL, _LOGGED, _CLAIMED = range(5)  # words; the second and third are the client's to write
-_LOG_AT = 64
+# Words; the second and third are the client's to write.
+_BEGUN, _STOP, _RECALL, _LOGGED, _CLAIMED, _STARTED, _SAID = range(7)
+_TAIL_AT = 64
+TAIL_BYTES = 2048
+_LOG_AT = _TAIL_AT + TAIL_BYTES
 LOG_BYTES = AREA_BYTES - _LOG_AT
 
 #: After so long what another processor has stored is seen; a thousand times what it takes.
@@ -45,6 +49,22 @@ class Board:
     def begun(self, slot: int) -> int:
         """The task that the slot's worker began last; 0 for none."""
         return self._word(slot, _BEGUN)
+
+    def running(self, slot: int) -> tuple[int, float]:
+        """The task that the slot's worker is in, and when it began, as time.monotonic() has it; (0, 0.0) for none."""
+        started = self._word(slot, _STARTED)
+        begun = self._word(slot, _BEGUN)
+        if not started or self._word(slot, _STARTED) != started:
+            return 0, 0.0
+        return begun, started / 1e9
+
+    def said(self, slot: int) -> str:
+        """The end of what the slot's workers have written to stderr, as far as Python wrote it."""
+        total = self._word(slot, _SAID)
+        start = slot * AREA_BYTES + _TAIL_AT
+        ring = self._areas[start : start + TAIL_BYTES]
+        at = total % TAIL_BYTES
+        return (ring[:at] if total < TAIL_BYTES else ring[at:] + ring[:at]).decode("utf-8", "replace")
 
     def claimed(self, slot: int) -> int:
         """The item behind the last that the slot's worker has begun, or is about to, of the chunk that it runs."""
@@ -96,27 +116,46 @@ class Page:
     Args:
         fd: the board's file; borrowed.
         slot: whose area.
-
-    Attributes:
-        words: the area, as 64-bit words: `words[BEGUN] = task` says that it begins now, in 60 nanoseconds.
     """
 
     def __init__(self, fd: int, slot: int) -> None:
         global here
         self._area = mmap.mmap(fd, AREA_BYTES, mmap.MAP_SHARED, offset=slot * AREA_BYTES)
-        self._words = memoryview(self._area)[:_LOG_AT].cast("Q")
+        self._words = memoryview(self._area)[:_TAIL_AT].cast("Q")
         self._used = 0
+        self._words[_STARTED] = self._words[_SAID] = 0
         self.forget_log()
         here = self
 
     def begin(self, task: int) -> None:
         """Say that `task` begins now."""
-        self._words[_BEGUN] = task
+        words = self._words
+        words[_STARTED] = (
+            time.monotonic_ns()
+        )  # before the task, or its time would be taken for that of the one before
+        words[_BEGUN] = task
 
     def may_begin(self, task: int, previous: int) -> bool:
         """Say that `task` begins now, unless the client wants nothing begun after the `previous` one."""
-        self._words[_BEGUN] = task
-        return self._words[_RECALL] != previous  # in this order: see `Board.recall`
+        words = self._words
+        words[_STARTED] = time.monotonic_ns()
+        words[_BEGUN] = task
+        return words[_RECALL] != previous  # in this order: see `Board.recall`
+
+    def end(self) -> None:
+        """Say that the task has ended, and only its answer is still to come."""
+        self._words[_STARTED] = 0
+
+    def say(self, data: bytes) -> None:
+        """Note what is being written to stderr."""
+        data = data[-TAIL_BYTES:]
+        said = self._words[_SAID]
+        at = said % TAIL_BYTES
+        first = data[: TAIL_BYTES - at]
+        rest = data[len(first) :]
+        self._area[_TAIL_AT + at : _TAIL_AT + at + len(first)] = first
+        self._area[_TAIL_AT : _TAIL_AT + len(rest)] = rest
+        self._words[_SAID] = said + len(data)
 
     def claim(self, task: int, start: int, end: int) -> bool:
         """Say that items up to `end` of the chunk `task` begin now, unless the client has recalled it."""

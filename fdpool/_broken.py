@@ -17,6 +17,8 @@ class WorkerLost(FdpoolError, BrokenProcessPool):
         slot: number of the worker's slot.
         signal: the signal that ended it, or None.
         exit_code: its exit status, or None if a signal ended it or nobody knows.
+        stacks: its Python stacks as it died of a fault (SIGSEGV and its like), as text; empty otherwise.
+        stderr: the end of what its Python code wrote to stderr.
     """
 
     may_have_run = True
@@ -28,12 +30,26 @@ class WorkerLost(FdpoolError, BrokenProcessPool):
         slot: int = 0,
         signal: int | None = None,
         exit_code: int | None = None,
+        stacks: str = "",
+        stderr: str = "",
     ) -> None:
         super().__init__(message)
         self.pid = pid
         self.slot = slot
         self.signal = signal
         self.exit_code = exit_code
+        self.stacks = stacks
+        self.stderr = stderr
+
+
+class PoisonTask(WorkerLost):
+    """A task that was tried again, as its `retries` allowed, and whose worker died each time. It is not tried any more.
+
+    Attributes:
+        attempts: what became of each attempt, oldest first; the last is what this error else describes.
+    """
+
+    attempts: tuple[BaseException, ...] = ()
 
 
 class PoolBroken(FdpoolError, BrokenProcessPool):

@@ -21,17 +21,19 @@ from enum import Enum
 from typing import Any, TypeVar
 
 from . import _control, _dispatch, _messages, _process, _spill, wire
-from ._answers import worker_lost
+from ._answers import task_lost
 from ._board import Board
 from ._broken import PoolBroken, describe_status
 from ._critical import Critical, Mask, block_in_main, mask_now, put_back
 from ._dispatch import Action, Dispatcher, Where
 from ._inboxes import RETRY_S, Inboxes
+from ._limits import Limits
 from ._links import SlotLink
+from ._options import TaskOptions
 from ._pump import Pump
 from ._receiver import Receiver
 from ._slots import State
-from ._tasks import ChunkFuture, TaskFuture
+from ._tasks import ChunkFuture, CutShort, TaskFuture
 from .errors import ForkedPool, PoolShutDown
 from .payload import Payload
 
@@ -103,6 +105,7 @@ class Client:
         # A worker that leaves after so many tasks must not have received more.
         self.dispatcher = Dispatcher(max_workers, depth, batching=max_tasks is None)
         self.inboxes = Inboxes(self)
+        self.limits = Limits(self)
         self.critical = Critical(self._handle, self.torn)
         self.new_id = itertools.count(1).__next__
         self._broken: PoolBroken | None = None
@@ -179,9 +182,15 @@ class Client:
         future._task = task
         future.call = call
         future.label = label
+        options = future.options
         dispatcher = self.dispatcher
-        alone = call.fds is not None or len(call.body) > _LARGEST_IN_BATCH or type(future) is ChunkFuture
-        if dispatcher.full and self.phase is Phase.SERVING:
+        alone = (
+            call.fds is not None
+            or len(call.body) > _LARGEST_IN_BATCH
+            or options is not None
+            or type(future) is ChunkFuture
+        )
+        if dispatcher.full and options is None and self.phase is Phase.SERVING:
             # Nothing to decide: it can only be queued, and whoever next gets the lock will do so. Looked at
             # again afterwards, as it may just have been too late for who had the lock.
             self.tasks[task] = future
@@ -205,6 +214,8 @@ class Client:
                     self.wake()
                     raise
             self.critical.post_blocked(dispatcher.submitted, task, alone)
+            if options is not None and options.queue_timeout is not None:
+                self.critical.post_blocked(self.limits.submitted, task, options.queue_timeout)
         finally:
             put_back(mask)
         return future
@@ -215,13 +226,7 @@ class Client:
             return False
         with self.critical:
             self.critical.handle_posted()
-            where = self.dispatcher.withdraw(task)
-            if where is Where.INBOX:
-                slot = self.dispatcher.slot_of(task)
-                assert slot is not None
-                self._perform(self.inboxes.fetch(slot, task))
-                where = Where.BEGUN if self.dispatcher.slot_of(task) == slot else Where.QUEUED
-            record = self.tasks.pop(task, None) if where is Where.QUEUED else None
+            record = self.tasks.pop(task, None) if self.take_out(task) else None
         if record is None:
             return False
         if record.call is not None:
@@ -230,6 +235,32 @@ class Client:
         if self.phase is not Phase.SERVING:
             self.wake()  # it may have been the last that the end waited for
         return True
+
+    def take_out(self, task: int) -> bool:
+        """Make sure that a task that has not begun never will: True if so. Lock held."""
+        where = self.dispatcher.withdraw(task)
+        if where is Where.INBOX:
+            slot = self.dispatcher.slot_of(task)
+            assert slot is not None
+            self._perform(self.inboxes.fetch(slot, task))
+            return self.dispatcher.slot_of(task) != slot
+        return where is Where.QUEUED
+
+    def tasks_with(self, options: TaskOptions | None) -> list[TaskFuture[Any]]:
+        """Those of the unsettled that were submitted with this very object, oldest first."""
+        return [future for future in list(self.tasks.values()) if future.options is options]
+
+    def terminate(self, task: int, grace_s: float) -> None:
+        """Interrupt the task that a worker runs; if it has not ended after `grace_s`, end that worker."""
+        if self.phase is Phase.FORKED or self.critical.is_mine:
+            return
+        with self.critical:
+            self.critical.handle_posted()
+            record = self.tasks.get(task)
+            if record is not None and record.cut_short is None:
+                record.cut_short = CutShort.TERMINATED
+                record.grace_s = grace_s
+                self.limits.terminate(task, grace_s)
 
     def stop(self, task: int) -> bool:
         """Ask the worker that runs the task to stop it, which commands know how to do; False if none runs it."""
@@ -377,19 +408,34 @@ class Client:
         return self.dispatcher.taken_back(action.slot, self.inboxes.receive(action.slot))
 
     def _lose_task(self, action: _dispatch.LoseTask) -> Sequence[Action]:
-        record = self.tasks.get(action.task)
-        if record is not None:
-            pid, status = self.links[action.slot].last_exit
-            begun = self.board is not None and self.board.begun(action.slot) == action.task
-            if type(record) is ChunkFuture and begun:
-                assert self.board is not None
-                claimed = self.board.claimed(action.slot)
-                if record.start <= claimed < record.stop:
-                    self.inboxes.queue_first(self.inboxes.enter_parts(record.part(claimed, 2), record.label))
-                    self.fail(action.task, worker_lost(pid, action.slot, status, record.label, begun))
-                    return self.dispatcher.assign()
-            self.fail(action.task, worker_lost(pid, action.slot, status, record.label, begun))
+        slot, task = action
+        record = self.tasks.get(task)
+        if record is None:
+            return ()
+        begun = self.board is not None and self.board.begun(slot) == task
+        error = task_lost(record, slot, self.links[slot].last_exit, begun)
+        if type(record) is ChunkFuture and begun:
+            assert self.board is not None
+            claimed = self.board.claimed(slot)
+            if record.start <= claimed < record.stop:
+                self.inboxes.queue_first(self.inboxes.enter_parts(record.part(claimed, 2), record.label))
+                self.fail(task, error)
+                return self.dispatcher.assign()
+        if not self._try_again(task, record, error):
+            self.fail(task, error)
         return ()
+
+    def _try_again(self, task: int, record: TaskFuture[Any], error: BaseException) -> bool:
+        """Have a lost task tried again, if it may be."""
+        if record.call is None or record.options is None or not record.may_retry:
+            return False
+        if record.cut_short is CutShort.TERMINATED or self.dropping or not self.runs_tasks:
+            return False
+        record.attempts = (*record.attempts, error)
+        record.cut_short = None
+        self.dispatcher.postponed(task, time.monotonic() + record.options.delay_s(len(record.attempts)))
+        self.wake()
+        return True
 
     def _dismiss_worker(self, action: _dispatch.DismissWorker) -> Sequence[Action]:
         wire.try_send(self.links[action.slot].mine, (_messages.pack_header(_messages.LEAVE),))
@@ -403,7 +449,7 @@ class Client:
 
     def worker_exited(self, slot: int) -> Sequence[Action]:
         """Event: the slot's worker is dead, and every answer that it had sent has been posted before."""
-        status = self.links[slot].last_exit[1]
+        status = self.links[slot].last_exit.status
         killed = status is not None and os.WIFSIGNALED(status) and os.WTERMSIG(status) in _OUTSIDE
         self.wake()  # the slot may be paused now, and the pump must know until when
         self.inboxes.forget(slot)
@@ -479,14 +525,22 @@ class Client:
         self.phase_ends = time.monotonic() + self._grace_s + _LEAVE_S
         for slot, link in self.links.items():
             if link.alive:
-                self.tell(_messages.EndWorker(slot, self.dispatcher.generation(slot), self._grace_s))
+                self.end_worker(slot, self._grace_s)
+
+    def end_worker(self, slot: int, grace_s: float, stacks: bool = False) -> None:
+        """Have the slot's worker ended, with all that descends from it; its `stacks` taken first. Lock held."""
+        self.tell(_messages.EndWorker(slot, self.dispatcher.generation(slot), grace_s, stacks))
+
+    def running(self, slot: int) -> tuple[int, float]:
+        """The task that the slot's worker is in, and since when; (0, 0.0) for none."""
+        return (0, 0.0) if self.board is None else self.board.running(slot)
 
     def wanted_at(self) -> float | None:
         """When the pump is wanted next, whatever comes or not. Lock held."""
         moments = [self.dispatcher.next_deadline()]
         if self.phase in (Phase.LEAVING, Phase.QUITTING):
             moments.append(self.phase_ends)
-        moments += (self.inboxes.looks_at, _spill.expires_at())
+        moments += (self.inboxes.looks_at, self.limits.next_look(), _spill.expires_at())
         if self.control is not None and not self.control.flush():
             moments.append(time.monotonic() + RETRY_S)
         return min((moment for moment in moments if moment is not None), default=None)

@@ -2,11 +2,12 @@
 
 It knows task ids, slot numbers and the time it is told; no socket, clock, thread or process. Each
 method is an event ("this has happened") and returns the actions to perform, in order; `_client`
-performs them. A task is in exactly one place: `queued` here, `given` to a slot, or done and forgotten.
+performs them. A task is in exactly one place: `queued` here, `given` to a slot, `postponed`, or done and forgotten.
 
     submitted ──► queued ──SendTasks──► given ──finished──► (done)
-                    ▲                     │  └──exited, begun──► LoseTask
-                    └── taken back, full, exited before it began ──┘
+                   ▲ ▲                    │  └──exited, begun──► LoseTask, and it may be postponed
+                   │ └── taken back, full, exited before it began ──┘            │
+                   └──────────────────── its time has come ──────────────────────┘
 
 A slot's inbox is the kernel's queue, so a task given may not have begun: whoever receives the datagram
 first owns it. That is what makes deep inboxes harmless: an idle worker's client takes back what a busy
@@ -129,6 +130,7 @@ class Dispatcher:
         self.full = False  # tasks are queued, as nobody has room: a new one can only be queued, too
         self.batch = 1  # most tasks in one message just now
         self.boot_failures = 0
+        self.postponed_until: dict[TaskId, float] = {}  # tasks that are to be tried again, and when
         self._batching = batching
         self._busy_s = BATCH_S  # what a task takes: the longest of late
         self._boot_limit = boot_limit
@@ -147,8 +149,8 @@ class Dispatcher:
 
     @property
     def idle(self) -> bool:
-        """True if no task is queued or given."""
-        return not self.queued and not self._given_to
+        """True if no task is queued, given or postponed."""
+        return not self.queued and not self._given_to and not self.postponed_until
 
     @property
     def wanted(self) -> bool:
@@ -180,9 +182,8 @@ class Dispatcher:
 
     def next_deadline(self) -> float | None:
         """When `tick` wants to be called next, or None."""
-        return min(
-            (moment for seat in self._paused.values() if (moment := self._resumes(seat))), default=None
-        )
+        moments = [moment for seat in self._paused.values() if (moment := self._resumes(seat))]
+        return min([*moments, *self.postponed_until.values()], default=None)
 
     # -- tasks ---------------------------------------------------------------------------------------
 
@@ -249,6 +250,8 @@ class Dispatcher:
 
     def withdraw(self, task: TaskId) -> Where:
         """Forget the task if it is queued; otherwise say where it is."""
+        if self.postponed_until.pop(task, None) is not None:
+            return Where.QUEUED
         if task in self.queued:
             del self.queued[task]
             self.full = self.full and bool(self.queued)
@@ -315,8 +318,32 @@ class Dispatcher:
             return [*actions, BreakPool(self.boot_failures)]
         return [*actions, *self._assign()]
 
+    def doomed(self, slot: SlotNumber, back: Iterable[TaskId] = ()) -> Sequence[Action]:
+        """The slot's worker is being ended for the sake of the task that it runs; `back` are those given to it that
+        it will not begin. It gets no other."""
+        seat = self._seats[slot]
+        if seat.slot.state in (State.STARTING, State.READY):
+            seat.slot.step(Event.DISMISSED)
+        return self.taken_back(slot, back)
+
+    def retired(self, slot: SlotNumber, generation: int, back: Iterable[TaskId] = ()) -> Sequence[Action]:
+        """The slot's worker is to leave when it has done what it runs; `back` is what was in its inbox."""
+        seat = self._seats[slot]
+        if seat.slot.generation != generation or seat.slot.state is not State.READY:
+            return self.taken_back(slot, back)
+        seat.slot.step(Event.DISMISSED)
+        return [DismissWorker(slot), *self.taken_back(slot, back)]
+
+    def postponed(self, task: TaskId, until: float) -> None:
+        """A task that was lost is to be tried again, not before the time `until`."""
+        self.postponed_until[task] = until
+
     def tick(self, now: float) -> Sequence[Action]:
         """Time has passed: end the pauses that are over."""
+        due = [task for task, until in self.postponed_until.items() if until <= now]
+        for task in due:
+            del self.postponed_until[task]
+        self.put_first(due)
         for number, seat in list(self._paused.items()):
             moment = self._resumes(seat)
             if moment is not None and moment > now:
@@ -345,8 +372,9 @@ class Dispatcher:
 
     def closed(self) -> list[TaskId]:
         """The pool is over; returns the tasks that were not done, the begun ones first."""
-        tasks = [*self._given_to, *self.queued]
+        tasks = [*self._given_to, *self.queued, *self.postponed_until]
         self.queued.clear()
+        self.postponed_until.clear()
         self.full = False
         self._given_to.clear()
         self._paused.clear()
@@ -477,6 +505,7 @@ class Dispatcher:
         given = [task for seat in self._seats for task in seat.given]
         assert len(given) == len(set(given)) == len(self._given_to)
         assert not set(given) & set(self.queued)
+        assert not (set(given) | set(self.queued)) & set(self.postponed_until)
         assert all(task in self._given_to[task].given for task in given)
         # Invariant: a seat stands in its own rank and in no other; only live seats have tasks.
         for seat in self._seats:

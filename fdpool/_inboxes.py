@@ -102,7 +102,9 @@ class Inboxes:
             sent = False
         if not sent:
             return self._inbox_full(slot, tasks)
-        if numbers and call.carries_fds:
+        if record.options is not None and record.options.is_watched:
+            self._client.limits.sent(slot, task)
+        if numbers and call.carries_fds and not record.may_retry:
             # A copy kept here would hide from a reader that the task has closed its end.
             record.call = None
             call.close()
@@ -226,6 +228,24 @@ class Inboxes:
         free = given[given.index(begun) + 1 :]
         self._recalled.setdefault(slot, set()).update(free)
         return free
+
+    def pin(self, slot: int, task: int) -> tuple[bool, list[int]]:
+        """Make sure that the slot's worker runs `task`, and will begin nothing behind it.
+
+        Returns whether it does, and what it has not begun of what it was given, to be told to the dispatcher.
+        """
+        others = self.receive(slot)
+        self._board.recall(slot, task)
+        time.sleep(SETTLE_S)
+        # One that has ended its task says so before it receives the next: that one would have descriptors that
+        # nobody else has.
+        if self._board.running(slot)[0] != task:
+            return False, others
+        given = self._dispatcher.given(slot)
+        behind = given[given.index(task) + 1 :] if task in given else []
+        free = [each for each in behind if each not in others]
+        self._recalled.setdefault(slot, set()).update(free)
+        return True, free + others
 
     def returned(self, slot: int, tasks: Sequence[int]) -> Sequence[Action]:
         """Event: the slot's worker says that it has not begun these, and will not."""

@@ -6,10 +6,21 @@ import os
 import select
 import signal
 import socket
+from typing import NamedTuple
 
 from . import _trees, fds, payload
 
 _PIDFD_SIGNAL_PROCESS_GROUP = 4  # pidfd_send_signal(2), Linux 6.9
+
+
+class Exit(NamedTuple):
+    """A worker's death, as far as it is known."""
+
+    pid: int
+    status: int | None  # as waitpid(2) gives it
+    stacks: str = ""
+    hint: str = ""  # who may have killed it
+    said: str = ""  # the end of what it wrote to stderr
 
 
 class SlotLink:
@@ -22,7 +33,7 @@ class SlotLink:
         mine: the client's end.
         theirs: the worker's end; workers come and go on duplicates of it.
         pid: process id of the worker, or None while there is none.
-        last_exit: pid and wait status of the last worker that died.
+        last_exit: what became of the last worker that died.
     """
 
     __slots__ = ("_pidfd", "last_exit", "mine", "pid", "slot", "starting", "theirs")
@@ -37,7 +48,7 @@ class SlotLink:
             payload.reserve(end.fileno())
         self.pid: int | None = None
         self.starting = False  # asked for, and not yet reported
-        self.last_exit: tuple[int, int | None] = (0, None)
+        self.last_exit = Exit(0, None)
         self._pidfd: int | None = None
 
     @property
@@ -51,11 +62,11 @@ class SlotLink:
         self.pid = pid
         self.starting = False  # last: another thread that ends the pool must not find it dead in between
 
-    def ended(self, pid: int, status: int | None) -> None:
+    def ended(self, last_exit: Exit) -> None:
         """The worker is dead and reaped."""
         self.starting = False
         self.pid = None
-        self.last_exit = (pid, status)
+        self.last_exit = last_exit
         self._close_pidfd()
 
     def kill(self) -> None:
@@ -64,6 +75,12 @@ class SlotLink:
         With a pidfd never a recycled pid; without one the pid is trusted, as its death would have
         been reported had the supervisor lived to see it.
         """
+        self.signal_tree()
+        if self.pid is not None:
+            self.ended(Exit(self.pid, None))
+
+    def signal_tree(self) -> None:
+        """SIGKILL the worker and its tree, and leave it to others to notice."""
         if self.pid is None:
             return
         below = _trees.descendants(self.pid)
@@ -76,7 +93,21 @@ class SlotLink:
         except OSError:
             pass  # no such group any more, or a kernel without the flag
         _trees.signal_all(below, signal.SIGKILL)
-        self.ended(self.pid, None)
+
+    def memory_bytes(self) -> int:
+        """Resident memory of the worker and of all that descends from it; 0 if it has died."""
+        import psutil
+
+        if self.pid is None:
+            return 0
+        total = 0
+        try:
+            worker = psutil.Process(self.pid)
+            for process in (worker, *worker.children(recursive=True)):
+                total += process.memory_info().rss
+        except psutil.NoSuchProcess:
+            pass
+        return total
 
     def wake_worker(self) -> None:
         """Make the worker's poll(2) return, if its task waits for that; SIGURG does nothing to any other."""

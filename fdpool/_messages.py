@@ -164,11 +164,12 @@ class StartWorker(NamedTuple):
 
 
 class EndWorker(NamedTuple):
-    """End a worker and all its descendants: SIGTERM, `grace_s` seconds, then SIGKILL."""
+    """End a worker and all its descendants: SIGTERM, `grace_s` seconds, then SIGKILL; its `stacks` first, if wanted."""
 
     slot: int
     generation: int
     grace_s: float
+    stacks: bool = False
 
 
 class Quit(NamedTuple):
@@ -193,6 +194,8 @@ class WorkerExited(NamedTuple):
     generation: int
     pid: int
     status: int | None  # as waitpid(2) gives it; None if unknown
+    stacks: str = ""  # what it left of them, at a fault or as it was asked
+    hint: str = ""  # who may have killed it, if it was not the supervisor
 
 
 class StartFailed(NamedTuple):

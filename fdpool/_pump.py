@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from . import _messages, _spill
 from ._broken import PoolBroken, describe_status
 from ._critical import Mask, block_signals, put_back
-from ._links import SlotLink, Waker
+from ._links import Exit, SlotLink, Waker
 from ._receiver import Receiver
 from ._tasks import TaskFuture
 from .errors import FdTransferError
@@ -140,6 +140,9 @@ class Pump:
         looks_at = client.inboxes.looks_at
         if looks_at is not None and looks_at <= time.monotonic():
             client.critical.post(client.inboxes.look_after)
+        limits_at = client.limits.next_look()
+        if limits_at is not None and limits_at <= time.monotonic():
+            client.critical.post(client.limits.look)
         _spill.expire(time.monotonic())
         client.critical.drain()
         client.mend()
@@ -216,21 +219,21 @@ class Pump:
             client.links[report.slot].began(report.pid, numbers)
         elif isinstance(report, _messages.WorkerExited):
             client.last_death = describe_status(report.status)
-            self._worker_gone(report.slot, report.pid, report.status)
+            self._worker_gone(report.slot, Exit(report.pid, report.status, report.stacks, report.hint))
         elif isinstance(report, _messages.StartFailed):
             client.last_death = f"could not be started: {report.reason}"
-            self._worker_gone(report.slot, 0, None)
+            self._worker_gone(report.slot, Exit(0, None))
         else:
             reason = f"module {report.module!r} of preload= cannot be imported: {report.reason}"
             client.critical.post(client.break_pool, PoolBroken(reason))
 
-    def _worker_gone(self, slot: int, pid: int, status: int | None) -> None:
+    def _worker_gone(self, slot: int, death: Exit) -> None:
         """Settle a dead worker's slot: first every answer that it sent, then what it left unread, then the loss."""
         link = self._client.links[slot]
         board = self._client.board
         assert board is not None
-        self.receiver.take_last(link, board, self._post_exit, link, pid, status)
+        self.receiver.take_last(link, board, self._post_exit, link, death._replace(said=board.said(slot)))
 
-    def _post_exit(self, link: SlotLink, pid: int, status: int | None) -> None:
-        link.ended(pid, status)
+    def _post_exit(self, link: SlotLink, death: Exit) -> None:
+        link.ended(death)
         self._client.critical.post(self._client.worker_exited, link.slot)

@@ -14,8 +14,9 @@ import sys
 import time
 from typing import NoReturn
 
-from . import _messages, _platform, _spawn, _trees, _worker, fds
+from . import _forensics, _messages, _oom, _platform, _spawn, _trees, _worker, fds
 from ._board import Page
+from ._ending import Ending
 from ._messages import Configure, EndWorker, Quit, StartWorker
 from .sockets import StreamSocket
 
@@ -23,23 +24,21 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    import psutil
-
 
 _IDLE_MS = 20.0  # nothing asked for so long is an idle moment
 
 
 class _Child:
-    """One worker: whose it is, and what is to be killed when its time is up."""
+    """One worker: whose it is, the file that its stacks go to, and its end once that was asked for."""
 
-    __slots__ = ("ending", "generation", "kill_at", "pid", "slot")
+    __slots__ = ("ending", "generation", "pid", "slot", "stacks_fd")
 
-    def __init__(self, slot: int, generation: int, pid: int) -> None:
+    def __init__(self, slot: int, generation: int, pid: int, stacks_fd: int | None) -> None:
         self.slot = slot
         self.generation = generation
         self.pid = pid
-        self.kill_at: float | None = None
-        self.ending: list[psutil.Process] = []
+        self.stacks_fd = stacks_fd
+        self.ending: Ending | None = None
 
     @property
     def mark(self) -> str:
@@ -72,6 +71,7 @@ class Supervisor:
         os.set_blocking(self._sigchld_write, False)
         self._poll = select.poll()
         self._warm = False
+        self._oom = _oom.Witness()
 
     def run(self) -> None:
         """Serve until the client has said Quit or is dead; then nothing that descends from here lives."""
@@ -100,13 +100,13 @@ class Supervisor:
             self._reap()
         if self._client_pidfd is not None and self._client_pidfd in ready:
             return False
-        self._kill_overdue(time.monotonic())
+        self._move_endings_on(time.monotonic())
         return self._control.fileno() not in ready or self._serve_frame()
 
     def _poll_ms(self) -> float | None:
         if self._children and not self._warm:
             return _IDLE_MS
-        deadline = min((child.kill_at for child in self._endings if child.kill_at is not None), default=None)
+        deadline = min((due for child in self._endings if (due := _due(child)) is not None), default=None)
         return None if deadline is None else max(0.0, (deadline - time.monotonic()) * 1000 + 1)
 
     def _warm_up(self) -> None:
@@ -167,23 +167,30 @@ class Supervisor:
     def _start_worker(self, message: StartWorker, numbers: list[int]) -> None:
         slot, generation = message
         inbox_fd = numbers[0]
+        stacks_fd = _new_stacks_file()
         os.environ[_trees.WORKER_MARK] = f"{os.getpid()}.{slot}.{generation}"
         try:
-            pid = _spawn.fork_worker(lambda: self._be_worker(slot, inbox_fd), close=self._own_fds())
+            pid = _spawn.fork_worker(
+                lambda: self._be_worker(slot, inbox_fd, stacks_fd), close=self._own_fds()
+            )
         except OSError as error:
+            if stacks_fd is not None:
+                os.close(stacks_fd)
             self._tell(_messages.StartFailed(slot, generation, f"fork failed: {error}"))
             return
         finally:
             del os.environ[_trees.WORKER_MARK]
             fds.close_all(numbers)
-        self._children[pid] = _Child(slot, generation, pid)
+        self._children[pid] = _Child(slot, generation, pid, stacks_fd)
         pidfd = _platform.open_pidfd(pid)
         pidfds = [] if pidfd is None else [pidfd]
         self._tell(_messages.WorkerStarted(slot, generation, pid), pidfds)
         fds.close_all(pidfds)
 
-    def _be_worker(self, slot: int, inbox_fd: int) -> None:
+    def _be_worker(self, slot: int, inbox_fd: int, stacks_fd: int | None) -> None:
         """Runs in: the forked worker."""
+        if stacks_fd is not None:
+            _forensics.write_stacks_to(stacks_fd)
         configuration = self._configuration
         assert configuration is not None
         page = Page(self._board_fd, slot)
@@ -201,31 +208,30 @@ class Supervisor:
     def _own_fds(self) -> list[int]:
         """What a worker must not keep: everything of this loop's, the initializer's descriptors excepted."""
         own = [self._control.fileno(), self._sigchld_read, self._sigchld_write]
+        own += [child.stacks_fd for child in self._children.values() if child.stacks_fd is not None]
         return own if self._client_pidfd is None else [*own, self._client_pidfd]
 
     def _end_worker(self, message: EndWorker) -> None:
-        import psutil
-
         for child in self._children.values():
             if (child.slot, child.generation) == (message.slot, message.generation):
                 break
         else:
             return
-        child.ending = [psutil.Process(child.pid), *_trees.descendants(child.pid)]
-        if message.grace_s > 0:
-            _trees.signal_all(child.ending, signal.SIGTERM)
-        child.kill_at = time.monotonic() + message.grace_s
+        if child in self._endings:
+            self._endings.remove(child)  # a shorter end replaces a longer one
+        now = time.monotonic()
+        child.ending = Ending(child.pid, child.stacks_fd if message.stacks else None, message.grace_s, now)
         self._endings.append(child)
-        self._kill_overdue(time.monotonic())
+        self._move_endings_on(now)
 
-    def _kill_overdue(self, now: float) -> None:
-        """SIGKILL the trees whose grace is over, with what they have forked since."""
-        for child in [c for c in self._endings if c.kill_at is not None and c.kill_at <= now]:
-            self._endings.remove(child)
-            if child.pid in self._children:
-                child.ending += _trees.descendants(child.pid)
-            _trees.signal_all(child.ending, signal.SIGKILL)
-            _trees.kill_strays(child.mark, set(self._children))
+    def _move_endings_on(self, now: float) -> None:
+        for child in list(self._endings):
+            due = _due(child)
+            if due is not None and due <= now and child.ending is not None:
+                child.ending.step(now)
+                if child.ending.due is None:
+                    self._endings.remove(child)
+                    _trees.kill_strays(child.mark, set(self._children))
 
     def _reap(self) -> None:
         """Collect every dead child: workers are reported, adopted orphans are just laid to rest."""
@@ -234,12 +240,23 @@ class Supervisor:
             if child is not None and child not in self._endings:
                 _trees.kill_group(pid)  # before the pid can be used again
             status = _trees.reap(pid)
-            if child is None:
-                continue
-            del self._children[pid]
-            if child not in self._endings:
-                _trees.kill_strays(child.mark, set(self._children))
-            self._tell(_messages.WorkerExited(child.slot, child.generation, pid, status))
+            if child is not None:
+                self._report_death(child, status)
+
+    def _report_death(self, child: _Child, status: int | None) -> None:
+        del self._children[child.pid]
+        if child.ending is not None:
+            child.ending.dead = True
+        if child not in self._endings:
+            _trees.kill_strays(child.mark, set(self._children))
+        stacks = ""
+        if child.stacks_fd is not None:
+            stacks = _forensics.read_stacks(child.stacks_fd)
+            os.close(child.stacks_fd)
+        hint = ""
+        if child.ending is None and status is not None and os.WIFSIGNALED(status):
+            hint = self._oom.explain(os.WTERMSIG(status))
+        self._tell(_messages.WorkerExited(child.slot, child.generation, child.pid, status, stacks, hint))
 
     def _forget_wakeups(self) -> None:
         try:
@@ -255,6 +272,18 @@ class Supervisor:
         except OSError as error:
             if numbers and error.errno in _messages.MAY_YET_LAND:
                 self._tell(message)  # the client can do without a pidfd, but not without the news
+
+
+def _due(child: _Child) -> float | None:
+    return None if child.ending is None else child.ending.due
+
+
+def _new_stacks_file() -> int | None:
+    """For a worker's stacks; None if there is no descriptor, or no memory, left for that: it must do without."""
+    try:
+        return fds.above_stdio(_platform.anonymous_file("fdpool-stacks"))
+    except OSError:
+        return None
 
 
 def main(control_fd: int, inherited: Callable[[], object] | None = None) -> NoReturn:

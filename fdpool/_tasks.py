@@ -7,15 +7,22 @@ import threading
 import time
 from collections import deque
 from concurrent.futures import Future
-from concurrent.futures._base import CANCELLED, FINISHED, PENDING, RUNNING
+from concurrent.futures._base import CANCELLED, CANCELLED_AND_NOTIFIED, FINISHED, PENDING, RUNNING
+from enum import Enum
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from ._broken import WorkerLost
 from ._critical import block_in_main, put_back
+from ._trees import GRACE_S
+from .errors import TaskTerminated
 
 if TYPE_CHECKING:
+    from collections.abc import Generator
+
     from ._answers import Answer
     from ._client import Client
+    from ._options import TaskOptions
     from .payload import Payload
 
 T = TypeVar("T")
@@ -48,12 +55,22 @@ class _Condition(_thread.RLock, threading.Condition):  # type: ignore[misc]  # f
         return self._waiters
 
 
-class TaskFuture(Future[T]):
-    """A `concurrent.futures.Future` whose `cancel` can also fetch back a task already sent.
+class CutShort(Enum):
+    """Why a task's worker is ended for its sake."""
 
-    `cancel()` returns True, and the task never runs, as long as no worker has received it; a task that
+    TIMED_OUT = "timed out"
+    TOOK_TOO_MUCH = "took too much memory"
+    TERMINATED = "terminated"
+
+
+class TaskFuture(Future[T]):
+    """A `concurrent.futures.Future` whose `cancel` can also fetch back a task already sent; `terminate` ends any.
+
+    `cancel()` returns True, and the task never runs, as long as no worker has begun it; a task that
     has begun is not disturbed. `running()` is true for the oldest unanswered task of a worker. Its own
     methods are thread-safe, as the base's are.
+
+    Can be awaited. If the await is cancelled, the task is terminated: `asyncio.shield` keeps it.
     """
 
     _result: T
@@ -67,6 +84,11 @@ class TaskFuture(Future[T]):
     #: For the pool: the payload, as long as the task may have to be sent (again), and what errors call the task.
     call: Payload | None = None
     label = ""
+    options: TaskOptions | None = None
+    cut_short: CutShort | None = None
+    used_memory = 0  # when that was too much
+    grace_s = GRACE_S  # from SIGTERM to SIGKILL, if its worker is to be ended for it
+    attempts: tuple[BaseException, ...] = ()  # what became of earlier ones
 
     def __init__(self) -> None:
         self._condition = _Condition()
@@ -82,6 +104,40 @@ class TaskFuture(Future[T]):
 
     def cancel(self) -> bool:
         return self.withdraw(running=False)
+
+    def terminate(self, grace: float = GRACE_S) -> bool:
+        """End the task, wherever it is; True unless it has ended already.
+
+        Not begun: cancelled. Running: `TaskTerminated` is raised in it; if it has not ended after `grace` seconds
+        (it is in C code, say, or catches everything), its worker and all that descends from it get SIGTERM, and
+        after as long again SIGKILL. No other task is affected.
+
+        Does not wait. The future is cancelled once the task has ended so; but if it returns nevertheless, or raises
+        something else, that is the outcome.
+        """
+        client = self._client
+        if client is None or self.done():
+            return super().cancel()
+        if self.withdraw(running=False):
+            return True
+        if self.done():
+            return self.cancelled()
+        client.terminate(self._task, grace)
+        return True
+
+    def __await__(self) -> Generator[Any, None, T]:
+        import asyncio
+
+        try:
+            return (yield from asyncio.wrap_future(self).__await__())
+        except asyncio.CancelledError:
+            self.terminate()
+            raise
+
+    @property
+    def may_retry(self) -> bool:
+        """For the pool: True if the task is to be tried again should its worker die."""
+        return self.options is not None and len(self.attempts) < self.options.retries
 
     def withdraw(self, running: bool) -> bool:
         """For the pool: `cancel`; with `running`, a program that runs is stopped, too."""
@@ -158,10 +214,15 @@ class TaskFuture(Future[T]):
             self._result = result
             self._exception = error
             self._state = FINISHED
+            if self.cut_short is CutShort.TERMINATED and isinstance(error, (TaskTerminated, WorkerLost)):
+                self._exception = None
+                self._state = CANCELLED_AND_NOTIFIED
             used = self.__dict__
             if "_waiters" in used:
                 for waiter in self._waiters:
-                    if error is None:
+                    if self._state != FINISHED:
+                        waiter.add_cancelled(self)
+                    elif error is None:
                         waiter.add_result(self)
                     else:
                         waiter.add_exception(self)
@@ -260,3 +321,7 @@ class CommandFuture(TaskFuture[T]):
 
     def cancel(self) -> bool:
         return self.withdraw(running=True)
+
+    def terminate(self, grace: float = GRACE_S) -> bool:
+        """As `cancel`: the program has the grace that it was started with."""
+        return self.cancel()

@@ -18,12 +18,12 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
 
-from . import _chunks, _messages, _shared, _spill, payload, wire
+from . import _chunks, _forensics, _messages, _shared, _spill, payload, wire
 from ._board import Page
 from ._messages import HEADER_BYTES, MAX_DATAGRAM, Header
 from ._spawn import flush_standard_streams
 from ._spin import Spin
-from .errors import WireError
+from .errors import TaskTerminated, WireError
 from .fds import SCM_MAX_FD, close_all
 from .payload import Payload
 
@@ -49,18 +49,20 @@ class Boot(NamedTuple):
 class Worker:
     """One worker's state: its socket, and whether user code is running (a `_chunks.Guard`)."""
 
-    def __init__(self, inbox: socket.socket) -> None:
+    def __init__(self, inbox: socket.socket, page: Page) -> None:
         self._inbox = inbox
         self._pid = os.getpid()
         self.in_task = False
         self.items: Iterator[object] = iter(())
         os.register_at_fork(after_in_child=self._drop_items)
+        self._page = page
         self._previous = _NONE  # the task that ran last
         self._memory: _spill.Watch | None = None  # what the running task came in
 
     def run(self, boot: Boot) -> None:
         """Run the initializer, say READY, and serve until told to leave or `max_tasks` are done."""
         signal.signal(signal.SIGINT, self._on_sigint)
+        signal.signal(signal.SIGURG, self._on_sigurg)
         if not self._initialize(boot):
             raise SystemExit(1)
         self._send(_messages.READY, 0, None)
@@ -84,7 +86,7 @@ class Worker:
                 return
             if header.kind == _messages.TASKS:
                 close_all(received.fds)
-                self._run_batch(boot.page, _messages.split(received.data))
+                self._run_batch(_messages.split(received.data))
                 continue
             if header.kind == _messages.FORGET:
                 close_all(received.fds)
@@ -98,11 +100,11 @@ class Worker:
                 continue
             began = time.monotonic()
             if header.kind == _messages.CHUNK:
-                if self._may_begin(boot.page, header):
-                    self._run_chunk(boot.page, header, received)
+                if self._may_begin(header):
+                    self._run_chunk(header, received)
                 del received
                 continue
-            if not self._may_begin(boot.page, header):
+            if not self._may_begin(header):
                 continue
             answer, kind = self._run_task(received.data[HEADER_BYTES:], received.fds, header.spilled)
             del received
@@ -113,11 +115,12 @@ class Worker:
             if tasks_left is not None:
                 tasks_left -= 1
 
-    def _may_begin(self, page: Page, header: Header) -> bool:
+    def _may_begin(self, header: Header) -> bool:
         """Say that a task begins; or that it is returned, as the client wants nothing to begin after the one before.
 
         What carries descriptors is not recalled: there is no other copy of it.
         """
+        page = self._page
         if header.fd_count:
             page.begin(header.task)
         elif not page.may_begin(header.task, self._previous):
@@ -129,11 +132,12 @@ class Worker:
         self._previous = header.task
         return True
 
-    def _run_batch(self, page: Page, calls: list[tuple[int, int, bytes]]) -> None:
+    def _run_batch(self, calls: list[tuple[int, int, bytes]]) -> None:
         """Run tasks that came together, and answer them together, but for those after which time has passed.
 
         Each answer is written down before the next task begins, so that it outlives whatever that does to us.
         """
+        page = self._page
         answers: list[bytes] = []
         began = last_sent = time.monotonic()
         previous = self._previous
@@ -153,21 +157,21 @@ class Worker:
             if not answer.fds:
                 record = _messages.pack_header(kind, task, len(answer.body)) + answer.body
             if not record or not page.log(record):
-                self._send_answers(page, answers, began)
+                self._send_answers(answers, began)
                 self._send(kind, task, answer)
                 began = last_sent = time.monotonic()
                 continue
             answers.append(record)
             now = time.monotonic()
             if now - last_sent > FLUSH_S and calls:
-                self._send_answers(page, answers, began)
+                self._send_answers(answers, began)
                 began = last_sent = now
         self._previous = previous
-        self._send_answers(page, answers, began)
+        self._send_answers(answers, began)
 
-    def _run_chunk(self, page: Page, header: Header, received: wire.Received) -> None:
+    def _run_chunk(self, header: Header, received: wire.Received) -> None:
         """Run items of a map as far as time allows, and answer with their results."""
-        task = header.task
+        task, page = header.task, self._page
         start, stop = _messages.SPAN.unpack_from(received.data, HEADER_BYTES)
 
         page.claim(task, start, start)
@@ -186,15 +190,16 @@ class Worker:
                 self._send(_messages.PIECE, task, piece, count)
 
         reached = _chunks.run(fn, items, star, start, stop, partial(page.claim, task), self, flush)
+        page.end()
         self._send(_messages.DONE if reached == stop else _messages.CUT, task, payload.dumps_result([]))
 
-    def _send_answers(self, page: Page, answers: list[bytes], began: float) -> None:
+    def _send_answers(self, answers: list[bytes], began: float) -> None:
         """Send what `answers` holds, if anything, and forget it."""
         if answers:
             busy_ns = int((time.monotonic() - began) * 1e9)
             self._send(_messages.ANSWERS, busy_ns, Payload(b"".join(answers)))
             answers.clear()
-            page.forget_log()
+            self._page.forget_log()
 
     def _run_task(self, body: bytes, fds: list[int], spilled: bool) -> tuple[Payload, int]:
         """Load the call, run it, and pickle what became of it; nothing that it does escapes."""
@@ -217,12 +222,14 @@ class Worker:
             fn = args = kwargs = None
             answer = payload.dumps_result(result)
             self.in_task = False
+            self._page.end()
             return answer, _messages.DONE
         except BaseException as error:
             self.in_task = False
             self.leave_if_forked()
             fn = args = kwargs = result = None
             answer = payload.dumps_failure(error)
+            self._page.end()
             return answer, _messages.FAILED
 
     def _initialize(self, boot: Boot) -> bool:
@@ -299,6 +306,12 @@ class Worker:
             self.in_task = False
             raise KeyboardInterrupt
 
+    def _on_sigurg(self, _number: int, _frame: object) -> None:
+        """Interrupt the task, if it is the one that the client wants ended."""
+        if self.in_task and self._page.is_to_stop():
+            self.in_task = False
+            raise TaskTerminated
+
     def _drop_items(self) -> None:
         """Runs in: a child that a task has forked."""
         for _ in self.items:
@@ -319,7 +332,8 @@ def _reports_unclosed() -> bool:
 def main(inbox_fd: int, boot: Boot) -> None:
     """Serve on the worker's end of its slot's pair until told to leave."""
     _begin()
-    Worker(socket.socket(fileno=inbox_fd)).run(boot)
+    _forensics.overhear_stderr(boot.page.say)
+    Worker(socket.socket(fileno=inbox_fd), boot.page).run(boot)
     _finish()
 
 

@@ -133,5 +133,51 @@ class FdTransferError(FdpoolError, OSError):
         self.got = got
 
 
+class TaskTimeout(FdpoolError, TimeoutError):
+    """A task that took longer than it was allowed to; its worker was ended, and all that descended from it.
+
+    Attributes:
+        timeout: the limit, in seconds.
+        stacks: the worker's Python stacks just before, as text; empty if it could not be asked, or had not begun.
+        stderr: the end of what it wrote to stderr.
+        attempts: what became of earlier attempts, oldest first, where it was tried again.
+
+    `may_have_run` is False if it had not begun in time (`queue_timeout`).
+    """
+
+    may_have_run = True
+
+    def __init__(self, message: str, timeout: float = 0.0, stacks: str = "", stderr: str = "") -> None:
+        super().__init__(message)
+        self.timeout = timeout
+        self.stacks = stacks
+        self.stderr = stderr
+        self.attempts: tuple[BaseException, ...] = ()
+
+
+class MemoryLimitExceeded(FdpoolError, MemoryError):
+    """A task whose worker, with all that descends from it, took more memory than `max_memory`; it was ended.
+
+    Attributes:
+        limit, used: bytes of resident memory.
+        stacks, stderr: as of `TaskTimeout`.
+    """
+
+    may_have_run = True
+
+    def __init__(
+        self, message: str, limit: int = 0, used: int = 0, stacks: str = "", stderr: str = ""
+    ) -> None:
+        super().__init__(message)
+        self.limit = limit
+        self.used = used
+        self.stacks = stacks
+        self.stderr = stderr
+
+
+class TaskTerminated(BaseException):
+    """Raised inside a task by `terminate()` of its future. Not an `Exception`: only who means it catches it."""
+
+
 class WireError(FdpoolError, ValueError):
     """Bytes from a peer that are not a message: wrong version, impossible length, torn header."""

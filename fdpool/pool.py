@@ -8,7 +8,9 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent import futures
 from concurrent.futures import Executor, Future
+from enum import Enum
 from functools import partial
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodDescriptorType, ModuleType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -28,10 +30,11 @@ from . import _process, payload
 from ._chunks import Raised, is_plain
 from ._client import Client
 from ._cpus import usable_cpus
+from ._options import TaskOptions, changed
 from ._shared import Shared
 from ._tasks import ChunkFuture, CommandFuture, TaskFuture
 from ._trees import GRACE_S
-from .errors import DescriptorRefused, FdpoolError, NotPicklable
+from .errors import DescriptorRefused, FdpoolError, NotPicklable, PoolShutDown
 from .fds import Fd, HasFileno, close_all
 from .sockets import StreamSocket
 
@@ -41,6 +44,15 @@ from .sockets import StreamSocket
 T = TypeVar("T")
 
 StartMethod = Literal["forkserver", "fork"]
+
+
+class Unchanged(Enum):
+    """Stands for an option that is not given, where None says something."""
+
+    UNCHANGED = "unchanged"
+
+
+UNCHANGED = Unchanged.UNCHANGED
 
 #: A map's items are submitted in so many chunks, if these are not too large: what a worker does not get done in a few
 #: milliseconds it hands back.
@@ -110,6 +122,7 @@ class Pool(Executor):
         if isinstance(preload, str):
             raise TypeError(f"preload must be an iterable of module names, not the string {preload!r}")
         self._max_workers = max_workers
+        self._options: TaskOptions | None = None
         self._chunking = max_tasks_per_child is None
         fork = start_method == "fork"
         # Kept: a lock or queue among the arguments ends when its maker lets go of it.
@@ -129,7 +142,7 @@ class Pool(Executor):
         """Process ids of the workers that are there now; may be out of date as soon as it is returned."""
         return self._client.worker_pids()
 
-    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> TaskFuture[T]:
         """Run `fn(*args, **kwargs)` in a worker; returns the future of its result.
 
         Descriptors among the arguments are borrowed until this returns: the caller keeps its own, and may
@@ -156,7 +169,7 @@ class Pool(Executor):
         kwargs: dict[str, Any],
         label: str,
         future: TaskFuture[T],
-    ) -> Future[T]:
+    ) -> TaskFuture[T]:
         """Pickle a call and hand it on; `label` is what errors call it."""
         self._client.check_usable()
         try:
@@ -164,7 +177,46 @@ class Pool(Executor):
         except NotPicklable as error:
             future.set_exception(error)
             return future
+        if self._options is not None:
+            future.options, future.grace_s = self._options, self._options.grace
+            label = self._options.name or label
         return self._client.submit(call, label, future)
+
+    def with_options(
+        self,
+        *,
+        timeout: float | Unchanged | None = UNCHANGED,
+        queue_timeout: float | Unchanged | None = UNCHANGED,
+        retries: int | Unchanged = UNCHANGED,
+        retry_delay: float | Unchanged = UNCHANGED,
+        max_memory: int | Unchanged | None = UNCHANGED,
+        grace: float | Unchanged = UNCHANGED,
+        name: str | Unchanged | None = UNCHANGED,
+    ) -> Pool:
+        """A view on this pool, on the same workers, whose tasks have these options; what is not given stays as it is.
+
+        Args:
+            timeout: seconds that a task may run, counted from its start in a worker. Then its worker is ended, with all
+                that descends from it, and the future fails with `TaskTimeout`, which holds the worker's stacks.
+            queue_timeout: seconds from submit within which it must have begun; else it fails with `TaskTimeout`, and
+                never runs.
+            retries: how often a task is tried again that timed out, took too much memory, or whose worker died. It then
+                may have run more than once. One that still kills its worker fails with `PoisonTask`. Descriptors among
+                its arguments are kept open here meanwhile.
+            retry_delay: seconds before the first of these, twice as many before each further one, 30 at most.
+            max_memory: bytes of resident memory that its worker, with all that descends from it, may have while it
+                runs, looked at 20 times a second; then it is ended, and the future fails with `MemoryLimitExceeded`.
+            grace: seconds from SIGTERM to SIGKILL where a worker is ended for its task's sake.
+            name: what errors and statistics call its tasks.
+
+        The view has all methods of a pool. `shutdown()` of the view, and leaving its `with` block, waits for the tasks
+        that were submitted through it; the pool goes on.
+
+        Raises:
+            TypeError, ValueError: an option is of no use.
+        """
+        given = {name: value for name, value in locals().items() if value is not UNCHANGED and name != "self"}
+        return _View(self, changed(self._options, given))
 
     def share(self, obj: T) -> Shared[T]:
         """Put an object into memory once, for many tasks to take: submit the handle in its place.
@@ -219,7 +271,8 @@ class Pool(Executor):
             raise ValueError(f"buffersize must be None or > 0, not {buffersize}")
         deadline = None if timeout is None else time.monotonic() + timeout
         if chunksize is None:
-            if buffersize is None and timeout is None and self._chunking and iterables and _keeps_nothing(fn):
+            together = buffersize is None and timeout is None and self._chunking and self._options is None
+            if together and iterables and _keeps_nothing(fn):
                 chunks = deque(self._submit_chunks(fn, iterables))
                 return _in_order(chunks, iter(()), weakref.ref(self), deadline)
             chunksize = 1
@@ -233,7 +286,7 @@ class Pool(Executor):
                 for chunk in iter(lambda: list(itertools.islice(items, chunksize)), [])
             )
         first = calls if buffersize is None else itertools.islice(calls, buffersize)
-        pending = deque(self.submit(call, *args) for call, args in first)
+        pending: deque[Future[Any]] = deque(self.submit(call, *args) for call, args in first)
         # Only a weak reference: a dropped pool must not be kept by iterators that nobody reads.
         results = _in_order(pending, calls, weakref.ref(self), deadline)
         return results if chunksize == 1 else _flatten(results)
@@ -291,7 +344,7 @@ class Pool(Executor):
         grace: float = GRACE_S,
         check: bool = False,
         max_output: int | None = None,
-    ) -> Future[CompletedCommand]:
+    ) -> TaskFuture[CompletedCommand]:
         """Run a program in a worker, on this process's own descriptors; the future of its completion.
 
         The arguments that `subprocess.run` has mean what they mean there. A string is a shell command.
@@ -367,7 +420,7 @@ class Pool(Executor):
         grace: float = GRACE_S,
         check: bool = False,
         max_output: int | None = None,
-    ) -> Future[CompletedPipeline]:
+    ) -> TaskFuture[CompletedPipeline]:
         """Run programs joined by pipes, all in one worker; the future of every stage's record.
 
         Args:
@@ -412,7 +465,7 @@ class Pool(Executor):
         joined = _pipeline.join(built, timeout, grace, check)
         return self._submit_command(_pipeline.run, joined, f"the pipeline {list(stages)!r}")
 
-    def _submit_command(self, fn: Callable[[Any], T], command: Any, label: str) -> Future[T]:
+    def _submit_command(self, fn: Callable[[Any], T], command: Any, label: str) -> TaskFuture[T]:
         """As `submit`, with a future whose `cancel` ends the running program too."""
         return self._submit(fn, (command,), {}, label, CommandFuture())
 
@@ -508,6 +561,47 @@ class Pool(Executor):
         """Shut down and wait; but if Ctrl-C ended the block, kill the workers rather than wait for them."""
         if kind is not None and issubclass(kind, KeyboardInterrupt):
             self._client.end(0.0, "the pool's block was interrupted")
+        self.shutdown(wait=True)
+
+
+class _View(Pool):
+    """A pool whose tasks have options, on the workers of another."""
+
+    def __init__(self, pool: Pool, options: TaskOptions) -> None:
+        self._pool = pool  # which must not be taken for dropped
+        self._client = pool._client
+        self._max_workers = pool._max_workers
+        self._chunking = pool._chunking
+        self._options = options
+        self._closed = False
+
+    def _submit(
+        self,
+        fn: Callable[..., T],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        label: str,
+        future: TaskFuture[T],
+    ) -> TaskFuture[T]:
+        if self._closed:
+            raise PoolShutDown("cannot schedule new futures after shutdown of this view of a pool")
+        return super()._submit(fn, args, kwargs, label, future)
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Take no more tasks through this view, and wait for those that were; the pool goes on."""
+        self._closed = True
+        mine = self._client.tasks_with(self._options)
+        if cancel_futures:
+            for future in reversed(mine):
+                future.cancel()
+        if wait:
+            futures.wait(mine)
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Wait for this view's tasks; but if Ctrl-C ended the block, end them rather than wait for them."""
+        if kind is not None and issubclass(kind, KeyboardInterrupt):
+            for future in self._client.tasks_with(self._options):
+                future.terminate()
         self.shutdown(wait=True)
 
 

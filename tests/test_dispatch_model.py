@@ -35,7 +35,7 @@ class Kernel(RuleBasedStateMachine):
         self.now = 0.0
         self.ids = iter(range(1, 1_000_000))
         self.inboxes: list[deque[list[int]]] = [deque() for _ in range(SLOTS)]  # each message holds tasks
-        self.workers: list[str | None] = [None] * SLOTS  # "starting", "ready" or none
+        self.workers: list[str | None] = [None] * SLOTS  # "starting", "ready", "leaving", "doomed" or none
         self.running: list[int | None] = [None] * SLOTS
         self.received: list[deque[int]] = [deque() for _ in range(SLOTS)]  # came with it, and not begun
         self.logged: list[list[int]] = [[] for _ in range(SLOTS)]  # answers written down and not sent
@@ -43,6 +43,7 @@ class Kernel(RuleBasedStateMachine):
         self.pending: set[int] = set()
         self.begun: list[int] = []
         self.outcomes: dict[int, str] = {}
+        self.tries_again = False  # what is lost is to be tried again
 
     def perform(self, actions: object) -> None:
         todo: deque[Action] = deque(actions)  # type: ignore[call-overload]
@@ -61,10 +62,16 @@ class Kernel(RuleBasedStateMachine):
                 self.workers[action.slot] = "starting"
             elif isinstance(action, TakeBack):
                 todo.extend(self.dispatcher.taken_back(action.slot, self.empty_inbox(action.slot)))
+            elif isinstance(action, LoseTask) and self.tries_again:
+                self.begun.remove(action.task)
+                self.dispatcher.postponed(action.task, self.now + 2)
             elif isinstance(action, LoseTask):
                 self.settle(action.task, "lost")
+            elif isinstance(action, DismissWorker):
+                assert self.workers[action.slot] == "ready", "one that is not there was told to leave"
+                self.workers[action.slot] = "leaving"
             else:
-                assert not isinstance(action, (BreakPool, DismissWorker))
+                assert not isinstance(action, BreakPool)
 
     def empty_inbox(self, slot: int) -> list[int]:
         taken = [task for message in self.inboxes[slot] for task in message]
@@ -92,7 +99,7 @@ class Kernel(RuleBasedStateMachine):
 
     @rule(slot=st.integers(0, SLOTS - 1))
     def begin(self, slot: int) -> None:
-        if self.workers[slot] != "ready" or self.running[slot] is not None:
+        if self.workers[slot] not in ("ready", "leaving") or self.running[slot] is not None:
             return
         if not self.received[slot] and self.inboxes[slot]:
             self.received[slot].extend(self.inboxes[slot].popleft())
@@ -101,6 +108,8 @@ class Kernel(RuleBasedStateMachine):
             assert task not in self.begun, "a task has begun twice"
             self.begun.append(task)
             self.running[slot] = task
+        elif self.workers[slot] == "leaving":
+            self.die(slot, False)
 
     @rule(
         slot=st.integers(0, SLOTS - 1), at_once=st.booleans(), busy_s=st.sampled_from([0.0, 5e-6, 60e-6, 1.0])
@@ -130,15 +139,34 @@ class Kernel(RuleBasedStateMachine):
             self.perform(self.dispatcher.taken_back(slot, back))
 
     @rule(slot=st.integers(0, SLOTS - 1))
-    def die(self, slot: int) -> None:
+    def cut_short(self, slot: int) -> None:
+        """The task that runs has taken too long: its worker is ended, some time."""
+        if self.workers[slot] in ("ready", "leaving") and self.running[slot] is not None:
+            self.workers[slot] = "doomed"
+            self.answer(slot, None)
+            back = list(self.received[slot]) + self.empty_inbox(slot)
+            self.received[slot].clear()
+            self.perform(self.dispatcher.doomed(slot, back))
+
+    @rule(slot=st.integers(0, SLOTS - 1), late=st.booleans())
+    def retire(self, slot: int, late: bool) -> None:
+        """A worker has done enough, or is old; `late`: it is another one's time that is over."""
         if self.workers[slot] is not None:
+            generation = self.dispatcher.generation(slot) - late
+            self.perform(self.dispatcher.retired(slot, generation, self.empty_inbox(slot)))
+
+    @rule(slot=st.integers(0, SLOTS - 1), tries_again=st.booleans())
+    def die(self, slot: int, tries_again: bool) -> None:
+        if self.workers[slot] is not None:
+            self.tries_again = tries_again
             self.answer(slot, None)
             begun, self.running[slot] = self.running[slot], None
             self.workers[slot] = None
             unread = list(self.received[slot]) + self.empty_inbox(slot)
             self.received[slot].clear()
             self.perform(self.dispatcher.exited(slot, unread, self.now))
-            assert begun is None or self.outcomes[begun] == "lost"
+            assert begun is None or tries_again or self.outcomes[begun] == "lost"
+            assert begun is None or not tries_again or begun in self.dispatcher.postponed_until
 
     @rule(which=st.integers(0, 50))
     def cancel(self, which: int) -> None:
@@ -181,6 +209,8 @@ class Kernel(RuleBasedStateMachine):
                 self.become_ready(slot)
                 self.begin(slot)
                 self.finish(slot, True, 0.0)
+                if self.workers[slot] == "doomed":
+                    self.die(slot, False)
         assert not self.pending, "a task is stuck"
 
     @invariant()
@@ -190,7 +220,7 @@ class Kernel(RuleBasedStateMachine):
     @invariant()
     def every_task_is_somewhere(self) -> None:
         given = {task for slot in range(SLOTS) for task in self.dispatcher.given(slot)}
-        assert given | set(self.dispatcher.queued) == self.pending
+        assert given | set(self.dispatcher.queued) | set(self.dispatcher.postponed_until) == self.pending
 
     @invariant()
     def no_task_waits_behind_a_running_one_while_a_ready_worker_is_idle(self) -> None:

@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from fdpool import TaskTerminated
+
 
 def square(number: int) -> int:
     return number * number
@@ -284,3 +286,39 @@ _again: list[int] = [0]
 def same_list_again(number: int) -> list[int]:
     _again[0] = number
     return _again
+
+
+def stuck(ledger: str) -> None:
+    with open(ledger, "a") as file:
+        file.write(f"{os.getpid()}\n")
+    time.sleep(1000)
+
+
+def count_and_die_before(ledger: str, survives: int) -> int:
+    with open(ledger, "a") as file:
+        file.write("x")
+    count = os.stat(ledger).st_size
+    if count < survives:
+        os._exit(3)
+    return count
+
+
+def note_and_sleep(path: str) -> None:
+    Path(path).write_text(str(os.getpid()))
+    while True:
+        time.sleep(0.01)
+
+
+def note_and_hang(path: str) -> None:
+    """In one call of C, which no exception ends."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGURG})
+    Path(path).write_text(str(os.getpid()))
+    time.sleep(1000)
+
+
+def clean_up(path: str) -> str:
+    try:
+        note_and_sleep(path)
+    except TaskTerminated:
+        return "cleaned up"
+    return "never"

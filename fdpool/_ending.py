@@ -1,0 +1,80 @@
+"""A worker and all that descends from it, on its way out: its stacks if they are wanted, then SIGTERM, then SIGKILL.
+
+Runs in: the supervisor, which calls `step` when `due` says so.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import TYPE_CHECKING
+
+from . import _forensics, _trees
+
+if TYPE_CHECKING:
+    import psutil
+
+_STACKS_S = 0.2  # how long the stacks may take: one that is stopped never writes them
+_LOOK_S = 0.002
+_QUIET_LOOKS = 5  # so many in which nothing was added: they are complete
+
+
+class Ending:
+    """The end of one worker, which is an unreaped child as long as it is not `dead`.
+
+    Args:
+        pid: of the worker.
+        stacks_fd: where its stacks go, if they are wanted before; else None. Borrowed.
+        grace_s: seconds from SIGTERM to SIGKILL; with 0, SIGKILL at once.
+        now: time.monotonic().
+
+    Attributes:
+        due: when `step` is to be called; None once everything has been sent SIGKILL.
+        dead: set by the owner when the worker has been reaped.
+    """
+
+    def __init__(self, pid: int, stacks_fd: int | None, grace_s: float, now: float) -> None:
+        import psutil
+
+        self.dead = False
+        self.due: float | None = now
+        self._pid = pid
+        self._grace_s = grace_s
+        self._processes: list[psutil.Process] = [psutil.Process(pid), *_trees.descendants(pid)]
+        self._told = False
+        self._stacks_fd = stacks_fd
+        self._stacks_until = now + _STACKS_S
+        self._bytes = self._quiet = 0
+        if stacks_fd is not None and not _forensics.ask(pid):
+            self._stacks_fd = None
+
+    def step(self, now: float) -> None:
+        """Do what is due."""
+        if self._stacks_fd is not None:
+            if not self.dead and now < self._stacks_until and not self._stacks_are_written(self._stacks_fd):
+                self.due = now + _LOOK_S
+                return
+            self._stacks_fd = None
+        if not self._told and self._grace_s > 0:
+            self._told = True
+            self._add_descendants()
+            _trees.signal_all(self._processes, signal.SIGTERM)
+            _trees.signal_all(
+                self._processes, signal.SIGCONT
+            )  # what is stopped does not die before it goes on
+            self.due = now + self._grace_s
+            return
+        self._add_descendants()  # with what they have forked since
+        _trees.signal_all(self._processes, signal.SIGKILL)
+        self.due = None
+
+    def _add_descendants(self) -> None:
+        if not self.dead:
+            known = set(self._processes)
+            self._processes += [each for each in _trees.descendants(self._pid) if each not in known]
+
+    def _stacks_are_written(self, fd: int) -> bool:
+        size = os.fstat(fd).st_size
+        self._quiet = self._quiet + 1 if size == self._bytes and size else 0
+        self._bytes = size
+        return self._quiet >= _QUIET_LOOKS

@@ -1,0 +1,91 @@
+"""What a worker leaves for those who ask why it died: its Python stacks, and the end of what it wrote to stderr.
+
+The stacks are written by `faulthandler`, from a signal handler in C: at a fault, and when the supervisor asks for
+them (`ask`), which works while the interpreter's lock is held or the task waits for ever. They go to a file that the
+supervisor made and reads when the worker is dead.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import sys
+from collections.abc import Callable
+
+#: Asks a worker for its stacks. One that programs do not use: the last of the real-time signals; or SIGINFO, where
+#: there are none of these, which does nothing to who does not know it.
+ASK_SIGNAL: int | None = getattr(signal, "SIGRTMAX", None) or getattr(signal, "SIGINFO", None)
+
+_MOST_BYTES = 32 * 1024
+
+#: The line of a fresh supervisor that calls its loop, in what `_spawn` has the interpreter run.
+_BOOT_LINE = 'File "<string>", line 4 in <module>'
+
+
+def write_stacks_to(fd: int) -> None:
+    """Runs in: a worker. Write the stacks of all threads to `fd` at a fault (SIGSEGV and its like), or when asked."""
+    import faulthandler
+
+    faulthandler.enable(fd)
+    if ASK_SIGNAL is not None:
+        faulthandler.register(ASK_SIGNAL, fd, all_threads=True, chain=False)
+
+
+def ask(pid: int) -> bool:
+    """Runs in: the supervisor. Ask a worker, which must be an unreaped child, for its stacks; False if it cannot be."""
+    if ASK_SIGNAL is None:
+        return False
+    try:
+        os.kill(pid, ASK_SIGNAL)
+    except OSError:
+        return False
+    return True
+
+
+def read_stacks(fd: int) -> str:
+    """What was written to `fd`, without the lines that are the worker's own loop."""
+    text = os.pread(fd, _MOST_BYTES, 0).decode("utf-8", "replace")
+    return "\n".join(line for line in text.splitlines() if not _is_ours(line))
+
+
+def _is_ours(line: str) -> bool:
+    at = line.lstrip()
+    return at.startswith(f'File "{os.path.dirname(__file__)}{os.sep}') or at == _BOOT_LINE
+
+
+class _Overheard(io.FileIO):
+    """The descriptor of stderr, with somebody who hears what Python writes to it."""
+
+    def __init__(self, fd: int, hear: Callable[[bytes], None]) -> None:
+        super().__init__(fd, "w", closefd=False)
+        self._hear = hear
+        self._pid = os.getpid()
+
+    def write(self, data: bytes, /) -> int:  # type: ignore[override]
+        written = super().write(data)
+        if written and os.getpid() == self._pid:  # not in a child that a task forked
+            self._hear(bytes(memoryview(data)[:written]))
+        return written
+
+
+def overhear_stderr(hear: Callable[[bytes], None]) -> None:
+    """Runs in: a worker. Call `hear` with what Python code writes to stderr from now on, as it is written.
+
+    Not with what libraries in C or programs write: their stderr is the client's, and nobody is put in between.
+    """
+    stream = sys.stderr
+    try:
+        usual = isinstance(stream, io.TextIOWrapper) and stream.fileno() == 2
+    except (OSError, ValueError):
+        return
+    if usual and isinstance(stream, io.TextIOWrapper):
+        raw = _Overheard(2, hear)
+        raw.name = "<stderr>"
+        sys.stderr = io.TextIOWrapper(
+            raw if stream.write_through else io.BufferedWriter(raw),
+            stream.encoding,
+            stream.errors,
+            line_buffering=stream.line_buffering,
+            write_through=stream.write_through,
+        )

@@ -1,0 +1,179 @@
+"""What a task may take, in time and memory: notices when it has taken more, and has its worker ended.
+
+Nobody tells the client when a task begins: the board says it when somebody looks. A task that may run for a
+second, and has not begun at some moment, cannot be overdue before a second after that. So one look a slot at the
+right moment is enough, and a task with a limit costs no message more than any other.
+
+All of it runs with the client's lock held.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ._dispatch import Action
+from ._tasks import CutShort
+from .errors import TaskTimeout
+
+if TYPE_CHECKING:
+    from ._client import Client
+
+#: How often the memory of a worker is looked at whose task has a limit of it. A look takes 0.1 to 0.3 ms, more if it
+#: has descendants; at 8 GiB/s a task gets 400 MiB between two.
+_MEMORY_LOOK_S = 0.05
+#: How long a task that is to end may take from the moment when its worker should be dead, before the client itself
+#: kills it: the supervisor is stopped, or has much to do.
+_OVERDUE_S = 5.0
+
+
+class Limits:
+    """Of all tasks of `client`."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self._dispatcher = client.dispatcher
+        self._tasks = client.tasks
+        self._looks: dict[int, float] = {}  # slot -> when to look at what it runs
+        # Tasks that must have begun by some moment, oldest first, for each length of time that somebody has asked for.
+        self._waiting: dict[float, deque[tuple[float, int]]] = {}
+        self._timers: list[tuple[float, int, Callable[..., Sequence[Action]], tuple[Any, ...]]] = []
+        self._count = itertools.count()
+
+    # -- what is to be noticed -----------------------------------------------------------------------------
+
+    def next_look(self) -> float | None:
+        """When `look` is due next, or None."""
+        moments = [*self._looks.values(), *(tasks[0][0] for tasks in self._waiting.values())]
+        if self._timers:
+            moments.append(self._timers[0][0])
+        return min(moments, default=None)
+
+    def at(self, moment: float, event: Callable[..., Sequence[Action]], *arguments: Any) -> None:
+        """Have an event handled at some moment."""
+        heapq.heappush(self._timers, (moment, next(self._count), event, arguments))
+        self._client.wake()
+
+    def submitted(self, task: int, queue_timeout: float) -> Sequence[Action]:
+        """Event: the task must begin within so many seconds from now."""
+        tasks = self._waiting.setdefault(queue_timeout, deque())
+        while tasks and tasks[0][1] not in self._tasks:
+            tasks.popleft()
+        tasks.append((time.monotonic() + queue_timeout, task))
+        if len(tasks) == 1:
+            self._client.wake()
+        return ()
+
+    def sent(self, slot: int, task: int) -> None:
+        """A task with limits has been put in the slot's inbox."""
+        options = self._tasks[task].options
+        assert options is not None
+        moment = time.monotonic() + (_MEMORY_LOOK_S if options.timeout is None else options.timeout)
+        if options.max_memory is not None:
+            moment = min(moment, time.monotonic() + _MEMORY_LOOK_S)
+        if moment < self._looks.get(slot, moment + 1):
+            self._looks[slot] = moment
+            self._client.wake()
+
+    # -- noticing ------------------------------------------------------------------------------------------
+
+    def look(self) -> Sequence[Action]:
+        """Event: something is due."""
+        now = time.monotonic()
+        actions: list[Action] = []
+        while self._timers and self._timers[0][0] <= now:
+            _, _, event, arguments = heapq.heappop(self._timers)
+            actions += event(*arguments)
+        for seconds, tasks in list(self._waiting.items()):
+            while tasks and (tasks[0][0] <= now or tasks[0][1] not in self._tasks):
+                self._give_up_waiting(tasks.popleft()[1], seconds)
+            if not tasks:
+                del self._waiting[seconds]
+        for slot in [slot for slot, moment in self._looks.items() if moment <= now]:
+            del self._looks[slot]
+            actions += self._look_at(slot, now)
+        return actions
+
+    def _give_up_waiting(self, task: int, seconds: float) -> None:
+        record = self._tasks.get(task)
+        if record is not None and not self._dispatcher.has_begun(task) and self._client.take_out(task):
+            error = TaskTimeout(
+                f"{record.label} had not begun {seconds:g} seconds after it was submitted (queue_timeout): it was "
+                "taken out of the queue, and has not run",
+                seconds,
+            )
+            error.may_have_run = False
+            self._client.fail(task, error)
+
+    def _look_at(self, slot: int, now: float) -> Sequence[Action]:
+        """End the slot's task if it has taken too much, and work out when to look again."""
+        limited = {
+            task: record.options
+            for task in self._dispatcher.given(slot)
+            if (record := self._tasks.get(task)) is not None
+            and record.options is not None
+            and record.options.is_watched
+            and record.cut_short is None
+        }
+        running, began = self._client.running(slot)
+        moments = []
+        for task, options in limited.items():
+            if options.timeout is not None:
+                overdue_at = (began if task == running else now) + options.timeout
+                if task == running and overdue_at <= now:
+                    return self.cut_short(slot, task, CutShort.TIMED_OUT)
+                moments.append(overdue_at)
+            if options.max_memory is not None:
+                if task == running:
+                    used = self._client.links[slot].memory_bytes()
+                    if used > options.max_memory:
+                        self._tasks[task].used_memory = used
+                        return self.cut_short(slot, task, CutShort.TOOK_TOO_MUCH)
+                moments.append(now + _MEMORY_LOOK_S)
+        if moments:
+            self._looks[slot] = min(moments)
+        return ()
+
+    # -- ending --------------------------------------------------------------------------------------------
+
+    def terminate(self, task: int, grace_s: float) -> None:
+        """Have a running task interrupted; and if that does not end it within `grace_s`, its worker ended."""
+        slot = self._dispatcher.slot_of(task)
+        if slot is None or self._client.board is None:
+            return
+        self._client.board.ask_to_stop(slot, task)
+        self._client.links[slot].wake_worker()
+        self.at(time.monotonic() + grace_s, self._end_stubborn, slot, task)
+
+    def _end_stubborn(self, slot: int, task: int) -> Sequence[Action]:
+        """Event: a task that was interrupted has had its time."""
+        if self._dispatcher.slot_of(task) != slot:
+            return ()
+        return self.cut_short(slot, task, CutShort.TERMINATED)
+
+    def cut_short(self, slot: int, task: int, why: CutShort) -> Sequence[Action]:
+        """End the slot's worker for the sake of the task that it runs; nothing if it does not run that any more.
+
+        What else it was given goes to others first: so nothing but this task can be lost.
+        """
+        record = self._tasks.get(task)
+        if record is None:
+            return ()
+        runs, others = self._client.inboxes.pin(slot, task)
+        if not runs:
+            return self._dispatcher.taken_back(slot, others)
+        record.cut_short = why
+        grace_s = record.grace_s
+        self._client.end_worker(slot, grace_s, stacks=why is not CutShort.TERMINATED)
+        self.at(time.monotonic() + grace_s + _OVERDUE_S, self._kill, slot, task)
+        return self._dispatcher.doomed(slot, others)
+
+    def _kill(self, slot: int, task: int) -> Sequence[Action]:
+        """Event: a worker that should be dead is not, as far as the supervisor says."""
+        if self._dispatcher.slot_of(task) == slot:
+            self._client.links[slot].signal_tree()
+        return ()

@@ -1,0 +1,156 @@
+"""What an error says of a worker's death: how, where in the program, and what it had to say last. Rows P4 and W3."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+from fdpool import Pool, WorkerLost
+from fdpool._oom import Witness
+from tests.contract import helpers
+
+
+def read_nowhere() -> None:
+    ctypes.string_at(0)
+
+
+def test_a_fault_shows_where_it_happened() -> None:
+    with Pool(1) as pool, pytest.raises(WorkerLost, match="killed by SIGSEGV") as caught:
+        pool.submit(read_nowhere).result(timeout=20)
+    assert "Fatal Python error: Segmentation fault" in caught.value.stacks
+    assert "in read_nowhere" in caught.value.stacks
+    assert "in read_nowhere" in str(caught.value)
+
+
+@pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE])
+def test_faults_of_all_kinds_are_told_apart(number: signal.Signals) -> None:
+    with Pool(1) as pool, pytest.raises(WorkerLost, match=number.name) as caught:
+        pool.submit(helpers.die, int(number)).result(timeout=20)
+    assert caught.value.signal == number
+    assert "in die" in caught.value.stacks
+
+
+def test_the_end_of_what_a_worker_wrote_to_stderr_is_in_the_error(capfd: pytest.CaptureFixture[str]) -> None:
+    def complain() -> None:
+        for number in range(1000):
+            print(f"complaint {number}", file=sys.stderr)
+        os._exit(3)
+
+    with Pool(1) as pool, pytest.raises(WorkerLost, match="exited with code 3") as caught:
+        pool.submit(complain).result(timeout=20)
+    assert caught.value.stderr.endswith("complaint 998\ncomplaint 999\n")
+    assert "complaint 999" in str(caught.value)
+    assert "complaint 0\n" not in caught.value.stderr
+    assert capfd.readouterr().err == "".join(f"complaint {number}\n" for number in range(1000))
+
+
+def test_what_an_earlier_worker_wrote_is_not_taken_for_the_next_ones() -> None:
+    def complain() -> None:
+        print("the first", file=sys.stderr)
+        os._exit(1)
+
+    with Pool(1) as pool:
+        assert isinstance(pool.submit(complain).exception(timeout=20), WorkerLost)
+        second = pool.submit(helpers.die, -2).exception(timeout=20)
+    assert isinstance(second, WorkerLost)
+    assert second.stderr == ""
+
+
+def test_a_kill_from_outside_is_said_to_be_none_of_the_pools() -> None:
+    with Pool(1) as pool, pytest.raises(WorkerLost, match=r"SIGKILL \(not by the pool") as caught:
+        pool.submit(helpers.die, int(signal.SIGKILL)).result(timeout=20)
+    assert caught.value.stacks == ""
+
+
+def test_a_fault_in_a_thread_shows_all_threads() -> None:
+    def with_a_thread() -> None:
+        import threading
+
+        ready = threading.Event()
+
+        def wait_for_ever() -> None:
+            ready.set()
+            threading.Event().wait()
+
+        threading.Thread(target=wait_for_ever, daemon=True).start()
+        ready.wait()
+        read_nowhere()
+
+    with Pool(1) as pool, pytest.raises(WorkerLost) as caught:
+        pool.submit(with_a_thread).result(timeout=20)
+    assert "in wait_for_ever" in caught.value.stacks
+    assert "in read_nowhere" in caught.value.stacks
+
+
+def group(folder: Path, line: str, file: str) -> tuple[str, Path]:
+    own = folder / "cgroup"
+    own.write_text(line)
+    events = folder / file
+    events.parent.mkdir(parents=True)
+    return str(own), events
+
+
+@pytest.mark.parametrize(
+    ("line", "file", "text"),
+    [
+        ("0::/app\n", "app/memory.events", "low 0\noom 1\noom_kill {}\n"),
+        (
+            "4:memory:/app\n0::/\n",
+            "memory/app/memory.oom_control",
+            "oom_kill_disable 0\nunder_oom 0\noom_kill {}\n",
+        ),
+    ],
+)
+def test_the_out_of_memory_killer_is_named_where_the_control_group_counts_it(
+    tmp_path: Path, line: str, file: str, text: str
+) -> None:
+    """W3, in versions 2 and 1 of control groups."""
+    own, events = group(tmp_path, line, file)
+    events.write_text(text.format(2))
+    witness = Witness(str(tmp_path), own)
+    assert "nor for want of memory" in witness.explain(signal.SIGKILL)
+    events.write_text(text.format(3))
+    assert "out-of-memory killer" in witness.explain(signal.SIGKILL)
+    assert "nor for want of memory" in witness.explain(signal.SIGKILL)
+    assert witness.explain(signal.SIGSEGV) == ""
+
+
+def test_without_control_groups_it_may_have_been_anybody(tmp_path: Path) -> None:
+    witness = Witness(str(tmp_path), str(tmp_path / "none"))
+    assert "perhaps by the kernel" in witness.explain(signal.SIGKILL)
+
+
+def test_a_real_kill_for_want_of_memory_is_recognised() -> None:
+    """W3: a control group of our own, if this process may make one, and a task that does not fit into it."""
+    group = Path("/sys/fs/cgroup/memory") / f"fdpool-test-{os.getpid()}"
+    try:
+        group.mkdir()
+        (group / "memory.limit_in_bytes").write_text(str(150 << 20))
+        (group / "cgroup.procs")
+    except OSError:
+        pytest.skip("no control group of version 1 can be made here")
+
+    def grow() -> None:
+        kept = []
+        while True:
+            kept.append(bytearray(10 << 20))
+
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            (group / "cgroup.procs").write_text(str(os.getpid()))
+            with Pool(1, start_method="fork") as pool:
+                error = pool.submit(grow).exception(timeout=60)
+            status = 0 if "out-of-memory killer, as its control group counts" in str(error) else 2
+        finally:
+            os._exit(status)
+    try:
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    finally:
+        group.rmdir()

@@ -1,0 +1,256 @@
+"""What `with_options` allows a task: time, waiting, memory, attempts. Rows P4, P10 and W5 of the hazards."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+import fdpool
+from fdpool import MemoryLimitExceeded, PoisonTask, Pool, TaskTimeout, WorkerLost
+from tests.contract import helpers
+from tests.process_state import seconds_until_gone, wait_until
+
+MIB = 1 << 20
+
+
+def pids(ledger: Path) -> list[int]:
+    return [int(line) for line in ledger.read_text().split()]
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Path:
+    path = tmp_path / "ledger"
+    path.touch()
+    return path
+
+
+def test_a_task_that_takes_too_long_fails_with_the_stacks_of_its_worker(ledger: Path) -> None:
+    with Pool(1) as pool:
+        began = time.monotonic()
+        with pytest.raises(TaskTimeout, match=r"stuck had run for 0\.3 seconds") as caught:
+            pool.with_options(timeout=0.3).submit(helpers.stuck, str(ledger)).result(timeout=20)
+        assert 0.3 <= time.monotonic() - began < 5
+    error = caught.value
+    assert isinstance(error, TimeoutError)
+    assert error.timeout == 0.3
+    assert error.may_have_run
+    assert "in stuck" in error.stacks
+    assert "_worker.py" not in error.stacks
+    assert error.stacks.splitlines()[-1].strip() in str(error)
+
+
+def test_other_tasks_feel_nothing_of_one_that_takes_too_long(ledger: Path) -> None:
+    """Neither those of other workers nor those that were given to the same one."""
+    with Pool(1) as pool:
+        late = pool.with_options(timeout=0.2).submit(helpers.stuck, str(ledger))
+        read, write = os.pipe()
+        with open(read) as reading:
+            os.write(write, b"handed over")
+            os.close(write)
+            behind = [pool.submit(helpers.square, n) for n in range(40)]
+            carrying = pool.submit(helpers.read_all, reading)
+        assert [future.result(timeout=20) for future in behind] == [n * n for n in range(40)]
+        assert carrying.result(timeout=20) == "handed over"
+        assert isinstance(late.exception(), TaskTimeout)
+
+
+def test_the_time_counts_from_the_start_and_not_from_submit() -> None:
+    with Pool(1) as pool:
+        view = pool.with_options(timeout=0.6)
+        assert all(future.result(timeout=20) for future in [view.submit(helpers.spin, 0.2) for _ in range(8)])
+
+
+def test_what_descends_from_a_task_ends_with_it(ledger: Path) -> None:
+    def grandparent() -> None:
+        import subprocess
+
+        command = f"sh -c 'trap \"\" TERM; echo $$ >> {ledger}; while :; do sleep 0.1; done' & wait"
+        subprocess.run(command, check=False, shell=True, start_new_session=True)
+
+    with Pool(1) as pool:
+        future = pool.with_options(timeout=0.5, grace=0.1).submit(grandparent)
+        wait_until(lambda: pids(ledger))
+        [process] = [psutil.Process(pid) for pid in pids(ledger)]
+        assert isinstance(future.exception(timeout=20), TaskTimeout)
+        seconds_until_gone([process])
+
+
+def test_a_task_that_ignores_sigterm_has_its_grace_and_no_more(ledger: Path) -> None:
+    def stubborn() -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        helpers.stuck(str(ledger))
+
+    with Pool(1) as pool:
+        began = time.monotonic()
+        future = pool.with_options(timeout=0.2, grace=0.3).submit(stubborn)
+        assert isinstance(future.exception(timeout=20), TaskTimeout)
+        assert 0.5 <= time.monotonic() - began < 5
+
+
+def test_a_worker_that_is_stopped_is_replaced_when_its_tasks_time_is_up(ledger: Path) -> None:
+    """W5: nothing is heard of it, and it cannot write its stacks."""
+    with Pool(1) as pool:
+        future = pool.with_options(timeout=0.5, grace=0.2).submit(helpers.stuck, str(ledger))
+        wait_until(lambda: pids(ledger))
+        os.kill(pids(ledger)[0], signal.SIGSTOP)
+        assert isinstance(future.exception(timeout=20), TaskTimeout)
+        assert pool.submit(helpers.square, 3).result(timeout=20) == 9
+
+
+def test_a_task_that_has_not_begun_in_time_never_runs(ledger: Path, tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    with Pool(1) as pool:
+        running = pool.submit(helpers.wait_at, str(gate))
+        wait_until(running.running)
+        late = pool.with_options(queue_timeout=0.1).submit(helpers.stuck, str(ledger))
+        with pytest.raises(TaskTimeout, match="had not begun 0.1 seconds") as caught:
+            late.result(timeout=20)
+        assert caught.value.may_have_run is False
+        gate.open("wb").close()
+        running.result(timeout=20)
+        in_time = pool.with_options(queue_timeout=60).submit(helpers.square, 4)
+        assert in_time.result(timeout=20) == 16
+    assert not pids(ledger)
+
+
+def test_a_task_that_takes_too_much_memory_is_ended() -> None:
+    def hoard() -> None:
+        kept = bytearray(400 * MIB)
+        time.sleep(1000)
+        del kept
+
+    with Pool(1) as pool:
+        view = pool.with_options(max_memory=200 * MIB)
+        assert view.submit(helpers.square, 3).result(timeout=20) == 9
+        with pytest.raises(MemoryLimitExceeded, match="max_memory is 209,715,200") as caught:
+            view.submit(hoard).result(timeout=20)
+        assert isinstance(caught.value, MemoryError)
+        assert caught.value.used > caught.value.limit == 200 * MIB
+        assert pool.submit(helpers.square, 4).result(timeout=20) == 16
+
+
+def test_a_task_is_tried_again_as_often_as_it_may(ledger: Path) -> None:
+    with Pool(2) as pool:
+        view = pool.with_options(retries=3, retry_delay=0.01)
+        assert view.submit(helpers.count_and_die_before, str(ledger), 3).result(timeout=20) == 3
+
+
+def test_a_task_that_kills_every_worker_is_poison(ledger: Path) -> None:
+    with Pool(2) as pool:
+        view = pool.with_options(retries=2, retry_delay=0.01, name="the killer")
+        with pytest.raises(PoisonTask, match="ran the killer.*in the last of 3 attempts") as caught:
+            view.submit(helpers.count_and_die_before, str(ledger), 100).result(timeout=20)
+        assert [type(attempt) for attempt in caught.value.attempts] == [WorkerLost, WorkerLost]
+        assert ledger.read_text() == "xxx"
+        assert pool.submit(helpers.square, 3).result(timeout=20) == 9
+
+
+def test_what_a_task_raises_is_not_tried_again(ledger: Path) -> None:
+    def fail() -> None:
+        with open(ledger, "a") as file:
+            file.write("x")
+        raise ValueError("its own")
+
+    with Pool(1) as pool:
+        with pytest.raises(ValueError, match="its own"):
+            pool.with_options(retries=5).submit(fail).result(timeout=20)
+    assert ledger.read_text() == "x"
+
+
+def test_a_task_that_timed_out_is_tried_again(ledger: Path) -> None:
+    def second_time_lucky() -> str:
+        with open(ledger, "a") as file:
+            file.write("x")
+        if os.stat(ledger).st_size == 1:
+            time.sleep(1000)
+        return "done"
+
+    with Pool(1) as pool:
+        view = pool.with_options(timeout=0.3, retries=1, retry_delay=0)
+        assert view.submit(second_time_lucky).result(timeout=20) == "done"
+        hopeless = view.submit(helpers.stuck, str(ledger)).exception(timeout=20)
+        assert isinstance(hopeless, TaskTimeout)
+        assert [type(attempt) for attempt in hopeless.attempts] == [TaskTimeout]
+
+
+def test_descriptors_are_there_again_for_the_next_attempt(tmp_path: Path) -> None:
+    marker = tmp_path / "marker"
+
+    def read_or_die(file: Any) -> str:
+        if not marker.exists():
+            marker.touch()
+            os._exit(1)
+        content: str = file.read()
+        return content
+
+    path = tmp_path / "file"
+    path.write_text("content")
+    with Pool(1) as pool, path.open() as file:
+        assert pool.with_options(retries=1).submit(read_or_die, file).result(timeout=20) == "content"
+
+
+def test_a_task_that_waits_for_its_next_attempt_can_be_cancelled(ledger: Path) -> None:
+    with Pool(1) as pool:
+        view = pool.with_options(retries=5, retry_delay=30)
+        future = view.submit(helpers.count_and_die_before, str(ledger), 100)
+        wait_until(lambda: pool._client.dispatcher.postponed_until)
+        assert future.cancel()
+
+
+def test_a_view_is_an_executor_of_its_own_on_the_same_workers(tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    with Pool(2) as pool:
+        other = pool.submit(helpers.wait_at, str(gate))
+        with pool.with_options(timeout=60, name="viewed") as view:
+            assert list(view.map(helpers.square, range(5))) == [0, 1, 4, 9, 16]
+            assert view.run(["true"]).result(timeout=20).returncode == 0
+            mine = view.submit(helpers.spin, 0.05)
+            assert view.with_options(retries=1)._options.timeout == 60  # type: ignore[union-attr]
+        assert mine.done()
+        assert not other.done()
+        with pytest.raises(fdpool.PoolShutDown, match="view"):
+            view.submit(helpers.square, 3)
+        assert pool.submit(helpers.square, 3).result(timeout=20) == 9
+        gate.open("wb").close()
+        other.result(timeout=20)
+
+
+@pytest.mark.parametrize(
+    ("option", "error"),
+    [
+        ({"timeout": 0}, ValueError),
+        ({"timeout": -1}, ValueError),
+        ({"timeout": math.nan}, ValueError),
+        ({"timeout": math.inf}, ValueError),
+        ({"timeout": "1"}, TypeError),
+        ({"timeout": True}, TypeError),
+        ({"queue_timeout": 0}, ValueError),
+        ({"retries": -1}, ValueError),
+        ({"retries": 1.5}, TypeError),
+        ({"retry_delay": -0.1}, ValueError),
+        ({"max_memory": 0}, ValueError),
+        ({"grace": math.inf}, ValueError),
+        ({"name": 3}, TypeError),
+    ],
+)
+def test_an_option_of_no_use_is_refused_at_once(option: dict[str, Any], error: type[Exception]) -> None:
+    """P10"""
+    pool = Pool(1)
+    with pytest.raises(error, match=next(iter(option))):
+        pool.with_options(**option)
+    pool.shutdown()
+
+
+def test_limits_cost_an_idle_pool_nothing() -> None:
+    with Pool(1) as pool:
+        pool.with_options(timeout=0.2, max_memory=1 << 40).submit(helpers.square, 3).result(timeout=20)
+        wait_until(lambda: pool._client.limits.next_look() is None)

@@ -1,0 +1,134 @@
+"""`terminate()` of a future ends a task wherever it is, and nothing else; so does a cancelled await."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from concurrent.futures import CancelledError, as_completed, wait
+from pathlib import Path
+
+import psutil
+import pytest
+
+from fdpool import Pool
+from tests.contract import helpers
+from tests.process_state import seconds_until_gone, wait_until
+
+
+def test_an_exception_ends_a_task_and_its_worker_lives(tmp_path: Path) -> None:
+    noted = tmp_path / "pid"
+    with Pool(1) as pool:
+        future = pool.submit(helpers.note_and_sleep, str(noted))
+        wait_until(lambda: noted.exists() and noted.read_text())
+        assert future.terminate()
+        with pytest.raises(CancelledError):
+            future.result(timeout=20)
+        assert future.cancelled()
+        assert pool.submit(os.getpid).result(timeout=20) == int(noted.read_text())
+
+
+def test_a_task_that_cannot_be_interrupted_goes_with_its_worker(tmp_path: Path) -> None:
+    noted = tmp_path / "pid"
+    with Pool(1) as pool:
+        future = pool.submit(helpers.note_and_hang, str(noted))
+        behind = [pool.submit(helpers.square, n) for n in range(10)]
+        wait_until(lambda: noted.exists() and noted.read_text())
+        worker = psutil.Process(int(noted.read_text()))
+        assert future.terminate(grace=0.1)
+        assert wait([future], timeout=20).done
+        assert future.cancelled()
+        seconds_until_gone([worker])
+        assert [each.result(timeout=20) for each in behind] == [n * n for n in range(10)]
+
+
+def test_what_a_task_returns_nevertheless_is_its_result(tmp_path: Path) -> None:
+    noted = tmp_path / "pid"
+    with Pool(1) as pool:
+        future = pool.submit(helpers.clean_up, str(noted))
+        wait_until(lambda: noted.exists() and noted.read_text())
+        assert future.terminate()
+        assert future.result(timeout=20) == "cleaned up"
+
+
+def test_a_task_that_has_not_begun_is_cancelled_at_once(tmp_path: Path) -> None:
+    noted = tmp_path / "pid"
+    with Pool(1) as pool:
+        running = pool.submit(helpers.note_and_sleep, str(noted))
+        wait_until(lambda: noted.exists() and noted.read_text())
+        queued = [pool.submit(helpers.square, n) for n in range(40)]
+        assert all(future.terminate() for future in queued)
+        assert all(future.cancelled() for future in queued)
+        assert not running.done()
+        running.terminate()
+
+
+def test_a_task_that_has_ended_is_left_alone() -> None:
+    with Pool(1) as pool:
+        future = pool.submit(helpers.square, 3)
+        assert future.result(timeout=20) == 9
+        assert not future.terminate()
+        assert future.result() == 9
+
+
+def test_a_program_is_ended_too(tmp_path: Path) -> None:
+    with Pool(1) as pool:
+        future = pool.run(["sleep", "1000"])
+        wait_until(future.running)
+        assert future.terminate()
+        assert future.cancelled()
+
+
+def test_who_waits_by_other_means_learns_of_it(tmp_path: Path) -> None:
+    noted = tmp_path / "pid"
+    called: list[bool] = []
+    with Pool(1) as pool:
+        future = pool.submit(helpers.note_and_sleep, str(noted))
+        future.add_done_callback(lambda done: called.append(done.cancelled()))
+        wait_until(lambda: noted.exists() and noted.read_text())
+        future.terminate()
+        assert list(as_completed([future], timeout=20)) == [future]
+        wait_until(lambda: called == [True])
+
+
+def test_a_future_can_be_awaited() -> None:
+    async def main() -> int:
+        with Pool(2) as pool:
+            results = await asyncio.gather(*(pool.submit(helpers.square, n) for n in range(5)))
+            return sum(results)
+
+    assert asyncio.run(main()) == 30
+
+
+def test_a_cancelled_await_ends_the_task(tmp_path: Path) -> None:
+    noted = tmp_path / "pid"
+
+    async def main(pool: Pool) -> None:
+        async def awaiting() -> None:
+            await pool.submit(helpers.note_and_hang, str(noted))
+
+        task = asyncio.create_task(awaiting())
+        await asyncio.to_thread(wait_until, lambda: noted.exists() and noted.read_text())
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    with Pool(1) as pool:
+        asyncio.run(main(pool))
+        worker = psutil.Process(int(noted.read_text()))
+        seconds_until_gone([worker], limit_s=10)
+
+
+def test_terminate_storms_lose_nothing_else(tmp_path: Path) -> None:
+    """Tasks that are terminated at every moment of their short lives; their neighbours all come back."""
+    with Pool(2) as pool:
+        for _ in range(60):
+            doomed = [pool.submit(helpers.spin, 0.001) for _ in range(3)]
+            sound = [pool.submit(helpers.square, n) for n in range(20)]
+            for future in doomed:
+                future.terminate(grace=0.0)
+            assert [future.result(timeout=20) for future in sound] == [n * n for n in range(20)]
+            for future in doomed:
+                try:
+                    future.result(timeout=20)
+                except CancelledError:
+                    pass
