@@ -30,6 +30,9 @@ from typing import Any, NamedTuple, Union
 
 from .errors import WireError
 
+#: Most characters of a reason or an error that are told to a client.
+MOST_TEXT = 10_000
+
 #: What a client may have passed on to its command.
 FORWARDED = tuple(
     int(getattr(signal, name))
@@ -99,8 +102,16 @@ def _are_strings(values: Any) -> bool:
 def encode_decision(decision: Decision) -> dict[str, object]:
     """The frame that tells the client."""
     if isinstance(decision, Deny):
-        return {"action": {"Deny": {"reason": decision.reason}}}
+        return {"action": {"Deny": {"reason": sayable(decision.reason)}}}
     return {"action": type(decision).__name__}
+
+
+def sayable(text: str) -> str:
+    """`text` as a frame can hold it: cut where it is long, and without what has no UTF-8.
+
+    It may quote what the client sent, which chose both.
+    """
+    return text[:MOST_TEXT].encode(errors="replace").decode()
 
 
 def parse_decision(message: object) -> Decision:
@@ -269,7 +280,7 @@ class Session:
         if event.returncode < 0:
             message = {"exit_code": 128 - event.returncode, "signal": -event.returncode}
         if event.error is not None:
-            message["error"] = event.error
+            message["error"] = sayable(event.error)
         return [Send(message), Close(None)]
 
     def _speak_out_of_turn(self, _: Event) -> list[Action]:

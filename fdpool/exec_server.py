@@ -32,7 +32,7 @@ from ._completed import SpawnError
 from ._exec_session import Decided, Decision, Deny, Escalate, Finished, Gone, Overdue, Received, Request, Run
 from ._frames import encode_json
 from ._links import Waker
-from .errors import FdpoolError, FdTransferError, WireError
+from .errors import FdpoolError, FdTransferError, PayloadTooLarge, WireError
 from .fds import OwnedFds
 from .pool import Pool
 from .running import RunningCommand
@@ -298,6 +298,7 @@ class _Served:
         self._command: RunningCommand | None = None
         self._arrived = OwnedFds()
         self._leaving = False  # close as soon as the backlog is sent
+        self._gone = False  # the backlog will not be read
 
     def attend(self, events: int) -> None:
         """Send and receive as far as it goes."""
@@ -325,19 +326,28 @@ class _Served:
         if isinstance(event, Finished) and self._command is not None:
             self._command.close()
             self._command = None
+        self._gone = self._gone or isinstance(event, Gone)
+        left_before = self._leaving
         for action in self._session.handle(event):
             self._perform(action)
-        waits = self._session.waits_for_client or self._leaving
-        self.expires_at = time.monotonic() + self._server.patience_s if waits else None
-        if isinstance(event, Overdue) and self._leaving:
+        if self._leaving and (self._gone or isinstance(event, Overdue)):
             self._close()
+        waits = self._session.waits_for_client or self._leaving
+        if not (
+            waits and left_before
+        ):  # who is told the end, and talks on instead of reading, gains no time by it
+            self.expires_at = time.monotonic() + self._server.patience_s if waits else None
         if self.stream.closed and self._command is None:
             self.expires_at = None
             self._server.forget(self)
 
     def _perform(self, action: _exec_session.Action) -> None:
         if isinstance(action, _exec_session.Send):
-            self.stream.queue_bytes(encode_json(action.message))
+            try:
+                self.stream.queue_bytes(encode_json(action.message))
+            except PayloadTooLarge as error:  # a small `max_request` holds for what is answered, too
+                _LOG.warning("an answer could not be sent: %s", error)
+                self._gone = True
             self._flush()
         elif isinstance(action, _exec_session.AskPolicy):
             self._server.ask_policy(self, action.request)

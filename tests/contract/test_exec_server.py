@@ -23,6 +23,7 @@ import pytest
 
 import fdpool
 from fdpool import Pool
+from fdpool._exec_session import State
 from fdpool.exec_server import VARIABLE, Deny, Escalate, ExecServer, Request, Run
 from tests.conftest import seconds_until_gone, wait_until
 from tests.contract.helpers_programs import warm_pool
@@ -48,8 +49,10 @@ def serving(pool: Pool, decision: Any = Escalate(), **options: Any) -> Iterator[
 class RawClient:
     """A client written by hand, as one in another language would be."""
 
-    def __init__(self, server: ExecServer) -> None:
+    def __init__(self, server: ExecServer, queue_bytes: int | None = None) -> None:
         self.stream, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        if queue_bytes is not None:  # of answers; the kernel has a least
+            theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, queue_bytes)
         self.stream.settimeout(20)
         with theirs:
             shake(server, b"\0", [theirs.fileno()])
@@ -540,3 +543,63 @@ def test_many_clients_at_once_each_get_their_own(pool: Pool) -> None:
         programs = [start(server, "sh", "-c", f"echo {n}; exit {n}", stdout=PIPE) for n in range(6)]
         for n, program in enumerate(programs):
             assert outcome(program)[:2] == (n, f"{n}\n".encode())
+
+
+def test_a_client_that_reads_no_answer_and_goes_is_forgotten_at_once(pool: Pool) -> None:
+    """T13: the answer cannot be sent, and what ends the session then comes when it is over already."""
+    decide = threading.Event()
+
+    def policy(_: Request) -> Deny:
+        decide.wait(20)
+        return Deny("no")
+
+    with serving(pool, policy, patience_s=20) as server:
+        with RawClient(server) as client:
+            client.send({"file": "x", "argv": ["x"], "workdir": "/", "env": {}})
+            client.stream.shutdown(socket.SHUT_RD)
+            wait_until(lambda: server._sessions)
+            decide.set()
+            wait_until(lambda: all(each._session.state is State.OVER for each in list(server._sessions)))
+        wait_until(lambda: not server._sessions, 5)
+
+
+def test_a_client_that_talks_on_instead_of_reading_the_end_gains_no_time(pool: Pool) -> None:
+    with serving(pool, Deny("n" * 10_000), patience_s=0.3) as server:
+        with RawClient(server, queue_bytes=1) as client:
+            client.send({"file": "x", "argv": ["x"], "workdir": "/", "env": {}})
+
+            def over() -> bool:
+                try:
+                    client.send({"signal": 2})
+                except OSError:
+                    return True
+                return False
+
+            wait_until(over, 10)
+        wait_until(lambda: not server._sessions, 5)
+
+
+def test_no_text_of_an_answer_stops_the_server(pool: Pool) -> None:
+    """T14: what is quoted in it was chosen by a client, or by the policy."""
+    with serving(pool, max_request=200_000) as server:
+        for file in ("\ud800", "x" * 90_000, "/no/" + "\x01" * 15_000):
+            with RawClient(server) as client:
+                assert client.ask([file]) == {"action": "Escalate"}
+                client.send({"fds": []})
+                told = client.receive()
+                assert told["exit_code"] in (126, 127)
+                assert told["error"]
+        still_serves(server)
+    for reason in ("\udfff" * 10, "n" * 1_000_000):
+        with serving(pool, Deny(reason)) as server, RawClient(server) as client:
+            assert client.ask(["true"])["action"]["Deny"]["reason"]
+
+
+def test_an_answer_above_the_limit_of_a_frame_ends_its_session_only(pool: Pool) -> None:
+    def policy(request: Request) -> Any:
+        return Escalate() if request.argv == ["true"] else Deny("n" * 5_000)
+
+    with serving(pool, policy, max_request=4_000) as server:
+        with RawClient(server) as client:
+            assert client.ask(["x"]) is None
+        still_serves(server)
