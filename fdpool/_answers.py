@@ -36,8 +36,8 @@ def open_answer(header: Header, body: bytes, numbers: list[int]) -> tuple[Any, B
             return None, _marked(error)
     if header.kind == _messages.REFUSED:
         close_all(numbers)
-        wanted, got = _messages.REFUSAL.unpack_from(body)
-        return None, FdTransferError(body[_messages.REFUSAL.size :].decode(), wanted, got)
+        wanted, got, reason = _messages.split_refusal(body)
+        return None, FdTransferError(reason, wanted, got)
     if len(numbers) != header.fd_count:
         close_all(numbers)
         lost = lost_descriptors(header.fd_count, len(numbers), "this process")

@@ -19,6 +19,7 @@ from ._dispatch import Action
 from ._messages import HEADER_BYTES, MAX_DATAGRAM
 from ._slots import State
 from ._tasks import ChunkFuture
+from .errors import WireError
 from .fds import SCM_MAX_FD, OwnedFds, close_all
 from .payload import Payload
 
@@ -143,10 +144,15 @@ class Inboxes:
         """Take every datagram out of the slot's inbox; returns their tasks, which have their payloads again."""
         found = []
         while (received := wire.try_receive(self._links[slot].theirs, MAX_DATAGRAM, SCM_MAX_FD)) is not None:
-            header = _messages.unpack_header(received.data)
+            try:
+                header = _messages.unpack_header(received.data)
+                calls = _messages.split(received.data) if header.kind == _messages.TASKS else []
+            except WireError:
+                close_all(received.fds)  # no message of ours: as in the worker
+                continue
             if header.kind == _messages.TASKS:
                 close_all(received.fds)
-                found += [task for _, task, _ in _messages.split(received.data) if task in self._tasks]
+                found += [task for _, task, _ in calls if task in self._tasks]
                 continue
             record = self._tasks.get(header.task)
             if record is None or header.kind not in (_messages.TASK, _messages.CHUNK):
@@ -250,8 +256,17 @@ class Inboxes:
     def returned(self, slot: int, tasks: Sequence[int]) -> Sequence[Action]:
         """Event: the slot's worker says that it has not begun these, and will not."""
         known = self._recalled.get(slot, set())
-        # Those that were known to be free are somewhere else already, or here again.
-        fresh = [task for task in tasks if task not in known and self._dispatcher.slot_of(task) == slot]
+        # Those that were known to be free are somewhere else already, or here again; and what the board says has begun,
+        # or what carries descriptors, no worker returns: to send that again would run it twice, or lose it.
+        begun = self._board.begun(slot)
+        fresh = [
+            task
+            for task in tasks
+            if task not in known
+            and task != begun
+            and self._dispatcher.slot_of(task) == slot
+            and ((record := self._tasks.get(task)) is None or record.call is not None)
+        ]
         known.difference_update(tasks)
         return self._dispatcher.taken_back(slot, fresh)
 

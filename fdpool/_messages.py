@@ -139,6 +139,19 @@ def split(data: bytes, start: int = HEADER_BYTES) -> list[tuple[int, int, bytes]
     return found
 
 
+def split_chunk(data: bytes) -> tuple[int, int, bytes]:
+    """The first item of a CHUNK datagram, the one behind its last, and the pickle; an empty one if it is too short."""
+    head = HEADER_BYTES + SPAN.size
+    start, stop = SPAN.unpack_from(data, HEADER_BYTES) if len(data) >= head else (0, 0)
+    return start, stop, data[head:]
+
+
+def split_refusal(body: bytes) -> tuple[int, int, str]:
+    """Of the body of a REFUSED message: descriptors wanted, descriptors got, and the reason."""
+    wanted, got = REFUSAL.unpack_from(body) if len(body) >= REFUSAL.size else (0, 0)
+    return wanted, got, body[REFUSAL.size :].decode(errors="replace")
+
+
 # -- control link: to the supervisor ---------------------------------------------------------------
 
 

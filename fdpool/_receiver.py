@@ -25,6 +25,7 @@ from ._chunks import raised
 from ._critical import block_in_main, put_back
 from ._links import SlotLink, Waker
 from ._messages import HEADER_BYTES, MAX_DATAGRAM, Header
+from ._slots import State
 from ._spin import Spin
 from ._tasks import UNDONE, ChunkFuture, TaskFuture
 from .errors import WireError
@@ -43,6 +44,10 @@ _LONG_S = 0.05  # waits that take longer are not worth it
 #: Of answers in a batch all else is known: they are small, and hold no descriptors.
 _PLAIN = {kind: Header(kind, False, 0, 0, 0) for kind in (_messages.DONE, _messages.FAILED)}
 _NOTHING: list[int] = []
+
+_OF_ONE_TASK = frozenset(
+    (_messages.DONE, _messages.FAILED, _messages.REFUSED, _messages.PIECE, _messages.CUT)
+)
 
 _CLOSE_S = 5.0  # how long who waits may take to notice the end: it may be loading a result
 _EVENTS = 256  # most slots looked at in one go
@@ -299,8 +304,9 @@ class Receiver:
             close_all(received.fds)
             return
         if header.kind == _messages.READY:
+            close_all(received.fds)
             client.critical.post_blocked(client.dispatcher.readied, slot)
-        elif header.kind == _messages.BOOT_FAILED:
+        elif header.kind == _messages.BOOT_FAILED and client.dispatcher.state(slot) is State.STARTING:
             cause = payload.loads_failure(received.data[HEADER_BYTES:], received.fds, header.spilled)
             broken = PoolBroken(f"the pool's initializer failed: {type(cause).__name__}: {cause}")
             broken.__cause__ = cause
@@ -308,7 +314,7 @@ class Receiver:
         elif header.kind == _messages.ANSWERS:
             close_all(received.fds)
             self._take_answers(slot, received.data, HEADER_BYTES, header.task / 1e9)
-        elif client.dispatcher.slot_of(header.task) != slot:
+        elif header.kind not in _OF_ONE_TASK or client.dispatcher.slot_of(header.task) != slot:
             close_all(received.fds)
         elif type(future := client.tasks.get(header.task)) is ChunkFuture:
             self._take_piece(slot, future, header, received)

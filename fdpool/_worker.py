@@ -78,6 +78,7 @@ class Worker:
                 spin.waited()
             try:
                 header = _messages.unpack_header(received.data)
+                calls = _messages.split(received.data) if header.kind == _messages.TASKS else []
             except WireError:
                 close_all(received.fds)  # nobody that we know of speaks like that: let the task link live
                 continue
@@ -86,7 +87,7 @@ class Worker:
                 return
             if header.kind == _messages.TASKS:
                 close_all(received.fds)
-                self._run_batch(_messages.split(received.data))
+                self._run_batch(calls)
                 continue
             if header.kind == _messages.FORGET:
                 close_all(received.fds)
@@ -172,14 +173,15 @@ class Worker:
     def _run_chunk(self, header: Header, received: wire.Received) -> None:
         """Run items of a map as far as time allows, and answer with their results."""
         task, page = header.task, self._page
-        start, stop = _messages.SPAN.unpack_from(received.data, HEADER_BYTES)
+        start, stop, body = _messages.split_chunk(received.data)
 
         page.claim(task, start, start)
         try:
-            body = received.data[HEADER_BYTES + _messages.SPAN.size :]
             self.in_task = True
             fn, items, star = payload.loads(body, received.fds, header.spilled)
             self.in_task = False
+            if not start <= stop <= len(items):
+                raise WireError(f"items {start} to {stop} of a chunk that has {len(items)}")
         except BaseException as error:
             self.in_task = False
             self._send(_messages.FAILED, task, payload.dumps_failure(error))
