@@ -126,10 +126,12 @@ def compare(before: Census, after: Census, test: str, alone: bool) -> list[Leak]
         test: as PYTEST_CURRENT_TEST began, by which a process is known that has left the tree.
         alone: no other process of the same tests makes shared memory meanwhile.
     """
-    known, new = before.pools & after.pools, after.pools - before.pools
-    leaks = [Leak("pool", _describe_pool(pool)) for pool in new]
-    held = holdings_of(known | new) if known or new else Holdings(frozenset(), frozenset(), frozenset())
-    leaks += _descriptors_left(before, after, held, bool(known or new))
+    pools = after.pools
+    held = Holdings(frozenset(), frozenset(), frozenset())
+    if pools and _has_more(before, after):  # finding out what pools hold takes a while
+        held = holdings_of(pools)
+    leaks = [Leak("pool", _describe_pool(pool)) for pool in pools - before.pools]
+    leaks += _descriptors_left(before, after, held, bool(pools))
     leaks += _processes_left(before, after, held, test)
     leaks += [
         Leak("thread", _describe_thread(thread))
@@ -139,6 +141,14 @@ def compare(before: Census, after: Census, test: str, alone: bool) -> list[Leak]
     if alone:
         leaks += [Leak("shared memory", f"{_SHM}/{name}") for name in _shared_left(before, after)]
     return leaks
+
+
+def _has_more(before: Census, after: Census) -> bool:
+    return bool(
+        after.descriptors.items() - before.descriptors.items()
+        or after.children - before.children
+        or after.threads - before.threads
+    )
 
 
 def _descriptors_left(before: Census, after: Census, held: Holdings, pools: bool) -> Iterator[Leak]:

@@ -9,7 +9,10 @@ from typing import Any, NamedTuple
 
 from . import _process
 
-_PACKAGE = __package__ or "fdpool"
+_PREFIX = f"{__package__}."
+
+#: Modules whose objects hold nothing but data, and a lot of that.
+_PURE = {f"{_PREFIX}_dispatch", f"{_PREFIX}_slots"}
 
 #: Attributes with a descriptor's number as it stands.
 _NUMBERS = {"_read", "_write", "_inner_fd", "_outer_fd"}
@@ -85,7 +88,8 @@ def _members(holder: object) -> list[tuple[str, Any]]:
 
 
 def _is_ours(value: object) -> bool:
-    return type(value).__module__.partition(".")[0] == _PACKAGE and not isinstance(value, type)
+    module = type(value).__module__
+    return module.startswith(_PREFIX) and module not in _PURE and not isinstance(value, type)
 
 
 def _number_of(value: object) -> int | None:

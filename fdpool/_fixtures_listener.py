@@ -6,6 +6,7 @@ what it sends, until the server gets there.
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import socket
@@ -16,6 +17,8 @@ from typing import Any, Literal
 from urllib.parse import quote
 
 Kind = Literal["tcp", "tcp6", "unix"]
+
+BACKLOG = 128
 
 _HOSTS = {"tcp": "127.0.0.1", "tcp6": "::1"}
 
@@ -30,14 +33,18 @@ class Listener:
     Closing it takes a Unix socket's path along, but not in the copy that a task has received.
     """
 
-    def __init__(self, listening: socket.socket, kind: Kind, folder: str | None = None) -> None:
+    def __init__(
+        self, listening: socket.socket, kind: Kind, folder: str | None = None, backlog: int = BACKLOG
+    ) -> None:
         self.socket = listening
         self.kind: Kind = kind
         self._folder = folder
+        self._backlog = backlog
+        self._refuses = False
         self._name = listening.getsockname()
 
     @classmethod
-    def open(cls, kind: Kind = "tcp", host: str | None = None, backlog: int = 128) -> Listener:
+    def open(cls, kind: Kind = "tcp", host: str | None = None, backlog: int = BACKLOG) -> Listener:
         """Bind a free port of `host`, or a fresh path, and listen.
 
         Raises:
@@ -50,15 +57,26 @@ class Listener:
             return cls._open_unix(backlog)
         if kind not in _HOSTS:
             raise ValueError(f"kind must be 'tcp', 'tcp6' or 'unix', not {kind!r}")
-        family = socket.AF_INET6 if kind == "tcp6" else socket.AF_INET
-        listening = socket.socket(family)
+        listening = _bound(kind, host or _HOSTS[kind])
         try:
-            listening.bind((host or _HOSTS[kind], 0))
             listening.listen(backlog)
         except BaseException:
             listening.close()
             raise
-        return cls(listening, kind)
+        return cls(listening, kind, None, backlog)
+
+    @classmethod
+    def reserve(cls, kind: Kind = "tcp") -> Listener:
+        """Bind a free port and do not listen: for a program that binds it by itself, with SO_REUSEADDR as most do.
+
+        Kernel: meanwhile nobody is given that port who asks for any (bind(2) with port 0 passes over bound ones).
+
+        Raises:
+            ValueError: `kind` has no ports.
+        """
+        if kind not in _HOSTS:
+            raise ValueError(f"only a TCP port can be kept for a program, not {kind!r}")
+        return cls(_bound(kind, _HOSTS[kind]), kind)
 
     @classmethod
     def _open_unix(cls, backlog: int) -> Listener:
@@ -72,7 +90,7 @@ class Listener:
             listening.close()
             shutil.rmtree(folder, ignore_errors=True)
             raise
-        return cls(listening, "unix", folder)
+        return cls(listening, "unix", folder, backlog)
 
     def fileno(self) -> int:
         """The descriptor's number, so that it can be handed over wherever one can."""
@@ -142,14 +160,33 @@ class Listener:
 
     def refuse(self) -> None:
         """Turn away whoever waits for a server, and whoever comes: for when there will be none any more."""
-        if self.socket.fileno() < 0:
+        # Kernel: shutting down a listening TCP socket ends listening for every holder, and resets what was not
+        # accepted yet. The clients in a Unix socket's queue are let go of when its last holder closes it.
+        if self.kind == "unix":
+            self.socket.close()
+        else:
+            try:
+                self.socket.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                return  # it is closed, or never listened
+        self._refuses = True
+
+    def revive(self) -> None:
+        """Listen again at the same address after `refuse`; else nothing happens.
+
+        Raises:
+            OSError: it was closed, and so its address is not its own any more.
+        """
+        if not self._refuses:
             return
-        # Kernel: of a listening socket this ends listening for every holder, and resets what was not accepted
-        # yet; a Unix socket's clients are only let go of when the last holder closes it.
-        try:
-            self.socket.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass
+        if self.kind == "unix":
+            if self._folder is None:
+                raise OSError(errno.EBADF, f"the listener at {self._name} is closed")
+            os.unlink(self._name)
+            self.socket = socket.socket(socket.AF_UNIX)
+            self.socket.bind(self._name)
+        self.socket.listen(self._backlog)
+        self._refuses = False
 
     def __reduce__(self) -> tuple[Callable[..., Listener], tuple[object, ...]]:
         return _arrived, (self.socket, self.kind)
@@ -165,6 +202,26 @@ class Listener:
         return (
             f"<Listener {self.kind} {os.fspath(self._name) if self.kind == 'unix' else self.netloc} {where}>"
         )
+
+
+def _bound(kind: Kind, host: str) -> socket.socket:
+    """A socket on a free port, which it keeps for good.
+
+    Kernel: a port that bind(2) has chosen goes back when the socket stops listening; one that was asked for does not.
+    So one socket finds a port, and the other asks for it.
+    """
+    family = socket.AF_INET6 if kind == "tcp6" else socket.AF_INET
+    with socket.socket(family) as finding:
+        keeping = socket.socket(family)
+        try:
+            for each in (finding, keeping):
+                each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            finding.bind((host, 0))
+            keeping.bind(finding.getsockname())
+        except BaseException:
+            keeping.close()
+            raise
+    return keeping
 
 
 def _arrived(listening: socket.socket, kind: Kind) -> Listener:

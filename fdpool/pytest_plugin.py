@@ -15,7 +15,10 @@ if TYPE_CHECKING:
     from ._fixtures_leaks import LeakCheck
     from ._fixtures_listener import Kind, Listener
     from ._fixtures_pools import PoolFactory, SharedPool
+    from ._fixtures_serve import Serve
     from .pool import Pool
+
+_SERVE = pytest.StashKey["Serve"]()
 
 _NAME = "fdpool.pytest_plugin"
 _MODES = ("off", "warn", "fail")
@@ -225,3 +228,66 @@ def shared_worker_pool(_fdpool_shared_pool: SharedPool, request: pytest.FixtureR
         if _mode(request.config) == "fail":
             pytest.fail(text, pytrace=False)
         request.node.warn(LeakWarning(text))
+
+
+# -- servers -------------------------------------------------------------------------------------------
+
+#: Servers at a time in one process of tests. Nothing is made for those that there are not.
+_MOST_SERVERS = 256
+
+
+@pytest.fixture(scope="session")
+def _fdpool_servers() -> Iterator[Pool]:
+    from ._fixtures_pools import end
+    from .pool import Pool
+
+    pool = Pool(_MOST_SERVERS, max_tasks_per_child=1, preload=["fdpool._fixtures_serve_worker"])
+    pool.submit(int).result()  # so that the first server does not wait for the supervisor
+    yield pool
+    end(pool)
+
+
+@pytest.fixture
+def serve(_fdpool_servers: Pool, request: pytest.FixtureRequest) -> Iterator[Serve]:
+    """Starts servers on listeners that are bound already, each in a worker of its own: `serve(function)`,
+    `serve.command([program, ...])`. A server that dies by itself fails the test."""
+    from ._fixtures_serve import Serve
+
+    servers = Serve(_fdpool_servers)
+    request.node.stash[_SERVE] = servers
+    yield servers
+    texts = [] if request.node.stash.get(_TOLD, False) else [_death(died) for died in servers.died()]
+    servers.close()
+    if texts:
+        pytest.fail("\n".join(texts), pytrace=False)
+
+
+_TOLD = pytest.StashKey[bool]()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """If a server has died, that is why the test has failed; and what servers wrote is shown if it fails at all."""
+    __tracebackhide__ = True
+    try:
+        return (yield)
+    except Exception as error:
+        servers = item.stash.get(_SERVE, None)
+        if servers is None:
+            raise
+        died = servers.died(patience_s=0.1)
+        if died:
+            from ._fixtures_errors import ServerDied
+
+            item.stash[_TOLD] = True
+            if not isinstance(error, ServerDied):
+                raise ServerDied(died[0].end_in_words(), died[0].logs) from error
+        for what, logs in servers.logs():
+            item.add_report_section("call", "output", f"{what}:\n{logs}")
+        raise
+
+
+def _death(served: Any) -> str:
+    from ._fixtures_errors import ServerDied
+
+    return str(ServerDied(served.end_in_words(), served.logs))

@@ -77,15 +77,36 @@ def test_closing_takes_the_path_along_and_is_safe_to_repeat() -> None:
     assert "closed" in repr(listener)
 
 
-@pytest.mark.parametrize("kind", ["tcp", "tcp6"])
-def test_refusing_turns_away_who_waits_and_who_comes(kind: Kind, listener_factory: ListenerFactory) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_refusing_turns_away_who_waits_and_who_comes_until_it_is_revived(
+    kind: Kind, listener_factory: ListenerFactory
+) -> None:
     listener = listener_factory(kind)
-    with listener.connect() as waiting:
-        listener.refuse()
-        with pytest.raises(ConnectionResetError):
-            waiting.recv(1)
-    with pytest.raises(ConnectionRefusedError):
-        listener.connect()
+    for _ in range(2):
+        with listener.connect() as waiting:
+            listener.refuse()
+            with pytest.raises(ConnectionResetError):
+                waiting.recv(1)
+        with pytest.raises(ConnectionRefusedError):
+            listener.connect()
+        listener.revive()
+        listener.connect().close()
+    listener.refuse()
+    listener.close()
+    with pytest.raises(OSError):
+        listener.revive()
+
+
+def test_a_reserved_port_is_given_to_nobody_and_may_be_bound_by_who_asks_for_it() -> None:
+    with Listener.reserve() as kept:
+        others = [Listener.open() for _ in range(50)]
+        assert kept.port not in {other.port for other in others}
+        for other in others:
+            other.close()
+        with pytest.raises(ConnectionRefusedError):
+            kept.connect()
+        with socket.create_server((kept.host, kept.port)):
+            kept.connect().close()
 
 
 def test_a_closed_listener_refuses_nothing_more() -> None:
