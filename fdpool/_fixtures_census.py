@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from ._fixtures_holdings import MEMORY, Holdings, holdings_of, live_pools
 
 _SHM = "/dev/shm"
+
+# Kernel: in the middle of an execve(2), and of zombies and kernel threads at any time, the environment is empty.
+_EXEC_LOOKS = 5
 
 #: Helpers of the standard library that are started when first needed, and stay for good.
 _LASTING = (b"multiprocessing.resource_tracker", b"multiprocessing.forkserver")
@@ -193,11 +197,16 @@ def _lasting_numbers() -> Iterable[int]:
 
 def _is_of_test(pid: int, test: str) -> bool:
     """True if the process inherited the environment of the test: pytest says there which one is running."""
-    try:
-        with open(f"/proc/{pid}/environ", "rb", buffering=0) as environment:
-            return f"\0PYTEST_CURRENT_TEST={test} (".encode() in b"\0" + environment.read()
-    except OSError:
-        return False
+    for _ in range(_EXEC_LOOKS):
+        try:
+            with open(f"/proc/{pid}/environ", "rb", buffering=0) as environment:
+                found = environment.read()
+        except OSError:
+            return False
+        if found:
+            return f"\0PYTEST_CURRENT_TEST={test} (".encode() in b"\0" + found
+        time.sleep(0.001)
+    return False
 
 
 def _describe_process(pid: int) -> str | None:
