@@ -31,8 +31,10 @@ if TYPE_CHECKING:
     from .errors import NotPicklable as NotPicklable
     from .errors import PayloadTooLarge as PayloadTooLarge
     from .errors import PoolShutDown as PoolShutDown
+    from .errors import ReloadFailed as ReloadFailed
     from .errors import RemoteError as RemoteError
     from .errors import RemoteTraceback as RemoteTraceback
+    from .errors import ServerFailed as ServerFailed
     from .errors import TaskTerminated as TaskTerminated
     from .errors import TaskTimeout as TaskTimeout
     from .errors import WireError as WireError
@@ -40,6 +42,11 @@ if TYPE_CHECKING:
     from .fds import Fd as Fd
     from .pool import Pool as Pool
     from .running import RunningCommand as RunningCommand
+    from .server import Server as Server
+    from .server import ServerStats as ServerStats
+    from .server import ServerWorker as ServerWorker
+    from .server import WorkerStats as WorkerStats
+    from .server import current_worker as current_worker
     from .sockets import DatagramSocket as DatagramSocket
     from .sockets import StreamSocket as StreamSocket
 
@@ -63,8 +70,10 @@ _HOMES = {
         "NotPicklable",
         "PayloadTooLarge",
         "PoolShutDown",
+        "ReloadFailed",
         "RemoteError",
         "RemoteTraceback",
+        "ServerFailed",
         "TaskTerminated",
         "TaskTimeout",
         "WireError",
@@ -73,6 +82,7 @@ _HOMES = {
     "fds": ("Fd",),
     "pool": ("Pool",),
     "running": ("RunningCommand",),
+    "server": ("Server", "ServerStats", "ServerWorker", "WorkerStats", "current_worker"),
     "sockets": ("DatagramSocket", "StreamSocket"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}

@@ -71,6 +71,14 @@ class BindFailed(FdpoolError, OSError):
         self.errno = errno
 
 
+class ServerFailed(FdpoolError, RuntimeError):
+    """A server that cannot serve: no worker can be booted, or what it needs is not there. The message says why."""
+
+
+class ReloadFailed(FdpoolError, RuntimeError):
+    """New code that does not boot, or a server that is ending; what served before a reload goes on."""
+
+
 # -- the other side ------------------------------------------------------------------------------
 
 

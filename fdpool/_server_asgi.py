@@ -1,0 +1,257 @@
+"""Serving an ASGI application with uvicorn, in a server worker's event loop.
+
+What is ours: when to stop accepting, what becomes of connections that are kept alive meanwhile, and telling how far
+requests are. What speaks HTTP and WebSocket is uvicorn.
+
+Draining without a reset: the listeners are closed (other workers have them too), each answer from then on carries
+`Connection: close`, and connections on which nothing happens are closed only after uvicorn's own keep-alive time, as
+a client may be sending on one right now. WebSockets are closed at once with code 1012, "service restart".
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+import socket
+import time
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping, Sequence
+from typing import Any
+
+import uvicorn
+
+from ._server_context import Order, ServerWorker
+from ._server_doors import Door, Listening
+
+Message = MutableMapping[str, Any]
+Application = Callable[[Any, Any, Any], Awaitable[None]]
+
+_LOG = logging.getLogger("fdpool.server")
+_CLOSE = (b"connection", b"close")
+
+
+class AsgiFace:
+    """uvicorn on the worker's listeners, or on connections that it is handed."""
+
+    def __init__(
+        self,
+        app: Application,
+        order: Order,
+        worker: ServerWorker,
+        door: Door,
+        listeners: Sequence[socket.socket],
+    ) -> None:
+        self._door = door
+        config = uvicorn.Config(
+            _Watched(app, worker, order.request_timeout_s),
+            **{"log_config": None, "backlog": order.backlog, "interface": "asgi3", **order.options},
+        )
+        sockets = list(listeners) if isinstance(door, Listening) else []
+        self._server = _Server(config, worker, None if sockets else door)
+        self._sockets = sockets
+
+    def serve(self, ready: Callable[[], None]) -> None:
+        self._server.on_started = ready
+        self._server.run(sockets=self._sockets)
+        if not self._server.started:
+            raise RuntimeError("the application failed at its start (lifespan): see what uvicorn has logged")
+
+    def drain(self, grace_s: float, leaving: bool) -> None:
+        self._server.drain(time.monotonic() + grace_s, leaving)
+
+
+class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may not be installed
+    """uvicorn's server, with signals left to the worker, and a drain in place of its sudden end."""
+
+    def __init__(self, config: uvicorn.Config, worker: ServerWorker, door: Door | None) -> None:
+        super().__init__(config)
+        self.on_started: Callable[[], None] = lambda: None
+        self._worker = worker
+        self._door = door  # None where uvicorn accepts by itself
+        self._serving_loop: asyncio.AbstractEventLoop | None = None
+        self._order: tuple[float, bool] | None = None  # a drain's end, and whether everybody leaves
+        self._idle_at = math.inf  # when idle connections are closed
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets=sockets)
+        if self.should_exit or not self.started:
+            return
+        self._serving_loop = loop = asyncio.get_running_loop()
+        self._worker.progress.beat()
+        if self._door is not None:
+            for fileno in self._door.filenos():
+                loop.add_reader(fileno, self._take, fileno)
+        self.on_started()
+        if self._order is not None:
+            self._begin_draining()
+
+    def drain(self, until: float, leaving: bool) -> None:
+        """Runs in: any thread."""
+        self._order = (until, leaving)
+        if self._serving_loop is not None:
+            try:
+                self._serving_loop.call_soon_threadsafe(self._begin_draining)
+            except RuntimeError:
+                pass  # the loop is closed: it has ended by itself
+
+    def _begin_draining(self) -> None:
+        assert self._order is not None
+        _, leaving = self._order
+        for server in self.servers:
+            server.close()
+        self._leave_door()
+        self._worker.closed()
+        for connection in list(self.server_state.connections):
+            if leaving or not hasattr(connection, "timeout_keep_alive_task"):  # all but HTTP: WebSockets
+                connection.shutdown()
+        if self._idle_at == math.inf:
+            self._idle_at = time.monotonic() + self.config.timeout_keep_alive
+
+    async def on_tick(self, counter: int) -> bool:
+        self._worker.progress.beat()
+        if self._order is not None:
+            now = time.monotonic()
+            until, _ = self._order
+            if not self.server_state.connections or now >= until:
+                self.config.timeout_graceful_shutdown = max(0.0, until - now)  # type: ignore[assignment, unused-ignore]
+                self.should_exit = True
+            elif now >= self._idle_at:
+                self._idle_at = math.inf
+                for connection in list(self.server_state.connections):
+                    connection.shutdown()  # what is idle is closed; what runs is not kept alive
+        return bool(await super().on_tick(counter))
+
+    # -- connections that the server hands over -----------------------------------------------------------
+
+    def _take(self, fileno: int) -> None:
+        assert self._door is not None
+        assert self._serving_loop is not None
+        if (pause_s := self._door.pause_s()) > 0:
+            self._serving_loop.remove_reader(fileno)
+            self._serving_loop.call_later(pause_s, self._look_again, fileno)
+            return
+        connection = self._door.take(fileno)
+        if connection is not None:
+            connection.setblocking(False)
+            task = self._serving_loop.create_task(self._adopt(connection))
+            task.add_done_callback(_log_failure)
+
+    def _look_again(self, fileno: int) -> None:
+        if self._door is not None and self._serving_loop is not None and fileno in self._door.filenos():
+            self._serving_loop.add_reader(fileno, self._take, fileno)
+
+    async def _adopt(self, connection: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+
+        def protocol() -> Any:
+            return self.config.http_protocol_class(  # type: ignore[call-arg, unused-ignore]
+                config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+            )
+
+        try:
+            await loop.connect_accepted_socket(protocol, connection, ssl=self.config.ssl)
+        except OSError:
+            connection.close()  # the client has gone
+
+    def _leave_door(self) -> None:
+        if self._door is not None and self._serving_loop is not None:
+            for fileno in self._door.filenos():
+                self._serving_loop.remove_reader(fileno)
+            self._door.close()
+
+
+def _log_failure(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and task.exception() is not None:
+        _LOG.error(
+            "a connection could not be taken", exc_info=task.exception(), extra={"event": "adopt_failed"}
+        )
+
+
+class _Watched:
+    """The application, with its requests counted, and its answers marked while the worker drains.
+
+    A request that does nothing for `timeout_s` seconds (receives nothing, sends nothing) is cancelled: that costs
+    nobody else anything. A loop that does not turn is the server's to see.
+    """
+
+    def __init__(self, app: Application, worker: ServerWorker, timeout_s: float | None) -> None:
+        self._app = app
+        self._worker = worker
+        self._timeout_s = timeout_s
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        worker = self._worker
+        token = worker.progress.begin()
+        worker.progress.excuse(token)
+        try:
+            if scope["type"] == "http":
+                await self._answer(scope, receive, send)
+            else:
+                await self._app(scope, receive, send)
+        finally:
+            worker.ended(token)
+
+    async def _answer(self, scope: Any, receive: Any, send: Any) -> None:
+        watch = None if self._timeout_s is None else _Watch(self._timeout_s, scope)
+
+        async def send_marked(message: Message) -> None:
+            if watch is not None:
+                watch.moved_on()
+            if message["type"] == "http.response.start" and self._worker.draining:
+                headers = [each for each in message.get("headers", ()) if each[0].lower() != b"connection"]
+                message = {**message, "headers": [*headers, _CLOSE]}
+            await send(message)
+
+        async def receive_watched() -> Any:
+            message = await receive()
+            if watch is not None:
+                watch.moved_on()
+            return message
+
+        try:
+            await self._app(scope, receive if watch is None else receive_watched, send_marked)
+        finally:
+            if watch is not None:
+                watch.close()
+
+
+class _Watch:
+    """Cancels the running task if it has not moved on for so long."""
+
+    def __init__(self, timeout_s: float, scope: Any) -> None:
+        self._timeout_s = timeout_s
+        self._path = f"{scope['method']} {scope['path']}"
+        self._loop = asyncio.get_running_loop()
+        self._task = asyncio.current_task()
+        self._since = self._loop.time()
+        self._timer = self._loop.call_later(timeout_s, self._look)
+
+    def moved_on(self) -> None:
+        self._since = self._loop.time()
+
+    def _look(self) -> None:
+        left_s = self._since + self._timeout_s - self._loop.time()
+        if left_s > 0:
+            self._timer = self._loop.call_later(left_s, self._look)
+            return
+        assert self._task is not None
+        where = [f"{frame.f_code.co_filename}:{frame.f_lineno}" for frame in self._task.get_stack()]
+        _LOG.error(
+            "%s has not moved on for request_timeout=%g seconds, and is cancelled; it waits at %s",
+            self._path,
+            self._timeout_s,
+            " < ".join(reversed(where)) or "?",
+            extra={"event": "request_cancelled"},
+        )
+        self._task.cancel()
+
+    def close(self) -> None:
+        self._timer.cancel()

@@ -1,0 +1,317 @@
+"""The server's one thread: takes orders, hears of workers, asks `_server_plan`, and has its answers performed.
+
+Orders (reload, scale, stop) and news (a worker's end, which the pool's thread reports) are posted, from any thread or
+signal handler. The thread never waits for anything but its turns.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from . import _process, _server_plan
+from ._server_crew import Crew, Task
+from ._server_logs import reopen_logs
+from ._server_news import say
+from ._server_plan import Plan
+from ._server_turns import Turns
+from ._server_watch import Watch
+from .errors import ReloadFailed, ServerFailed
+
+if TYPE_CHECKING:
+    from ._server_listeners import Listeners
+    from ._server_pools import Pools
+
+GAVE_UP = 3  # exit code: no worker can be booted (gunicorn says the same)
+FAILED = 70  # exit code: a defect of the server (EX_SOFTWARE, sysexits.h)
+
+
+class Loop:
+    """Runs one server, from `start` until it is over.
+
+    Args:
+        on_event: called in the loop's thread with "started", "reloading", "reloaded", "stopping", "over".
+
+    Attributes:
+        exit_code: once it is over: 0, or what an orchestrator is to be told.
+        started: settled when all workers serve for the first time, or it is known that they never will.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        plan: Plan,
+        pools: Pools,
+        listeners: Listeners,
+        watch: Watch,
+        on_event: Callable[[str], None],
+    ) -> None:
+        self._task = task
+        self._plan = plan
+        self._pools = pools
+        self._listeners = listeners
+        self._watch = watch
+        self._on_event = on_event
+        self.turns = Turns()
+        self.crew = Crew(self.turns, task, pools, listeners, self)
+        self.exit_code = 0
+        self.started: Future[None] = Future()
+        self._failure = ""
+        self._reloads: dict[int, Future[int]] = {}
+        self._over = False
+        self._thread = threading.Thread(target=self._run, name="fdpool-server", daemon=True)
+        crew = self.crew
+        self._performers: dict[type, Callable[[Any], None]] = {
+            _server_plan.StartWorker: lambda action: crew.start(*action),
+            _server_plan.DrainWorker: lambda action: crew.drain(*action),
+            _server_plan.EndWorker: lambda action: crew.end(*action),
+            _server_plan.CloseGeneration: lambda action: pools.close(action.generation),
+            _server_plan.Started: self._note_started,
+            _server_plan.Reloaded: self._note_reloaded,
+            _server_plan.Abandoned: self._note_abandoned,
+            _server_plan.GaveUp: self._note_gave_up,
+            _server_plan.Over: self._note_over,
+        }
+
+    # -- for the server, from any thread -------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Begin."""
+        _process.register(self)
+        self._thread.start()
+
+    def reload(self) -> Future[int]:
+        """Replace every worker by one of a new generation; the future is of its number."""
+        future: Future[int] = Future()
+        if not self.turns.post(partial(self._reload, future)):
+            _fail(future, "the server has ended")
+        return future
+
+    def scale(self, change: Callable[[int], int]) -> None:
+        """Have as many workers as `change` makes of the number that is wanted now."""
+        self.turns.post(partial(self._scale, change))
+
+    def stop(self, grace_s: float | None = None) -> None:
+        """End the server: within `grace_s` (or the grace it was made with), or at once if that is 0. Does not wait."""
+        self.turns.post(partial(self._stop, self._plan.settings.grace_s if grace_s is None else grace_s))
+
+    def reopen_logs(self) -> None:
+        """Have log files opened anew, here and in every worker."""
+        self.turns.post(self._reopen_logs)
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until nothing of the server is left; False if that takes longer than `timeout` seconds."""
+        if threading.current_thread() is not self._thread:
+            self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    @property
+    def wanted(self) -> int:
+        """How many workers shall serve."""
+        return self._plan.wanted
+
+    @property
+    def generation(self) -> int:
+        """The generation that serves."""
+        return self._plan.generation
+
+    def state_of(self, number: int) -> str:
+        """What a worker is about, in a word."""
+        worker = self._plan.workers.get(number)
+        return "gone" if worker is None else worker.state.value
+
+    # -- `_process.Owner`: at the interpreter's exit, and in a forked child --------------------------------
+
+    def shut_down(self) -> None:
+        """The interpreter exits: end the server, or its pools' tasks would never."""
+        self.stop()
+
+    def end(self, grace_s: float, reason: str) -> None:
+        """End now; does not wait."""
+        self.stop(grace_s)
+
+    def join(self) -> None:
+        """Wait for the end."""
+        self.wait()
+
+    def forget_in_child(self) -> None:
+        """Runs in a forked child: close the copies."""
+        self.turns.close()
+        self.crew.close()
+        self._listeners.close(keep_path=True)
+        self._task.app.close()
+
+    # -- the thread ----------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            self._perform(self._plan.begin(time.monotonic()))
+            while not self._over:
+                self.turns.take(self._wanted_at())
+                now = time.monotonic()
+                for number, why in self._watch.look(list(self.crew.links.values()), now):
+                    actions = (
+                        self._plan.retire(number, now) if why is None else self._plan.hung(number, now, why)
+                    )
+                    self._perform(actions)
+                self._perform(self._plan.tick(now))
+        except BaseException as error:
+            self.exit_code = FAILED
+            self._failure = f"the server's loop failed: {type(error).__name__}: {error}"
+            say("failed", "%s", self._failure, level=logging.CRITICAL, exc_info=error)
+        finally:
+            self._clean_up()
+
+    def _wanted_at(self) -> float | None:
+        moments = (self._plan.next_deadline(), self._watch.next_look)
+        return min((moment for moment in moments if moment is not None), default=None)
+
+    def _perform(self, actions: Sequence[_server_plan.Action]) -> None:
+        for action in actions:
+            self._performers[type(action)](action)
+
+    def _clean_up(self) -> None:
+        self._pools.join(kill=not self._over)
+        _process.unregister(self)
+        self.crew.close()
+        self.turns.close()
+        self._task.app.close()
+        for future in self._reloads.values():
+            _fail(future, "the server has ended")
+        if not self.started.done():
+            reason = self._failure or "the server was stopped before it had started"
+            self.started.set_exception(ServerFailed(reason))
+
+    # -- orders --------------------------------------------------------------------------------------------
+
+    def _reload(self, future: Future[int]) -> None:
+        if self._plan.stopping:
+            _fail(future, "the server is ending")
+            return
+        if self._task.on_reload is not None:
+            try:
+                self._task.on_reload(self._plan.newest + 1)
+            except Exception as error:
+                why = f"on_reload called it off: {type(error).__name__}: {error}"
+                say("reload_failed", "no reload: %s", why, level=logging.ERROR, reason=why)
+                _fail(future, why)
+                return
+        for older in self._reloads.values():
+            # The last wins: whoever waits for an earlier one gets what comes of this one.
+            future.add_done_callback(partial(_pass_on, older))
+        self._reloads.clear()
+        actions = self._plan.reload(time.monotonic())
+        self._reloads[self._plan.target] = future
+        say("reloading", "generation %d is coming", self._plan.target, generation=self._plan.target)
+        self._on_event("reloading")
+        self._perform(actions)
+
+    def _scale(self, change: Callable[[int], int]) -> None:
+        before = self._plan.wanted
+        actions = self._plan.scale(change(before), time.monotonic())
+        wanted = self._plan.wanted
+        if wanted != before:
+            say("scaled", "%d workers are wanted, not %d", wanted, before, workers=wanted)
+        self._perform(actions)
+
+    def _stop(self, grace_s: float) -> None:
+        if not self._plan.stopping:
+            say("stopping", "the server ends, within %g seconds", grace_s, grace_s=grace_s)
+            self._on_event("stopping")
+        self._perform(self._plan.stop(grace_s, time.monotonic()))
+
+    def _reopen_logs(self) -> None:
+        reopen_logs()
+        self.crew.tell_all({"do": "reopen"})
+        say("logs_reopened", "log files were opened anew")
+
+    # -- `_server_crew.Hears` ------------------------------------------------------------------------------
+
+    @property
+    def stopping(self) -> bool:
+        return self._plan.stopping
+
+    def worker_ready(self, number: int) -> None:
+        self._perform(self._plan.readied(number, time.monotonic()))
+
+    def worker_retires(self, number: int) -> None:
+        self._perform(self._plan.retire(number, time.monotonic()))
+
+    def worker_closed(self, number: int) -> None:
+        self._perform(self._plan.closed(number, time.monotonic()))
+
+    def worker_ended(self, number: int, why: str) -> None:
+        self._watch.forget(number)
+        self._perform(self._plan.exited(number, time.monotonic(), why))
+
+    # -- news ----------------------------------------------------------------------------------------------
+
+    def _note_started(self, _: _server_plan.Started) -> None:
+        addresses = [listener.address for listener in self._listeners.first]
+        count = self._plan.wanted
+        text = "%d %s at %s"
+        say(
+            "started",
+            text,
+            count,
+            "worker serves" if count == 1 else "workers serve",
+            ", ".join(addresses),
+            addresses=addresses,
+            workers=count,
+        )
+        self._on_event("started")
+        self.started.set_result(None)
+
+    def _note_reloaded(self, action: _server_plan.Reloaded) -> None:
+        generation = action.generation
+        say("reloaded", "every worker is of generation %d", generation, generation=generation)
+        self._on_event("reloaded")
+        future = self._reloads.pop(generation, None)
+        if future is not None:
+            future.set_result(generation)
+
+    def _note_abandoned(self, action: _server_plan.Abandoned) -> None:
+        generation, why = action
+        say(
+            "reload_failed",
+            "generation %d is given up, generation %d goes on: %s",
+            generation,
+            self._plan.generation,
+            why,
+            level=logging.ERROR,
+            generation=generation,
+            reason=why,
+        )
+        self._on_event("reloaded")
+        future = self._reloads.pop(generation, None)
+        if future is not None:
+            _fail(future, f"generation {generation} does not boot: {why}")
+
+    def _note_gave_up(self, action: _server_plan.GaveUp) -> None:
+        self.exit_code = GAVE_UP
+        self._failure = action.why
+        say("gave_up", "the server gives up: %s", action.why, level=logging.CRITICAL, reason=action.why)
+
+    def _note_over(self, _: _server_plan.Over) -> None:
+        say("stopped", "the server has ended", exit_code=self.exit_code)
+        self._on_event("over")
+        self._over = True
+
+
+def _fail(future: Future[int], why: str) -> None:
+    if not future.done():
+        future.set_exception(ReloadFailed(why))
+
+
+def _pass_on(older: Future[int], newer: Future[int]) -> None:
+    """Settle an earlier reload as the one that took its place."""
+    error = newer.exception()
+    if error is not None:
+        _fail(older, str(error))
+    elif not older.done():
+        older.set_result(newer.result())

@@ -1,0 +1,99 @@
+"""The signals of a server that runs in the foreground, and what it tells systemd.
+
+Runs in: the main thread. A handler only posts to the loop, so nothing can happen in the middle of anything.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from ._systemd import Notifier
+
+if TYPE_CHECKING:
+    from ._server_loop import Loop
+    from .server import Server
+
+_QUICK_S = 1.0  # what requests in flight have at a quick end
+
+Handler = Callable[[int, FrameType | None], Any] | int | signal.Handlers | None
+
+
+class Signals:
+    """Handles signals for a server while it is entered; the handlers that were there come back afterwards.
+
+    Raises:
+        RuntimeError: this is not the main thread.
+    """
+
+    def __init__(self, server: Server) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            raise RuntimeError(
+                "run() is for the main thread, which alone receives signals: use `with server:` here"
+            )
+        self._server = server
+        self._notifier = Notifier()
+        self._loop: Loop | None = None
+        self._early: list[int] = []
+        self._quick = False
+        self._before: dict[int, Handler] = {}
+
+    def __enter__(self) -> Signals:
+        for number in (
+            signal.SIGTERM,
+            signal.SIGINT,
+            signal.SIGQUIT,
+            signal.SIGHUP,
+            signal.SIGTTIN,
+            signal.SIGTTOU,
+            signal.SIGUSR1,
+        ):
+            self._before[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+    def begin(self, loop: Loop) -> None:
+        """The loop runs: what has come meanwhile is done now."""
+        self._loop = loop
+        if self._notifier.watchdog_interval_s is not None:
+            pause_s = self._notifier.watchdog_interval_s / 2
+            loop.turns.post(lambda: loop.turns.every(pause_s, self._notifier.watchdog))
+        while self._early:
+            self._do(loop, self._early.pop(0))
+
+    def tell_systemd(self, event: str) -> None:
+        """Runs in: the loop. Tell systemd what has become of the service."""
+        if event in ("started", "reloaded"):
+            self._notifier.ready()
+        elif event == "reloading":
+            self._notifier.reloading()
+        elif event == "stopping":
+            self._notifier.stopping()
+
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        loop = self._loop
+        if loop is None:
+            self._early.append(number)
+        else:
+            self._do(loop, number)
+
+    def _do(self, loop: Loop, number: int) -> None:
+        if number == signal.SIGTERM:
+            loop.stop()
+        elif number in (signal.SIGINT, signal.SIGQUIT):
+            loop.stop(0.0 if self._quick else _QUICK_S)
+            self._quick = True
+        elif number == signal.SIGHUP:
+            loop.reload()
+        elif number == signal.SIGTTIN:
+            loop.scale(lambda wanted: wanted + 1)
+        elif number == signal.SIGTTOU:
+            loop.scale(lambda wanted: max(1, wanted - 1))
+        elif number == signal.SIGUSR1:
+            loop.reopen_logs()

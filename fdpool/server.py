@@ -1,0 +1,388 @@
+"""`Server`: a pre-forking server, whose workers are replaced one by one without losing a request.
+
+It is a client of `Pool`, and nothing here forks, reaps or kills: each server worker is one long task of a pool
+(`_server_worker`), and each generation of code is a pool of its own. What to start, drain and give up is decided by
+`_server_plan`; `_server_loop` performs it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from . import _bind, _server_apps, _server_checks, payload
+from ._cpus import usable_cpus
+from ._server_context import Order, ServerWorker, current_worker
+from ._server_crew import Task
+from ._server_listeners import Listeners
+from ._server_loop import Loop
+from ._server_plan import Plan, Settings
+from ._server_pools import Pools
+from ._server_watch import Watch, resident_bytes
+
+if TYPE_CHECKING:
+    import socket
+
+    from .pool import StartMethod
+
+__all__ = ["Server", "ServerStats", "ServerWorker", "WorkerStats", "current_worker"]
+
+Dispatch = Literal["shared", "handoff", "reuseport"]
+WorkerHook = Callable[[ServerWorker], object]
+
+
+@dataclass(frozen=True)
+class WorkerStats:
+    """One worker of a server, at a moment.
+
+    Attributes:
+        slot, generation: its place, and the code that it runs.
+        pid: None while it boots.
+        state: "booting", "serving", "draining" or "ending".
+        age_s: since it was started.
+        requests: finished ones; connections, where the application is called with those.
+        in_flight: begun ones.
+        oldest_s: how long the oldest of those has not moved on; 0 if none is in flight.
+        rss_bytes: its resident memory.
+    """
+
+    slot: int
+    generation: int
+    pid: int | None
+    state: str
+    age_s: float
+    requests: int
+    in_flight: int
+    oldest_s: float
+    rss_bytes: int | None
+
+
+@dataclass(frozen=True)
+class ServerStats:
+    """A server, at a moment.
+
+    Attributes:
+        addresses: where it listens.
+        wanted: how many workers shall serve.
+        generation: the one that serves.
+        started: workers started so far.
+        workers: those that are there, by slot.
+    """
+
+    addresses: tuple[str, ...]
+    wanted: int
+    generation: int
+    started: int
+    workers: tuple[WorkerStats, ...]
+
+
+class Server:
+    """A pre-forking server: `workers` processes that accept from the same listeners.
+
+    `run()` serves until a signal ends it. `with server:` (and `async with`) serves meanwhile, in any thread and without
+    touching signals. A worker that dies is replaced; the connections that nobody has accepted wait for the others.
+
+    Args:
+        app: what serves. A function `handler(connection, address)`; a `socketserver.BaseRequestHandler` class; an ASGI
+            application (needs `fdpool[asgi]`) or a WSGI one (`fdpool[wsgi]`); a function `serve(listeners)` or
+            `serve(listeners, worker)` that accepts for itself. Or its name, "module:attribute", or
+            "module:factory()": only so does a reload bring new code.
+        bind: where to listen; see `fdpool serve`'s manual. One or several of "host:port", a port,
+            "unix:path?mode=660", "fd:N", "systemd", and listening sockets (borrowed).
+        workers: how many; by default as many as processors may be used.
+        interface: which kind of application it is, where that cannot be told: "handler", "socketserver", "asgi",
+            "wsgi" or "listeners".
+        dispatch: who accepts. "shared": whichever worker is first. "handoff": this process, and it hands each
+            connection to the least busy worker; one whose worker dies before it has taken it goes to the next.
+            "reuseport": each worker from a listener of its own, between which the kernel spreads connections.
+        threads: connections that a worker serves at a time, by default one; for WSGI requests, by default four. Not for
+            ASGI.
+        grace: seconds that requests in flight have when their worker is replaced, or the server ends.
+        boot_timeout: seconds that a worker may take until it serves.
+        request_timeout: seconds that a request may go without moving on; then its worker is killed, and where it was is
+            logged. For ASGI the time that the event loop may stand still; a request that waits so long is cancelled.
+        max_requests, max_age, max_memory: requests, seconds and bytes of resident memory after which a worker is
+            replaced; the first two spread by `jitter`.
+        jitter: by which fraction those may differ from worker to worker.
+        reload_batch: how many workers are replaced at a time.
+        boot_limit: failed boots in a row after which the server gives up, if no worker serves.
+        preload: modules to import once, before workers are forked, so that they share that memory; True for the
+            module of `app`.
+        start_method: as for `Pool`.
+        backlog: connections that the kernel keeps waiting.
+        options: more arguments for what speaks HTTP: `uvicorn.Config`, waitress's `Adjustments`.
+        on_worker_start: called with the `ServerWorker`, in the worker, before the application is loaded.
+        on_worker_exit: the same when it has drained.
+        on_reload: called with the new generation's number, here, before a reload begins; if it raises, there is none.
+
+    Raises:
+        ValueError, TypeError: an argument is of no use.
+        NotPicklable: the application, or a hook, cannot travel to a worker.
+        ImportError: what speaks HTTP is not installed.
+
+    Nothing is opened or started before `run`, `start` or `with`. A server serves once. Thread-safe.
+    """
+
+    def __init__(
+        self,
+        app: Any,
+        bind: _bind.Bind = "127.0.0.1:8000",
+        *,
+        workers: int | None = None,
+        interface: _server_apps.Interface | None = None,
+        dispatch: Dispatch = "shared",
+        threads: int | None = None,
+        grace: float = 30.0,
+        boot_timeout: float = 60.0,
+        request_timeout: float | None = None,
+        max_requests: int | None = None,
+        max_age: float | None = None,
+        max_memory: int | None = None,
+        jitter: float = 0.1,
+        reload_batch: int = 1,
+        boot_limit: int = 5,
+        preload: bool | Iterable[str] = (),
+        start_method: StartMethod | None = None,
+        backlog: int = _bind.BACKLOG,
+        options: Mapping[str, Any] | None = None,
+        on_worker_start: WorkerHook | None = None,
+        on_worker_exit: WorkerHook | None = None,
+        on_reload: Callable[[int], object] | None = None,
+    ) -> None:
+        workers = usable_cpus() if workers is None else workers
+        _server_checks.check_counts(
+            workers=workers,
+            reload_batch=reload_batch,
+            boot_limit=boot_limit,
+            backlog=backlog,
+        )
+        _server_checks.check_counts(
+            optional=True, threads=threads, max_requests=max_requests, max_memory=max_memory
+        )
+        _server_checks.check_times(grace=grace, boot_timeout=boot_timeout)
+        _server_checks.check_times(optional=True, request_timeout=request_timeout, max_age=max_age)
+        if not 0 <= jitter < 1:
+            raise ValueError(f"jitter is a fraction, at least 0 and below 1, not {jitter!r}")
+        if dispatch not in get_args(Dispatch):
+            raise ValueError(f"dispatch is one of {', '.join(get_args(Dispatch))}, not {dispatch!r}")
+        target = app if isinstance(app, str) else None
+        self.interface = _server_checks.checked_interface(app, interface, dispatch)
+        self._bind = bind
+        self._backlog = backlog
+        self._dispatch = dispatch
+        self._grace_s = grace
+        self._watch_for = (request_timeout, max_memory)
+        self._preload = _server_checks.modules_to_preload(preload, target, self.interface)
+        self._start_method = start_method
+        self._settings = Settings(boot_timeout, grace, reload_batch, boot_limit, max_age, jitter)
+        self._workers = workers
+        self._order = Order(
+            0,
+            1,
+            target,
+            b"",
+            False,
+            self.interface,
+            threads,
+            max_requests,
+            request_timeout,
+            backlog,
+            dict(options or {}),
+        )
+        self._pickled = (None if target else app, on_worker_start, on_worker_exit)
+        payload.dumps(
+            self._pickled
+        ).close()  # what cannot travel is to be known here, and not by a worker's failure
+        self._on_reload = on_reload
+        self._loop: Loop | None = None
+        self._listeners: Listeners | None = None
+        self._lock = threading.Lock()
+
+    # -- beginning and end ---------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Open the listeners and start the workers; returns when all serve.
+
+        Raises:
+            BindFailed: it cannot be listened somewhere.
+            ServerFailed: no worker can be booted, or there are too few descriptors for so many. Nothing is left.
+            RuntimeError: it was started before.
+        """
+        loop = self._launch(lambda _: None)
+        try:
+            loop.started.result()
+        except BaseException:
+            loop.stop(0.0)
+            loop.wait()
+            self._close_listeners()
+            raise
+
+    def run(self) -> int:
+        """Serve until a signal ends it; the exit code for whoever started this program: 0, or 3 if it gave up.
+
+        SIGTERM ends it within `grace`; SIGINT and SIGQUIT within a second, and at once the second time. SIGHUP reloads,
+        SIGTTIN and SIGTTOU have one worker more or less, SIGUSR1 opens log files anew.
+
+        Raises:
+            RuntimeError: this is not the main thread, which alone receives signals; there, use `with server:`.
+            BindFailed, ServerFailed: as for `start`, except that a failed boot is told by the exit code.
+        """
+        from ._server_signals import Signals
+
+        with Signals(self) as signals:
+            loop = self._launch(signals.tell_systemd)
+            signals.begin(loop)
+            while not loop.wait(3600.0):
+                pass
+            self._close_listeners()
+            return loop.exit_code
+
+    def _launch(self, on_event: Callable[[str], None]) -> Loop:
+        with self._lock:
+            if self._loop is not None:
+                raise RuntimeError("this server was started before; make a new one")
+            _server_checks.check_descriptors(self._workers, self._dispatch)
+            self._listeners = Listeners(
+                self._bind, self._backlog, self._dispatch == "reuseport", self._workers
+            )
+            try:
+                app = payload.dumps(self._pickled)
+                order = self._order._replace(body=bytes(app.body), spilled=app.spilled)
+                self._loop = Loop(
+                    Task(app, order, self._on_reload),
+                    Plan(self._workers, self._settings),
+                    Pools(self._preload, self._start_method),
+                    self._listeners,
+                    Watch(*self._watch_for),
+                    on_event,
+                )
+                self._loop.start()
+            except BaseException:
+                self._listeners.close()
+                raise
+            return self._loop
+
+    def stop(self, grace: float | None = None, *, wait: bool = True) -> None:
+        """End the server. Safe to call again, and a second time with less grace.
+
+        Args:
+            grace: seconds that requests in flight have; by default the server's. 0 ends everything at once.
+            wait: return when nothing of it is left.
+        """
+        if self._loop is None:
+            return
+        self._loop.stop(self._grace_s if grace is None else max(0.0, grace))
+        if wait:
+            self._loop.wait()
+            self._close_listeners()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until the server has ended; False if `timeout` seconds have passed instead."""
+        return self._loop is None or self._loop.wait(timeout)
+
+    def _close_listeners(self) -> None:
+        if self._listeners is not None:
+            self._listeners.close()
+
+    def __enter__(self) -> Server:
+        self.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, _: object, __: TracebackType | None) -> None:
+        """End the server within its grace; if Ctrl-C has ended the block, at once."""
+        self.stop(0.0 if kind is not None and issubclass(kind, KeyboardInterrupt) else None)
+
+    async def __aenter__(self) -> Server:
+        await asyncio.get_running_loop().run_in_executor(None, self.start)
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        grace = 0.0 if kind is not None and not issubclass(kind, Exception) else None
+        await asyncio.get_running_loop().run_in_executor(None, partial(self.stop, grace))
+
+    # -- while it serves -----------------------------------------------------------------------------------
+
+    def reload(self) -> Future[int]:
+        """Replace every worker by one with new code, `reload_batch` at a time; no request is lost.
+
+        Returns:
+            the future of the new generation's number, once every worker is of it. It fails with `ReloadFailed` if the
+            new code does not boot: then what served before goes on. If another reload comes before this one is done,
+            the other's outcome is also this one's.
+        """
+        return self._running().reload()
+
+    def scale(self, workers: int) -> None:
+        """Have so many workers from now on; those that are too many drain. Does not wait.
+
+        Raises:
+            ValueError: less than one.
+        """
+        _server_checks.check_counts(workers=workers)
+        self._running().scale(lambda _: workers)
+
+    def reopen_logs(self) -> None:
+        """Have the files of `logging` opened anew, here and in every worker, after they were moved away."""
+        self._running().reopen_logs()
+
+    @property
+    def sockets(self) -> list[socket.socket]:
+        """The listening sockets, one for each address; the server's.
+
+        Raises:
+            RuntimeError: it was not started.
+        """
+        return [listener.socket for listener in self._opened().first]
+
+    @property
+    def addresses(self) -> list[str]:
+        """Where it listens, as `tcp://127.0.0.1:8000` or `unix:/run/x.sock`.
+
+        Raises:
+            RuntimeError: it was not started.
+        """
+        return [listener.address for listener in self._opened().first]
+
+    def stats(self) -> ServerStats:
+        """What the server and its workers are doing just now."""
+        loop = self._running()
+        now = time.monotonic()
+        workers = []
+        for link in sorted(loop.crew.links.copy().values(), key=lambda each: (each.slot, each.number)):
+            try:
+                seen = link.see()
+            except ValueError:
+                continue  # it has gone this moment
+            workers.append(
+                WorkerStats(
+                    link.slot,
+                    link.generation,
+                    link.pid,
+                    loop.state_of(link.number),
+                    now - link.began_at,
+                    seen.finished,
+                    seen.in_flight,
+                    0.0 if seen.oldest is None else max(0.0, now - seen.oldest),
+                    resident_bytes(link.pid),
+                )
+            )
+        return ServerStats(
+            tuple(self.addresses), loop.wanted, loop.generation, loop.crew.started, tuple(workers)
+        )
+
+    def _running(self) -> Loop:
+        if self._loop is None:
+            raise RuntimeError("the server was not started: use run(), start() or `with server:`")
+        return self._loop
+
+    def _opened(self) -> Listeners:
+        if self._listeners is None:
+            raise RuntimeError("the server was not started, so it does not listen yet")
+        return self._listeners

@@ -1,0 +1,256 @@
+"""Replacing workers while clients keep coming: no request fails, no connection is reset (S1, S2, S3, S7)."""
+
+from __future__ import annotations
+
+import http.client
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fdpool import ReloadFailed
+from fdpool.server import Server
+from tests.process_state import wait_until
+from tests.server.helpers import (
+    ANY_PORT,
+    KeptAlive,
+    Load,
+    asgi,
+    ask,
+    echo_pid,
+    pids,
+    port_of,
+    records,
+    wsgi,
+)
+
+APPS = [
+    pytest.param(asgi, id="asgi"),
+    pytest.param(wsgi, id="wsgi"),
+]
+
+
+def need(app: Any) -> None:
+    pytest.importorskip("uvicorn" if app is asgi else "waitress")
+
+
+@pytest.mark.parametrize("dispatch", ["shared", "reuseport"])
+def test_reloading_under_load_loses_no_connection(dispatch: Any) -> None:
+    """S1."""
+    with Server(echo_pid, ANY_PORT, workers=2, dispatch=dispatch) as server:
+        with Load(lambda: ask(server)[0]) as load:
+            for generation in (2, 3, 4):
+                load.go_on()
+                assert server.reload().result(30) == generation
+            load.go_on()
+        assert load.failed == []
+        assert len(load.answered) == 8
+
+
+@pytest.mark.parametrize("app", APPS)
+def test_reloading_under_load_loses_no_request_of_connections_that_are_kept(app: Any) -> None:
+    """S1, S7: an answer that ends a connection says so, before anybody sends on it in vain."""
+    need(app)
+    with Server(app, ANY_PORT, workers=2) as server:
+        with KeptAlive(server) as request, Load(request) as load:
+            for _ in range(3):
+                load.go_on()
+                server.reload().result(30)
+            load.go_on()
+        assert load.failed == []
+        assert len(load.answered) >= 4
+
+
+@pytest.mark.parametrize("app", APPS)
+def test_a_kept_connection_is_answered_once_more_and_told_to_close(app: Any) -> None:
+    """S7."""
+    need(app)
+    with Server(app, ANY_PORT, workers=1) as server:
+        client = http.client.HTTPConnection("127.0.0.1", port_of(server), timeout=20)
+        client.request("GET", "/")
+        response = client.getresponse()
+        old = int(response.read())
+        assert response.getheader("connection") != "close"
+        server.reload().result(20)
+        wait_until(lambda: old not in pids(server))
+        client.request("GET", "/")
+        response = client.getresponse()
+        assert int(response.read()) == old
+        assert response.getheader("connection") == "close"
+        client.request("GET", "/")  # http.client connects anew
+        assert int(client.getresponse().read()) in pids(server)
+        client.close()
+
+
+@pytest.mark.parametrize("app", APPS)
+def test_a_request_in_flight_is_finished_by_the_worker_that_has_begun_it(app: Any) -> None:
+    """S7."""
+    need(app)
+    with Server(app, ANY_PORT, workers=1) as server:
+        client = http.client.HTTPConnection("127.0.0.1", port_of(server), timeout=20)
+        client.request("GET", "/sleep/0.5")
+        wait_until(lambda: server.stats().workers[0].in_flight)
+        old = pids(server)
+        server.reload().result(20)
+        response = client.getresponse()
+        assert response.status == 200
+        assert [int(response.read())] == old
+        client.close()
+
+
+def test_a_stream_that_outlasts_the_grace_is_cut_off() -> None:
+    """S7: a deadline for those who never end."""
+    pytest.importorskip("uvicorn")
+    with Server(asgi, ANY_PORT, workers=1, grace=0.3) as server:
+        client = http.client.HTTPConnection("127.0.0.1", port_of(server), timeout=20)
+        client.request("GET", "/stream/10000")
+        response = client.getresponse()
+        assert response.read(5) == b"tick\n"
+        server.reload().result(20)
+        with pytest.raises((http.client.IncompleteRead, ConnectionError)):
+            response.read()
+        client.close()
+        wait_until(lambda: len(server.stats().workers) == 1)
+
+
+# -- new code ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A module `served` that can be rewritten."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv(
+        "PYTHONDONTWRITEBYTECODE", "1"
+    )  # one of the same second and size would be taken for it
+    path = tmp_path / "served.py"
+    path.write_text(version(1))
+    return path
+
+
+def version(number: int, before: str = "") -> str:
+    return f"{before}\ndef app(connection, address):\n    connection.sendall(b'0 version {number}')\n"
+
+
+@pytest.mark.parametrize("preload", [False, True])
+def test_a_reload_brings_new_code(module: Path, preload: bool) -> None:
+    with Server("served:app", ANY_PORT, workers=2, preload=preload) as server:
+        assert ask(server, b"")[1] == b"version 1"
+        module.write_text(version(2))
+        assert ask(server, b"")[1] == b"version 1"
+        server.reload().result(30)
+        assert {ask(server, b"")[1] for _ in range(10)} == {b"version 2"}
+
+
+@pytest.mark.parametrize(
+    ("broken", "reason"),
+    [
+        ("import no_such_module", "no_such_module"),
+        ("this is no python", "SyntaxError"),
+        ("raise SystemExit(3)", "exited with code 3"),
+        ("import os; os._exit(3)", "code 3"),
+        ("import os; os.kill(os.getpid(), 9)", "SIGKILL"),
+        ("del app", "has no 'app'"),
+    ],
+)
+def test_broken_new_code_leaves_the_old_at_work_and_is_reported(
+    module: Path, broken: str, reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """S2."""
+    with records(caplog) as logged, Server("served:app", ANY_PORT, workers=2) as server:
+        before = pids(server)
+        module.write_text(broken if not broken.startswith("del") else "other = 1")
+        with pytest.raises(ReloadFailed, match=reason), Load(lambda: ask(server, b"")[1], clients=2) as load:
+            server.reload().result(30)
+        assert load.failed == []
+        assert set(load.answered) <= {b"version 1"}
+        assert pids(server) == before
+        assert [each.generation for each in logged("reload_failed")] == [2]
+        module.write_text(version(3))
+        assert server.reload().result(30) == 3
+        assert ask(server, b"")[1] == b"version 3"
+
+
+def test_a_failed_import_is_logged_with_its_traceback(module: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """S2."""
+    with records(caplog) as logged, Server("served:app", ANY_PORT, workers=1) as server:
+        module.write_text(version(2, "import no_such_module"))
+        server.reload().exception(30)
+        [failed] = logged("worker_failed")
+        assert "No module named 'no_such_module'" in failed.reason
+        assert 'served.py", line 1' in failed.traceback
+        assert failed.traceback in failed.getMessage()
+
+
+@pytest.mark.parametrize("preload", [False, True])
+def test_new_code_that_hangs_at_import_is_ended_at_the_boot_deadline_and_shows_where(
+    module: Path, preload: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """S2, W6: also where it hangs in the supervisor, before any worker is there."""
+    with records(caplog) as logged:
+        with Server("served:app", ANY_PORT, workers=1, boot_timeout=3.0, preload=preload) as server:
+            module.write_text(version(2, "import threading; threading.Event().wait()"))
+            with pytest.raises(ReloadFailed, match="boot_timeout=3"):
+                server.reload().result(30)
+            assert ask(server, b"")[1] == b"version 1"
+        [killed] = logged("worker_killed")
+        if not preload:
+            assert "served.py" in killed.stacks
+
+
+def test_a_hook_can_call_a_reload_off() -> None:
+    def refuse(generation: int) -> None:
+        raise ValueError(f"not {generation}")
+
+    with Server(echo_pid, ANY_PORT, workers=1, on_reload=refuse) as server:
+        before = pids(server)
+        with pytest.raises(ReloadFailed, match="ValueError: not 2"):
+            server.reload().result(20)
+        assert pids(server) == before
+
+
+# -- several things at once ---------------------------------------------------------------------------
+
+
+def test_of_several_reloads_the_last_wins_and_all_get_its_outcome() -> None:
+    """S3."""
+    with Server(echo_pid, ANY_PORT, workers=2) as server, Load(lambda: ask(server)[0], clients=2) as load:
+        reloads = [server.reload() for _ in range(5)]
+        assert [each.result(30) for each in reloads] == [6] * 5
+        assert {each.generation for each in server.stats().workers if each.state == "serving"} == {6}
+    assert load.failed == []
+
+
+def test_scaling_during_a_reload_loses_nothing() -> None:
+    """S3."""
+    with Server(echo_pid, ANY_PORT, workers=2) as server:
+        with Load(lambda: ask(server)[0], clients=2) as load:
+            reload = server.reload()
+            server.scale(4)
+            assert reload.result(30) == 2
+            wait_until(lambda: len(pids(server)) == 4)
+            server.scale(1)
+            wait_until(lambda: len(server.stats().workers) == 1)
+            load.go_on()
+        assert load.failed == []
+
+
+def test_a_stop_during_a_reload_ends_both() -> None:
+    """S3."""
+    with Server(echo_pid, ANY_PORT, workers=2) as server:
+        reload = server.reload()
+        server.stop()
+        with pytest.raises(ReloadFailed):
+            reload.result(0)
+
+
+def test_workers_that_came_and_went_leave_nothing_open() -> None:
+    """The autouse fixture sees what is left at the end; this sees what piles up meanwhile."""
+    with Server(echo_pid, ANY_PORT, workers=2) as server:
+        server.reload().result(30)
+        wait_until(lambda: len(server.stats().workers) == 2)
+        before = len(os.listdir("/proc/self/fd"))
+        for _ in range(5):
+            server.reload().result(30)
+        wait_until(lambda: len(os.listdir("/proc/self/fd")) <= before)

@@ -1,0 +1,291 @@
+"""What a server does for each kind of application, address and way to begin."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import socketserver
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fdpool.server import Server, ServerWorker, current_worker
+from tests.process_state import wait_until
+from tests.server.helpers import (
+    ANY_PORT,
+    asgi,
+    ask,
+    connect,
+    echo_pid,
+    get,
+    keep_echoing,
+    pids,
+    read_all,
+    wsgi,
+)
+
+
+class Upper(socketserver.StreamRequestHandler):
+    """A handler as `socketserver` has them."""
+
+    def handle(self) -> None:
+        line = self.rfile.readline()
+        self.wfile.write(b"%d %s" % (os.getpid(), line.upper()))
+
+
+# -- kinds of applications ---------------------------------------------------------------------------
+
+
+def test_a_function_serves_connections_in_every_worker() -> None:
+    with Server(echo_pid, ANY_PORT, workers=2) as server:
+        seen = {ask(server)[0] for _ in range(50)}
+        assert seen == set(pids(server))
+        assert len(seen) == 2
+        assert os.getpid() not in seen
+
+
+def test_a_closure_of_the_program_serves_too() -> None:
+    greeting = b"0 from a closure"
+
+    def greet(connection: socket.socket, _: object) -> None:
+        connection.sendall(greeting)
+
+    with Server(greet, ANY_PORT, workers=1) as server:
+        assert ask(server, b"") == (0, b"from a closure")
+
+
+def test_a_socketserver_class_serves() -> None:
+    with Server(Upper, ANY_PORT, workers=1) as server:
+        assert ask(server, b"line\n")[1] == b"LINE\n"
+
+
+@pytest.mark.parametrize("app", [asgi, wsgi])
+def test_an_http_application_serves(app: Any) -> None:
+    pytest.importorskip("uvicorn" if app is asgi else "waitress")
+    with Server(app, ANY_PORT, workers=2) as server:
+        status, body, _ = get(server)
+        assert status == 200
+        assert int(body) in pids(server)
+
+
+def test_an_application_that_is_named_is_found() -> None:
+    with Server("tests.server.helpers:echo_pid", ANY_PORT, workers=1, preload=True) as server:
+        assert ask(server)[0] in pids(server)
+
+
+def test_an_application_may_accept_for_itself_and_says_when_it_is_ready() -> None:
+    def serve(listeners: list[socket.socket], worker: ServerWorker) -> None:
+        import selectors
+
+        worker.ready()
+        with selectors.DefaultSelector() as selector:
+            selector.register(listeners[0], selectors.EVENT_READ)
+            selector.register(worker, selectors.EVENT_READ)
+            while not worker.draining:
+                for key, _ in selector.select():
+                    if key.fileobj is listeners[0]:
+                        connection, _ = listeners[0].accept()
+                        with connection:
+                            connection.sendall(b"%d slot %d" % (worker.pid, worker.slot))
+
+    with Server(serve, ANY_PORT, workers=1, interface="listeners") as server:
+        assert ask(server, b"")[1] == b"slot 0"
+
+
+def test_an_application_that_only_takes_listeners_is_drained_by_sigterm() -> None:
+    def serve(listeners: list[socket.socket]) -> None:
+        import signal
+
+        enough: list[int] = []
+        signal.signal(signal.SIGTERM, lambda *_: enough.append(1))
+        listeners[0].settimeout(0.05)
+        while not enough:
+            try:
+                connection, _ = listeners[0].accept()
+            except TimeoutError:
+                continue
+            with connection:
+                connection.sendall(b"0 served")
+
+    with Server(serve, ANY_PORT, workers=1) as server:
+        assert ask(server, b"") == (0, b"served")
+
+
+@pytest.mark.parametrize(
+    ("app", "error", "text"),
+    [
+        ("no-colon", ValueError, "'module:attribute'"),
+        ("module:", ValueError, "'module:attribute'"),
+        (7, TypeError, "callable"),
+        (lambda: None, TypeError, "say interface="),
+        (lambda connection: None, TypeError, "say interface="),
+        (print, TypeError, "say interface="),
+    ],
+)
+def test_what_is_no_application_is_refused_before_anything_is_opened(
+    app: Any, error: type[Exception], text: str
+) -> None:
+    with pytest.raises(error, match=text):
+        Server(app, ANY_PORT)
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"workers": 0}, ValueError),
+        ({"workers": True}, TypeError),
+        ({"threads": 0}, ValueError),
+        ({"grace": -1}, ValueError),
+        ({"boot_timeout": 0}, ValueError),
+        ({"request_timeout": float("nan")}, ValueError),
+        ({"max_age": "1h"}, TypeError),
+        ({"max_requests": 1.5}, TypeError),
+        ({"jitter": 1}, ValueError),
+        ({"dispatch": "random"}, ValueError),
+        ({"interface": "cgi"}, ValueError),
+        ({"interface": "listeners", "dispatch": "handoff"}, ValueError),
+        ({"preload": "module"}, TypeError),
+        ({"preload": True}, ValueError),
+        ({"bind": "nonsense"}, ValueError),
+        ({"bind": []}, ValueError),
+    ],
+)
+def test_arguments_of_no_use_are_refused_and_nothing_is_left(options: Any, error: type[Exception]) -> None:
+    arguments = {"bind": ANY_PORT, **options}
+    with pytest.raises(error), Server(echo_pid, **arguments):
+        pass
+
+
+# -- where it listens ----------------------------------------------------------------------------------
+
+
+def test_it_listens_on_several_addresses_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "server.sock"
+    with Server(echo_pid, [ANY_PORT, "[::1]:0", f"unix:{path}?mode=600"], workers=1) as server:
+        families = [each.family for each in server.sockets]
+        assert families == [socket.AF_INET, socket.AF_INET6, socket.AF_UNIX]
+        for listener in server.sockets:
+            with socket.socket(listener.family) as client:
+                client.connect(listener.getsockname())
+                client.sendall(b"hi")
+                assert read_all(client).endswith(b" hi")
+        assert path.stat().st_mode & 0o777 == 0o600
+        assert server.addresses[2] == f"unix:{path}"
+    assert not path.exists()
+
+
+def test_a_listener_that_blocks_is_served_and_its_mode_left_alone() -> None:
+    """M17: O_NONBLOCK belongs to whoever made it; workers take turns instead of blocking in accept."""
+    with socket.create_server(("127.0.0.1", 0)) as mine:
+        with Server(echo_pid, mine, workers=3) as server:
+            seen = {ask(server)[0] for _ in range(100)}
+            assert os.get_blocking(mine.fileno())
+            server.reload().result(30)  # nobody is stuck in accept
+            assert not seen & set(pids(server))
+            assert ask(server)[0] in pids(server)
+        assert mine.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+        assert seen
+
+
+def test_a_connection_that_nobody_has_accepted_is_served_after_all_workers_have_been_replaced() -> None:
+    """M28: no listener is ever shut down, so its queue outlives those who accept from it."""
+    with Server(keep_echoing, ANY_PORT, workers=1) as server:
+        with connect(server) as first, connect(server) as second:
+            first.sendall(b"one")
+            assert first.recv(10) == b"one"
+            second.sendall(b"two")  # in the kernel's queue, as the only worker is busy
+            reload = server.reload()
+            assert second.recv(10) == b"two"
+            first.shutdown(socket.SHUT_WR)
+            second.shutdown(socket.SHUT_WR)
+            assert reload.result(20) == 2
+
+
+# -- beginning -----------------------------------------------------------------------------------------
+
+
+def test_a_server_serves_once() -> None:
+    server = Server(echo_pid, ANY_PORT, workers=1)
+    with pytest.raises(RuntimeError, match="not started"):
+        server.sockets
+    with server:
+        with pytest.raises(RuntimeError, match="started before"):
+            server.start()
+    with pytest.raises(RuntimeError, match="started before"):
+        server.start()
+    server.stop()
+
+
+def test_it_serves_in_an_event_loop() -> None:
+    async def main() -> bytes:
+        async with Server(echo_pid, ANY_PORT, workers=1) as server:
+            reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+            writer.write(b"x")
+            answer = await reader.read()
+            writer.close()
+            await writer.wait_closed()
+            assert await asyncio.wrap_future(server.reload()) == 2
+            return answer
+
+    assert asyncio.run(main()).endswith(b" x")
+
+
+def test_it_begins_and_ends_in_any_thread() -> None:
+    answers: list[bytes] = []
+
+    def serve() -> None:
+        with Server(echo_pid, ANY_PORT, workers=1) as server:
+            answers.append(ask(server)[1])
+            with pytest.raises(RuntimeError, match="main thread"):
+                Server(echo_pid, ANY_PORT).run()
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    thread.join()
+    assert answers == [b"hello"]
+
+
+def test_a_worker_knows_its_place() -> None:
+    def tell(connection: socket.socket, _: object) -> None:
+        worker = current_worker()
+        assert worker is not None
+        connection.sendall(b"%d %d %d" % (worker.pid, worker.slot, worker.generation))
+
+    assert current_worker() is None
+    with Server(tell, ANY_PORT, workers=1) as server:
+        assert ask(server, b"")[1] == b"0 1"
+        server.reload().result(20)
+        assert ask(server, b"")[1] == b"0 2"
+
+
+def test_hooks_run_in_the_worker_before_the_application_is_loaded_and_after_it_has_drained(
+    tmp_path: Path,
+) -> None:
+    log = tmp_path / "hooks"
+
+    def note(worker: ServerWorker) -> None:
+        with log.open("a") as file:
+            file.write(f"{worker.slot} {worker.generation} {worker.draining} {worker.pid == os.getpid()}\n")
+
+    with Server(echo_pid, ANY_PORT, workers=1, on_worker_start=note, on_worker_exit=note) as server:
+        assert log.read_text() == "0 1 False True\n"
+        ask(server)
+    assert log.read_text() == "0 1 False True\n0 1 True True\n"
+
+
+def test_a_thousand_connections_are_echoed() -> None:
+    with Server(keep_echoing, ANY_PORT, workers=2, threads=600) as server:
+        clients = [connect(server) for _ in range(1000)]
+        try:
+            for number, client in enumerate(clients):
+                client.sendall(b"%d" % number)
+            for number, client in enumerate(clients):
+                assert client.recv(10) == b"%d" % number
+            assert sum(each.in_flight for each in server.stats().workers) == 1000
+        finally:
+            for client in clients:
+                client.close()
+        wait_until(lambda: sum(each.requests for each in server.stats().workers) == 1000)
