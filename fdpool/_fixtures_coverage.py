@@ -10,7 +10,7 @@ import atexit
 import importlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,7 +26,7 @@ def settings() -> dict[str, Any] | None:
     found = {name: current.get_option(f"run:{name}") for name in _OPTIONS}
     return {
         **{name: value for name, value in found.items() if value},
-        "data_file": os.path.abspath(str(current.get_option("run:data_file") or ".coverage")),
+        "data_file": _data_file(current),
         "config_file": getattr(current.config, "config_file", None) or False,
     }
 
@@ -54,6 +54,38 @@ def measure_until_exit(wanted: dict[str, Any]) -> None:
         measurement.save()
 
     atexit.register(finish)
+
+
+def save_fork() -> None:
+    """Runs in: a fork of a process that is measured, at its end. Write what was measured into a file of its own."""
+    coverage = sys.modules.get("coverage")
+    current = coverage.Coverage.current() if coverage is not None else None
+    if coverage is None or current is None:
+        return
+    current.stop()
+    data = current.get_data()
+    own = coverage.CoverageData(basename=_data_file(current), suffix=True)
+    own.update(data)
+    own.close()
+
+
+def _data_file(measurement: Any) -> str:
+    return os.path.abspath(str(measurement.get_option("run:data_file") or ".coverage"))
+
+
+def with_pool_options(options: dict[str, Any]) -> dict[str, Any]:
+    """The options of a pool, with an initializer that measures coverage before it does what it did."""
+    wanted = settings()
+    if wanted is None:
+        return options
+    first = options.get("initializer"), options.get("initargs", ())
+    return {**options, "initializer": _initialize, "initargs": (wanted, *first)}
+
+
+def _initialize(wanted: dict[str, Any], first: Callable[..., object] | None, args: tuple[Any, ...]) -> None:
+    measure_until_exit(wanted)
+    if first is not None:
+        first(*args)
 
 
 def _started(wanted: dict[str, Any]) -> Any:

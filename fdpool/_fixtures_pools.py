@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from . import _fixtures_census as census
+from . import _fixtures_coverage
 from ._client import Phase
 from ._fixtures_holdings import MEMORY
 from .pool import Pool
@@ -27,8 +28,8 @@ class PoolFactory:
     def __init__(self) -> None:
         self._pools: list[Pool] = []
 
-    def __call__(self, *args: Any, **options: Any) -> Pool:
-        pool = Pool(*args, **options)
+    def __call__(self, max_workers: int | None = None, **options: Any) -> Pool:
+        pool = Pool(max_workers, **_fixtures_coverage.with_pool_options(options))
         self._pools.append(pool)
         return pool
 

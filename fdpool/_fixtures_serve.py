@@ -44,6 +44,7 @@ class Served:
         self.name = name
         self.listener = listener
         self._start = start
+        self._owner = os.getpid()
         self._log_fd = _platform.anonymous_file("fdpool-log")
         self._run: Run | None = None
         self._lock = threading.Lock()  # held while the run changes, or clients are turned away for its sake
@@ -201,6 +202,10 @@ class Served:
         return True
 
     def _end(self, grace_s: float) -> None:
+        if os.getpid() != self._owner:
+            raise RuntimeError(
+                f"the server {self.name} belongs to process {self._owner}, and this is a fork of that"
+            )
         with self._lock:
             run, self._run = self._run, None
         if run is not None:

@@ -6,7 +6,10 @@ fixtures that use them.
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -34,8 +37,6 @@ class _EntryPoint:
 
     @staticmethod
     def pytest_addoption(pluginmanager: pytest.PytestPluginManager) -> None:
-        import sys
-
         if not pluginmanager.has_plugin(_NAME):
             pluginmanager.register(sys.modules[__name__], _NAME)
 
@@ -68,14 +69,23 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "seconds for what is about to go, such as a thread that has been told to end (2)",
         default="2",
     )
+    parser.addini(
+        "fdpool_isolated_timeout",
+        "seconds that an isolated test may take if its marker does not say it (60)",
+        default="60",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "leaks(*patterns): this test leaves things behind on purpose; all, or what fits a pattern"
     )
+    config.addinivalue_line(
+        "markers",
+        "run_isolated(timeout=, max_memory=): run the body of this test in a worker forked from the test process",
+    )
     if _mode(config) != "off":
-        _patience_s(config)
+        _seconds(config, "fdpool_leaks_patience")
         config.pluginmanager.register(_EveryTest(), "fdpool-leaks")
     if config.getoption("--fdpool-trace"):
         from . import _fixtures_trace
@@ -91,12 +101,12 @@ def _mode(config: pytest.Config) -> str:
     return str(mode)
 
 
-def _patience_s(config: pytest.Config) -> float:
-    text = config.getini("fdpool_leaks_patience")
+def _seconds(config: pytest.Config, name: str) -> float:
+    text = config.getini(name)
     try:
         return float(text)
     except ValueError:
-        raise pytest.UsageError(f"fdpool_leaks_patience must be a number of seconds, not {text!r}") from None
+        raise pytest.UsageError(f"{name} must be a number of seconds, not {text!r}") from None
 
 
 # -- leaks ---------------------------------------------------------------------------------------------
@@ -123,8 +133,6 @@ def leak_check(request: pytest.FixtureRequest) -> Iterator[LeakCheck]:
 
 
 def _checked(request: pytest.FixtureRequest, mode: str) -> Iterator[Any]:
-    import os
-
     from . import _fixtures_leaks
 
     ignored = list(request.config.getini("fdpool_leaks_ignore"))
@@ -139,7 +147,7 @@ def _checked(request: pytest.FixtureRequest, mode: str) -> Iterator[Any]:
         return
     for pattern in marker.args if marker is not None else ():
         check.allow(pattern)
-    found = check.settled(_patience_s(request.config))
+    found = check.settled(_seconds(request.config, "fdpool_leaks_patience"))
     if found:
         text = _fixtures_leaks.report(found)
         if mode == "fail":
@@ -267,9 +275,13 @@ _TOLD = pytest.StashKey[bool]()
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
-    """If a server has died, that is why the test has failed; and what servers wrote is shown if it fails at all."""
+    """Run the body where it is to run. If a server has died, that is why the test has failed; and what servers wrote is
+    shown if it fails at all."""
     __tracebackhide__ = True
     try:
+        if "run_isolated" in item.keywords or "run_isolated" in getattr(item, "fixturenames", ()):
+            with _isolating(item):
+                return (yield)
         return (yield)
     except Exception as error:
         servers = item.stash.get(_SERVE, None)
@@ -291,3 +303,33 @@ def _death(served: Any) -> str:
     from ._fixtures_errors import ServerDied
 
     return str(ServerDied(served.end_in_words(), served.logs))
+
+
+# -- isolated tests ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run_isolated() -> None:
+    """Run the body of this test in a worker forked from the test process, as `@pytest.mark.run_isolated` does."""
+
+
+@contextmanager
+def _isolating(item: pytest.Item) -> Iterator[None]:
+    from . import _fixtures_isolated
+
+    limits = _fixtures_isolated.limits_of(item, _seconds(item.config, "fdpool_isolated_timeout"))
+    if limits is None or item.config.getoption("usepdb", False):  # a worker has no terminal for a debugger
+        yield
+        return
+    with _fixtures_isolated.isolating(item, limits):
+        yield
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """Take the report of the worker for what was made of it here."""
+    report = yield
+    isolated = sys.modules.get(f"{__package__}._fixtures_isolated")
+    if isolated is not None:
+        isolated.take_report(item, report)
+    return report
