@@ -1,0 +1,78 @@
+"""A supervisor is stopped for a while, or killed, at each point of a worker's life that it has a part in."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+import fdpool
+from fdpool import Pool
+from tests.contract import helpers
+from tests.process_state import seconds_until_gone, wait_until
+
+from . import points
+
+
+@contextmanager
+def pool_whose_supervisor_stops_at(
+    name: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[Pool, list[Future[int]], Counter[Future[int]]]]:
+    """Tasks that have been submitted, some before a worker's death; how often each future called back."""
+    ledger = folder / "ledger"
+    ledger.touch()
+    called_back: Counter[Future[int]] = Counter()
+    monkeypatch.setenv(points.VARIABLE, f"{name}@{folder}")
+    with Pool(2, preload=["tests.crash.supervisor_stops"]) as pool:
+        if "reap" in name or "death" in name:
+            assert pool.submit(helpers.square, 2).result(20) == 4
+            points.arm(folder)
+            os.kill(pool.worker_pids()[0], signal.SIGKILL)
+        else:
+            points.arm(folder)
+        futures = []
+        for number in range(12):
+            future = pool.submit(helpers.note, str(ledger), number)
+            future.add_done_callback(lambda done: called_back.update([done]))
+            futures.append(future)
+        points.stopped(folder)
+        yield pool, futures, called_back
+    wait_until(lambda: len(called_back) == len(futures))
+    assert set(called_back.values()) == {1}
+    ran = Counter(ledger.read_text().split())
+    assert set(ran.values()) <= {1}, "a task ran twice"
+    assert len(ran) >= sum(future.exception() is None for future in futures)
+
+
+@pytest.mark.parametrize("name", points.SUPERVISOR)
+def test_a_supervisor_that_stands_still_at_any_point_and_goes_on_loses_nothing(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pool_whose_supervisor_stops_at(name, tmp_path, monkeypatch) as (_, futures, _):
+        points.signal_stopped(tmp_path, signal.SIGCONT)
+        assert [future.result(20) for future in futures] == list(range(12))
+
+
+@pytest.mark.parametrize("name", points.SUPERVISOR)
+def test_a_supervisor_killed_at_any_point_leaves_no_process_and_no_future_unsettled(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """W4."""
+    with pool_whose_supervisor_stops_at(name, tmp_path, monkeypatch) as (_, futures, _):
+        tree = psutil.Process(points.stopped(tmp_path)).children(recursive=True)
+        points.signal_stopped(tmp_path, signal.SIGKILL)
+        assert seconds_until_gone(tree) < 1.0
+        for number, future in enumerate(futures):
+            error = future.exception(20)
+            if error is None:
+                assert future.result() == number
+            else:
+                assert isinstance(error, fdpool.PoolBroken)
+                assert "supervisor was killed by SIGKILL" in str(error)
