@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
+from types import FunctionType
 from typing import Any, Protocol
 
 from . import _fixtures_coverage
@@ -54,12 +55,21 @@ class Run(Protocol):
 class FunctionRun:
     """A function that serves in a worker of its own.
 
+    Args:
+        carried: what the test gave: the function, or what it is to serve.
+
     Raises:
         NotPicklable, DescriptorRefused: it cannot travel to the worker.
     """
 
     def __init__(
-        self, pool: Pool, fn: Callable[..., Any], listening: socket.socket, args: tuple[Any, ...], log_fd: int
+        self,
+        pool: Pool,
+        fn: Callable[..., Any],
+        listening: socket.socket,
+        args: tuple[Any, ...],
+        log_fd: int,
+        carried: Any,
     ) -> None:
         self._link, theirs = StreamSocket.pair(max_bytes=4096)
         self._pid: int | None = None
@@ -68,7 +78,7 @@ class FunctionRun:
         try:
             measured = _fixtures_coverage.settings()
             call = (fn, listening, args, Fd(log_fd), Fd(theirs), measured)
-            self.future: Future[Any] = _submit(pool, fn, call)
+            self.future: Future[Any] = _submit(pool, carried, call)
         except BaseException:
             self._link.close()
             raise
@@ -221,23 +231,27 @@ class ProgramRun:
 # -- a function's way to the worker ------------------------------------------------------------------------
 
 
-def _submit(pool: Pool, fn: Callable[..., Any], call: tuple[Any, ...]) -> Future[Any]:
+def _submit(pool: Pool, carried: Any, call: tuple[Any, ...]) -> Future[Any]:
     """Submit the call. A function of a test's own module travels by value, where it can: its worker need not import
     the module then, pytest with it, and would not find it under every import mode."""
-    with _by_value(fn) as by_value:
+    with _by_value(carried) as by_value:
         future = pool.submit(serve, *call)
     if by_value and future.done() and isinstance(future.exception(), NotPicklable):
         future = pool.submit(serve, *call)
     if future.done() and isinstance(error := future.exception(), NotPicklable):
-        raise error
+        if isinstance(carried, FunctionType):
+            raise error
+        raise NotPicklable(
+            f"{error}; serve() also takes an application's name, 'module:attribute'"
+        ) from error
     return future
 
 
 @contextmanager
-def _by_value(fn: Callable[..., Any]) -> Iterator[bool]:
+def _by_value(carried: Any) -> Iterator[bool]:
     import cloudpickle
 
-    module = sys.modules.get(getattr(fn, "__module__", None) or "")
+    module = sys.modules.get(getattr(carried, "__module__", None) or "")
     if (
         module is None
         or not _is_of_tests(module)

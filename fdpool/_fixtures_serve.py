@@ -10,12 +10,13 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import CancelledError
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn, Union
 
-from . import _platform
+from . import _fixtures_apps, _platform
 from ._fixtures_errors import ServerDied
 from ._fixtures_listener import Kind, Listener
 from ._fixtures_runs import FIRST_LISTENER, FunctionRun, ProgramRun, Run
+from ._server_apps import Interface as AppInterface
 from .fds import HasFileno
 from .pool import Pool
 
@@ -26,6 +27,7 @@ _LAST_GRACE_S = 2.0
 # A server that is sent one of these is meant to end.
 _ENDING = {signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGKILL, signal.SIGABRT}
 
+Interface = Union[AppInterface, Literal["function"]]
 IsReady = Callable[["Served"], object]
 
 
@@ -253,36 +255,50 @@ class Serve:
 
     def __call__(
         self,
-        fn: Callable[..., Any],
+        app: Any,
         *args: Any,
         listener: Listener | None = None,
         kind: Kind = "tcp",
+        interface: Interface | None = None,
         ready_timeout: float = READY_S,
+        **options: Any,
     ) -> Served:
-        """Call `fn(listening_socket, *args)` in a worker; a coroutine function is run by asyncio.
-
-        A client may connect at once. If `fn` has a parameter called `ready`, it is given a function to call, and this
-        returns only then.
+        """Serve a function or an application in a worker. A client may connect at once.
 
         Args:
+            app: a function, called with the listening socket and `args`, a coroutine function by asyncio; one that
+                has a parameter called `ready` is given a function to call, and this returns only then. Or an
+                application as `fdpool.Server` takes it: `handler(connection, address)`, a socketserver handler class,
+                an ASGI or WSGI application, or its name, "module:attribute".
             listener: where to serve; by default a fresh one of `kind`.
+            interface: which of these it is, where that cannot be told: "function", or as for `Server`.
             ready_timeout: seconds to become ready.
+            options: any arguments of `Server`, such as `workers`: then it serves the application, in the worker.
 
         Raises:
-            TypeError: `fn` is no function.
+            TypeError, ValueError: it cannot be told how to serve `app`, or it is no function and has `args`.
             NotPicklable, DescriptorRefused: it cannot travel to a worker, or its arguments cannot.
             ServerDied: it ended before it was ready, or took too long.
         """
-        if not callable(fn):
+        if not callable(app) and not isinstance(app, str):
             raise TypeError(
-                f"serve() takes a function that serves, not {fn!r}; serve.command() takes a program"
+                f"serve() takes a function or an application, not {app!r}; serve.command() takes a program"
             )
+        found = _fixtures_apps.kind_of(app, interface, len(args))
+        if found == "function" and options:
+            raise TypeError(
+                f"{', '.join(options)}: a function that is given the listening socket has no options of a server"
+            )
+        if found != "function" and args:
+            raise TypeError(f"{app!r} is served as {found}, and not called with arguments such as {args!r}")
         chosen = self._listener(listener, kind)
+        given = (app, *args) if found == "function" else (_fixtures_apps.serve_app, app, found, options)
 
         def start(log_fd: int) -> Run:
-            return FunctionRun(self._pool, fn, chosen.socket, args, log_fd)
+            return FunctionRun(self._pool, given[0], chosen.socket, given[1:], log_fd, carried=app)
 
-        return self._begin(getattr(fn, "__name__", None) or repr(fn), chosen, start, None, ready_timeout)
+        name = app if isinstance(app, str) else getattr(app, "__name__", None) or repr(app)
+        return self._begin(name, chosen, start, None, ready_timeout)
 
     def command(
         self,

@@ -70,6 +70,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="2",
     )
     parser.addini(
+        "fdpool_preload",
+        "modules to import once before the workers of servers are forked, such as: uvicorn myproject.app",
+        type="args",
+    )
+    parser.addini(
         "fdpool_isolated_timeout",
         "seconds that an isolated test may take if its marker does not say it (60)",
         default="60",
@@ -245,11 +250,16 @@ _MOST_SERVERS = 256
 
 
 @pytest.fixture(scope="session")
-def _fdpool_servers() -> Iterator[Pool]:
+def _fdpool_servers(request: pytest.FixtureRequest) -> Iterator[Pool]:
     from ._fixtures_pools import end
     from .pool import Pool
 
-    pool = Pool(_MOST_SERVERS, max_tasks_per_child=1, preload=["fdpool._fixtures_serve_worker"])
+    preload = [
+        "fdpool._fixtures_serve_worker",
+        "fdpool._fixtures_apps",
+        *request.config.getini("fdpool_preload"),
+    ]
+    pool = Pool(_MOST_SERVERS, max_tasks_per_child=1, preload=preload)
     pool.submit(int).result()  # so that the first server does not wait for the supervisor
     yield pool
     end(pool)

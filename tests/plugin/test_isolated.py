@@ -166,7 +166,8 @@ def test_threads_beside_a_fork_are_named_where_it_hangs_and_nobody_warns_of_them
     outcome.assert_counts(failed=1, passed=1)
     outcome.assert_says(
         "the isolated test did not come to its end: test_waiting had run for 0.3 seconds",
-        "(threads beside it when it was forked, whose locks it may have waited for: holder)",
+        "(threads beside it when it was forked, whose locks it may have waited for: ",
+        "holder)",
     )
 
 
