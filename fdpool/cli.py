@@ -24,6 +24,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         return cli_exec.main(given[1:])
     try:
+        if given[:1] == ["serve"]:
+            from . import _serve
+
+            _fill_standard_descriptors()
+            return _serve.main(given[1:])
         return _run(given)
     except KeyboardInterrupt:
         return _INTERRUPTED
@@ -41,6 +46,7 @@ def _run(given: list[str]) -> int:
     parser.add_argument("--version", action="version", version=f"fdpool {__version__}")
     verbs = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
     run = _run_options.add_parser(verbs)
+    verbs.add_parser("serve", help="serve an application with several processes", add_help=False)
     verbs.add_parser("exec", help="run a command here, or have it run outside", add_help=False)
     names: list[str] | None = None
     if _run_options.SEPARATOR in given:

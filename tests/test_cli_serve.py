@@ -1,0 +1,408 @@
+"""`fdpool serve` as its users run it: real processes, real clients, its log, its exit status."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.load._served import ROOT, Served, is_alive, served
+from tests.process_state import wait_until
+
+HANDLER = """
+import os
+
+TEXT = "first"
+
+def handle(connection, address):
+    connection.recv(65536)
+    body = f"{TEXT} {os.getpid()}".encode()
+    head = f"HTTP/1.1 200 OK\\r\\nContent-Length: {len(body)}\\r\\nConnection: close\\r\\n\\r\\n"
+    connection.sendall(head.encode() + body)
+
+def fail(connection, address):
+    raise ValueError("that went wrong")
+"""
+
+
+@pytest.fixture
+def app_dir(tmp_path: Path) -> Path:
+    """A folder with the module `shop`."""
+    (tmp_path / "shop.py").write_text(HANDLER)
+    return tmp_path
+
+
+def serve(app_dir: Path, *arguments: str, target: str = "shop:handle") -> Any:
+    """A server of `target` on a free port with two workers, as a context."""
+    return served("--app-dir", str(app_dir), "-b", "127.0.0.1:0", "-w", "2", *arguments, target)
+
+
+def answer(address: str) -> str:
+    """What a GET of / gives."""
+    connection = http.client.HTTPConnection(address.removeprefix("tcp://"), timeout=10)
+    try:
+        connection.request("GET", "/")
+        response = connection.getresponse()
+        assert response.status == 200
+        return response.read().decode()
+    finally:
+        connection.close()
+
+
+def names(server: Served) -> list[str]:
+    return [event["event"] for event in server.events]
+
+
+def run(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    """A server that is expected to end by itself."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), **options.pop("env", {})}
+    command = [sys.executable, "-m", "fdpool", "serve", *arguments]
+    done: subprocess.CompletedProcess[str] = subprocess.run(
+        command, env=env, capture_output=True, text=True, timeout=60, check=False, **options
+    )
+    return done
+
+
+# -- the life of a server --------------------------------------------------------------------------
+
+
+def test_it_says_what_it_does_from_its_start_to_its_end(app_dir: Path) -> None:
+    with serve(app_dir) as server:
+        assert answer(server.address).startswith("first ")
+        assert len(server.workers()) == 2
+        assert server.stop() == 0
+    said = names(server)
+    assert said[0] == "starting"
+    assert sorted(said[1:4]) == ["started", "worker_ready", "worker_ready"]
+    assert said[4] == "stopping"
+    assert said[-1] == "stopped"
+    assert server.events[0]["target"] == "shop:handle"
+    assert server.text == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGQUIT])
+def test_told_to_stop_it_ends_with_status_0_and_leaves_nothing(number: signal.Signals, app_dir: Path) -> None:
+    with serve(app_dir) as server:
+        workers = server.workers()
+        assert server.stop(number) == 0
+    assert not any(map(is_alive, workers))
+
+
+def test_a_request_that_runs_is_finished_before_it_ends(app_dir: Path) -> None:
+    interim = b"HTTP/1.1 100 Continue\r\n\r\n"
+    slow = f"connection.recv(4); connection.sendall({interim!r}); connection.recv(4)"
+    (app_dir / "shop.py").write_text(HANDLER.replace("connection.recv(65536)", slow))
+    with serve(app_dir) as server, socket.create_connection(_place(server.address)) as client:
+        client.sendall(b"GET ")
+        assert client.recv(100) == interim
+        server.tell(signal.SIGTERM)
+        server.wait_for("stopping")
+        client.sendall(b"/ HT")
+        assert client.makefile("rb").read().partition(b"\r\n\r\n")[2].startswith(b"first ")
+        assert server.stop() == 0
+
+
+def _place(address: str) -> tuple[str, int]:
+    host, _, port = address.removeprefix("tcp://").rpartition(":")
+    return host, int(port)
+
+
+def test_killed_it_leaves_nothing(app_dir: Path) -> None:
+    """W4: whatever kills it, workers go within a second."""
+    with serve(app_dir) as server:
+        tree = psutil.Process(server.pid).children(recursive=True)
+        assert len(tree) >= 3
+        begun = time.monotonic()
+        os.kill(server.pid, signal.SIGKILL)
+        wait_until(lambda: not any(is_alive(each.pid) for each in tree))
+        assert time.monotonic() - begun < 1.0
+
+
+def test_a_line_for_people_is_the_default(app_dir: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "fdpool",
+        "serve",
+        "--app-dir",
+        str(app_dir),
+        "-b",
+        "127.0.0.1:0",
+        "shop:handle",
+    ]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as program:
+        assert program.stderr is not None
+        lines = [program.stderr.readline()]
+        while " serve at " not in lines[-1]:
+            lines.append(program.stderr.readline())
+        program.terminate()
+        lines += program.stderr.readlines()
+    assert f"[{program.pid}] fdpool " in lines[0]
+    assert "shop:handle" in lines[0]
+    assert not any(line.startswith("{") for line in lines)
+    assert program.returncode == 0
+
+
+def test_what_goes_wrong_in_a_worker_is_a_line_of_json_too(app_dir: Path) -> None:
+    with serve(app_dir, target="shop:fail") as server:
+        with socket.create_connection(_place(server.address)) as client:
+            assert client.recv(100) == b""
+        failed = server.wait_for("handler_failed")
+        assert "ValueError: that went wrong" in failed["traceback"]
+        assert failed["pid"] in server.workers()
+    assert server.text == []
+
+
+# -- reloading -------------------------------------------------------------------------------------
+
+
+def test_a_reload_by_the_pid_file_brings_new_code(app_dir: Path) -> None:
+    pid_file = app_dir / "run" / "shop.pid"
+    pid_file.parent.mkdir()
+    with serve(app_dir, "--pid-file", str(pid_file)) as server:
+        (app_dir / "shop.py").write_text(HANDLER.replace("first", "second"))
+        os.kill(int(pid_file.read_text()), signal.SIGHUP)
+        server.wait_for("reloaded")
+        assert answer(server.address).startswith("second ")
+    assert not pid_file.exists()
+
+
+def test_a_file_that_changes_reloads_and_broken_code_does_not_get_in(app_dir: Path) -> None:
+    """S2, as somebody who develops meets it."""
+    with serve(app_dir, "--reload-on-change") as server:
+        since = len(server.events)
+        (app_dir / "shop.py").write_text("this is no Python")
+        assert server.wait_for("files_changed", since)["files"] == [str(app_dir / "shop.py")]
+        server.wait_for("reload_failed", since)
+        assert answer(server.address).startswith("first ")
+        since = len(server.events)
+        (app_dir / "shop.py").write_text(HANDLER.replace("first", "mended"))
+        server.wait_for("reloaded", since)
+        assert answer(server.address).startswith("mended ")
+
+
+# -- exit status -----------------------------------------------------------------------------------
+
+
+def test_bad_usage_is_status_2() -> None:
+    done = run("no-target")
+    assert done.returncode == 2
+    assert "'module:attribute'" in done.stderr
+
+
+def test_a_port_that_is_taken_is_status_1_and_says_so(app_dir: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        place = f"127.0.0.1:{taken.getsockname()[1]}"
+        done = run("--app-dir", str(app_dir), "-b", place, "--pid-file", str(app_dir / "pid"), "shop:handle")
+    assert done.returncode == 1
+    assert f"cannot listen on tcp://{place}: another process listens there" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (app_dir / "pid").exists()
+
+
+def test_the_pid_file_of_another_server_is_status_1(app_dir: Path) -> None:
+    pid_file = str(app_dir / "pid")
+    with serve(app_dir, "--pid-file", pid_file) as server:
+        done = run("--app-dir", str(app_dir), "-b", "127.0.0.1:0", "--pid-file", pid_file, "shop:handle")
+        assert done.returncode == 1
+        assert f"a server that runs, process {server.pid}" in done.stderr
+        assert Path(pid_file).read_text() == f"{server.pid}\n"
+
+
+def test_code_that_never_boots_is_status_3_with_its_traceback(app_dir: Path) -> None:
+    """S4: for an orchestrator, which need not try for ever either."""
+    done = run("--app-dir", str(app_dir), "-b", "127.0.0.1:0", "-w", "1", "shop:nothing")
+    assert done.returncode == 3
+    assert "it has no 'nothing', which 'shop:nothing' asks for" in done.stderr
+
+
+def test_what_serves_http_is_named_where_it_is_not_installed(app_dir: Path) -> None:
+    (app_dir / "sitecustomize.py").write_text("import sys\nsys.modules['uvicorn'] = None\n")
+    env = {"PYTHONPATH": f"{app_dir}:{ROOT}"}
+    done = run("-b", "127.0.0.1:0", "-w", "1", "--interface", "asgi", "shop:handle", env=env)
+    assert done.returncode == 1
+    assert "fdpool[asgi]" in done.stderr
+
+
+# -- --check ---------------------------------------------------------------------------------------
+
+
+def test_a_check_says_what_would_be_done_and_does_none_of_it(app_dir: Path) -> None:
+    done = run("--check", "--app-dir", str(app_dir), "-b", f"unix:{app_dir}/s", "-w", "3", "shop:handle")
+    assert done.stdout.splitlines() == [
+        "shop:handle loads, and is served as handler",
+        f"would listen on unix:{app_dir}/s",
+        "would start 3 workers, dispatch shared",
+    ]
+    assert (done.stderr, done.returncode) == ("", 0)
+    assert not (app_dir / "s").exists()
+
+
+def test_a_check_finds_everything_that_is_wrong(app_dir: Path) -> None:
+    (app_dir / "broken.py").write_text("import no_such_module")
+    done = run("--check", "--app-dir", str(app_dir), "-b", "unix:/no/folder/s", "-b", "fd:99", "broken:app")
+    assert done.returncode == 1
+    assert "cannot load broken:app: ModuleNotFoundError: No module named 'no_such_module'" in done.stderr
+    assert f'File "{app_dir}/broken.py", line 1' in done.stderr
+    assert "cannot listen on unix:/no/folder/s: its folder does not exist" in done.stderr
+    assert "cannot listen on fd:99: it is not open" in done.stderr
+
+
+def test_a_check_beside_the_server_that_runs_is_no_failure(app_dir: Path) -> None:
+    """The address is in use then, by what is to be reloaded."""
+    with serve(app_dir) as server:
+        place = server.address.removeprefix("tcp://")
+        done = run("--check", "--app-dir", str(app_dir), "-b", place, "shop:handle")
+        assert done.returncode == 0
+        assert f"would listen on {place}, which is in use now" in done.stdout
+
+
+def test_a_check_of_code_that_hangs_ends(app_dir: Path) -> None:
+    (app_dir / "hangs.py").write_text("import time\ntime.sleep(1000)")
+    done = run(
+        "--check", "--app-dir", str(app_dir), "-b", "127.0.0.1:0", "--boot-timeout", "0.5", "hangs:app"
+    )
+    assert done.returncode == 1
+    assert "hangs:app is not loaded within 0.5 s" in done.stderr
+
+
+# -- where it listens ------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_curl_is_answered_over_tcp_and_a_unix_socket(app_dir: Path) -> None:
+    path = f"{app_dir}/s"
+    with serve(app_dir, "-b", f"unix:{path}?mode=600") as server:
+        assert os.stat(path).st_mode & 0o777 == 0o600
+        for where in (["--unix-socket", path, "http://x/"], [server.address.replace("tcp", "http")]):
+            done = subprocess.run(["curl", "-sS", *where], capture_output=True, text=True, check=True)
+            assert done.stdout.startswith("first ")
+    assert not os.path.exists(path)
+
+
+@pytest.fixture
+def notified(tmp_path: Path) -> Iterator[socket.socket]:
+    """The socket of a service manager, at `tmp_path / "notify"`."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        manager.settimeout(20)
+        yield manager
+
+
+def told(manager: socket.socket, what: str) -> str:
+    """The first notification that begins so."""
+    while True:
+        said = manager.recv(10_000).decode()
+        if any(line.startswith(what) for line in said.splitlines()):
+            return said
+
+
+@pytest.mark.skipif(shutil.which("systemd-socket-activate") is None, reason="it comes with systemd")
+def test_under_systemd_it_takes_the_sockets_and_tells_its_states(
+    app_dir: Path, notified: socket.socket
+) -> None:
+    """Activated by the first connection, which is answered; then a reload, and the end."""
+    command = ["systemd-socket-activate", "-l", f"{app_dir}/s", "-E", f"PYTHONPATH={ROOT}"]
+    command += ["-E", f"NOTIFY_SOCKET={app_dir}/notify", "-E", "WATCHDOG_USEC=200000"]
+    command += [sys.executable, "-m", "fdpool", "serve", "--app-dir", str(app_dir), "-w", "1", "shop:handle"]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as program:
+        wait_until(lambda: os.path.exists(f"{app_dir}/s"))
+        with socket.socket(socket.AF_UNIX) as client:
+            wait_until(lambda: client.connect_ex(f"{app_dir}/s") == 0)
+            client.sendall(b"GET / HTTP/1.1\r\n\r\n")
+            assert client.recv(65536).startswith(b"HTTP/1.1 200 OK")
+        told(notified, "READY=1")
+        told(notified, "WATCHDOG=1")
+        program.send_signal(signal.SIGHUP)
+        assert "MONOTONIC_USEC=" in told(notified, "RELOADING=1")
+        told(notified, "READY=1")
+        program.terminate()
+        told(notified, "STOPPING=1")
+        assert program.wait(20) == 0
+    assert os.path.exists(f"{app_dir}/s")  # it is systemd's
+
+
+@pytest.mark.parametrize("closed", ["<&-", "<&- >&- 2>&-"])
+def test_closed_standard_streams_are_never_mistaken_for_sockets(closed: str, app_dir: Path) -> None:
+    """R2."""
+    line = f"exec {sys.executable} -m fdpool serve --app-dir {app_dir} -b unix:{app_dir}/s -w 1 shop:handle {closed}"
+    with subprocess.Popen(["sh", "-c", line], cwd=ROOT) as program:
+        with socket.socket(socket.AF_UNIX) as client:
+            wait_until(lambda: client.connect_ex(f"{app_dir}/s") == 0)
+            client.sendall(b"GET / HTTP/1.1\r\n\r\n")
+            assert client.recv(65536).startswith(b"HTTP/1.1 200 OK")
+        for each in [psutil.Process(program.pid), *psutil.Process(program.pid).children(recursive=True)]:
+            for fd in (0, 1, 2):
+                assert "socket" not in os.readlink(f"/proc/{each.pid}/fd/{fd}")
+        program.terminate()
+    assert program.returncode == 0
+
+
+# -- HTTP ------------------------------------------------------------------------------------------
+
+ASGI = """
+async def app(scope, receive, send):
+    if scope["type"] == "lifespan":
+        return
+    if scope["type"] == "websocket":
+        await receive()
+        await send({"type": "websocket.accept"})
+        while (message := await receive())["type"] == "websocket.receive":
+            await send({"type": "websocket.send", "text": message["text"].upper()})
+        return
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"5")]})
+    await send({"type": "http.response.body", "body": b"hello"})
+"""
+
+WSGI = """
+def make():
+    def app(environ, start_response):
+        body = environ["wsgi.input"].read().upper() or b"hello"
+        start_response("200 OK", [("Content-Length", str(len(body)))])
+        return [body]
+    return app
+"""
+
+
+def test_an_asgi_application_is_served_and_connections_are_kept(app_dir: Path) -> None:
+    pytest.importorskip("uvicorn")
+    (app_dir / "shop.py").write_text(ASGI)
+    with serve(app_dir, target="shop:app") as server:
+        connection = http.client.HTTPConnection(server.address.removeprefix("tcp://"), timeout=10)
+        for _ in range(3):
+            connection.request("GET", "/")
+            assert connection.getresponse().read() == b"hello"
+        connection.close()
+
+
+def test_a_websocket_talks_to_its_worker(app_dir: Path) -> None:
+    pytest.importorskip("uvicorn")
+    client = pytest.importorskip("websockets.sync.client")
+    (app_dir / "shop.py").write_text(ASGI)
+    with serve(app_dir, target="shop:app") as server:
+        with client.connect(server.address.replace("tcp", "ws") + "/") as talking:
+            for text in ("one", "two"):
+                talking.send(text)
+                assert talking.recv(timeout=10) == text.upper()
+
+
+def test_a_wsgi_application_from_a_factory_is_served(app_dir: Path) -> None:
+    pytest.importorskip("waitress")
+    (app_dir / "shop.py").write_text(WSGI)
+    with serve(app_dir, "--threads", "4", target="shop:make()") as server:
+        assert answer(server.address) == "hello"
+        connection = http.client.HTTPConnection(server.address.removeprefix("tcp://"), timeout=10)
+        connection.request("POST", "/", body=b"x" * 300_000)
+        assert connection.getresponse().read() == b"X" * 300_000
+        connection.close()

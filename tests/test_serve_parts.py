@@ -1,0 +1,293 @@
+"""The parts of `fdpool serve`, one by one: options, log lines, the pid file, noticing that files change."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import queue
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from fdpool import _serve_log, _serve_options
+from fdpool._serve_pid_file import PidFile, PidFileRefused
+from fdpool._serve_watch import Watcher, differing, is_watched, snapshot
+
+# -- options ---------------------------------------------------------------------------------------
+
+
+def parse(*given: str, under_systemd: bool = False) -> _serve_options.Options:
+    return _serve_options.parse(given, lambda: under_systemd)
+
+
+def test_a_target_is_all_that_is_needed() -> None:
+    options = parse("app:app")
+    assert options.binds == ["127.0.0.1:8000"]
+    assert (options.workers, options.dispatch, options.interface) == (None, "shared", None)
+    assert options.app_dir == os.getcwd()
+
+
+def test_under_systemd_its_sockets_are_the_default() -> None:
+    assert parse("app:app", under_systemd=True).binds == ["systemd"]
+    assert parse("-b", ":80", "app:app", under_systemd=True).binds == [":80"]
+
+
+def test_what_is_given_arrives_in_the_servers_units(tmp_path: Path) -> None:
+    given = "-b :80 -b unix:/x -w 3 --max-memory 1.5M --max-age 60 --grace 0.5 --preload a --preload b.c"
+    options = parse(
+        *given.split(), "--pid-file", "x.pid", "--app-dir", str(tmp_path), "--log-level", "debug", "m:f()"
+    )
+    assert options.binds == [":80", "unix:/x"]
+    assert (options.workers, options.max_memory, options.max_age, options.grace) == (3, 1572864, 60.0, 0.5)
+    assert options.preload == ("a", "b.c")
+    assert options.pid_file == f"{os.getcwd()}/x.pid"
+    assert options.reload_dirs == [options.app_dir] == [str(tmp_path)]
+    assert options.log_level == "DEBUG"
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ("", "required: TARGET"),
+        ("app", "'module:attribute'"),
+        ("app:", "'module:attribute'"),
+        ("app.py:app:x", "'module:attribute'"),
+        ("-w 0 app:app", "a whole number from 1, not '0'"),
+        ("-w two app:app", "a whole number from 1, not 'two'"),
+        ("--grace 0 app:app", "a number of seconds above 0, not '0'"),
+        ("--grace nan app:app", "a number of seconds above 0, not 'nan'"),
+        ("--grace inf app:app", "a number of seconds above 0, not 'inf'"),
+        ("--max-memory lots app:app", "a size such as 500M or 2G, not 'lots'"),
+        ("--max-memory 0M app:app", "a size such as 500M or 2G, not '0M'"),
+        ("-b 8000 app:app", "write 127.0.0.1:8000"),
+        ("--dispatch random app:app", "invalid choice"),
+        ("--interface cgi app:app", "invalid choice"),
+        ("--app-dir /no/such app:app", "there is no folder '/no/such'"),
+        ("--reload-dir . app:app", "--reload-on-change"),
+        ("--work 2 app:app", "unrecognized arguments"),
+    ],
+)
+def test_bad_usage_is_said_at_once_with_status_2(
+    given: str, reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse(*given.split())
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("usage: fdpool serve [OPTION ...] TARGET\n")
+    assert reason in said.splitlines()[-1]
+
+
+def test_the_help_is_in_groups_and_fits_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse("--help")
+    assert ended.value.code == 0
+    said = capsys.readouterr().out
+    for heading in (
+        "the application:",
+        "where it listens:",
+        "workers:",
+        "reloading:",
+        "the process:",
+        "signals:",
+    ):
+        assert f"\n{heading}\n" in said
+    assert max(map(len, said.splitlines())) <= 110
+
+
+# -- the log ---------------------------------------------------------------------------------------
+
+
+def record(**extra: object) -> logging.LogRecord:
+    return logging.getLogger("fdpool.server").makeRecord(
+        "fdpool.server", logging.INFO, __file__, 1, "worker %d is ready", (3,), None, extra=extra
+    )
+
+
+def test_a_line_of_json_has_the_events_own_fields() -> None:
+    said = json.loads(_serve_log.Json().format(record(event="ready", slot=3, address=("::1", 80), odd={1})))
+    assert said.pop("time") > 1.7e9
+    assert said == {
+        "level": "info",
+        "logger": "fdpool.server",
+        "pid": os.getpid(),
+        "event": "ready",
+        "slot": 3,
+        "address": ["::1", 80],
+        "odd": "{1}",
+        "message": "worker 3 is ready",
+    }
+
+
+def test_a_line_for_people_says_when_who_and_what() -> None:
+    said = _serve_log.Lines().format(record(event="ready"))
+    assert said.endswith(f" [{os.getpid()}] worker 3 is ready")
+    worse = record()
+    worse.levelno, worse.levelname = logging.WARNING, "WARNING"
+    assert _serve_log.Lines().format(worse).endswith("] warning: worker 3 is ready")
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_traceback_is_part_of_the_record(as_json: bool) -> None:
+    failed = record()
+    try:
+        raise ValueError("no")
+    except ValueError:
+        failed.exc_info = sys.exc_info()
+    said = (_serve_log.Json() if as_json else _serve_log.Lines()).format(failed)
+    assert "ValueError: no" in (json.loads(said)["traceback"] if as_json else said)
+    assert not as_json or "\n" not in said
+
+
+def test_configured_twice_it_says_everything_once() -> None:
+    script = (
+        "import logging, fdpool._serve_log as l\nfor _ in range(2): l.configure(True, 'INFO')\n"
+        "logging.getLogger('fdpool.server').info('once'); logging.getLogger('fdpool.server').debug('never')"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert [json.loads(line)["message"] for line in done.stderr.splitlines()] == ["once"]
+
+
+def test_a_log_that_nobody_can_take_is_no_error() -> None:
+    script = (
+        "import logging, fdpool._serve_log as l\nl.configure(False, 'INFO')\n"
+        "logging.getLogger('fdpool.server').info('lost'); print('went on')"
+    )
+    command = f'exec {sys.executable} -W error -c "$SCRIPT" 2>/dev/full'
+    done = subprocess.run(
+        ["sh", "-c", command], env={**os.environ, "SCRIPT": script}, stdout=subprocess.PIPE, check=True
+    )
+    assert done.stdout == b"went on\n"
+
+
+# -- the pid file ----------------------------------------------------------------------------------
+
+
+def test_the_file_holds_the_process_id_and_goes_with_it(tmp_path: Path) -> None:
+    path = tmp_path / "pid"
+    held = PidFile(str(path))
+    assert path.read_text() == f"{os.getpid()}\n"
+    assert path.stat().st_mode & 0o777 == 0o644
+    held.close()
+    held.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_file_of_a_server_that_runs_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "pid"
+    held = PidFile(str(path))
+    with pytest.raises(PidFileRefused, match=f"a server that runs, process {os.getpid()}"):
+        PidFile(str(path))
+    held.close()
+
+
+@pytest.mark.parametrize("left", ["1\n", "", "garbage"])
+def test_what_a_dead_server_has_left_is_replaced_whoever_has_its_number_now(
+    left: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "pid"
+    path.write_text(left)
+    held = PidFile(str(path))
+    assert path.read_text() == f"{os.getpid()}\n"
+    held.close()
+
+
+def test_a_successor_takes_the_file_over_and_the_one_before_leaves_it(tmp_path: Path) -> None:
+    path = tmp_path / "pid"
+    old = PidFile(str(path))
+    new = PidFile(str(path), replace=True)
+    old.close()
+    assert path.exists()
+    with pytest.raises(PidFileRefused):
+        PidFile(str(path))
+    new.close()
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("name", ["no/such/folder/pid", "."])
+def test_a_file_that_cannot_be_written_is_said(name: str, tmp_path: Path) -> None:
+    with pytest.raises(PidFileRefused, match="cannot"):
+        PidFile(str(tmp_path / name))
+    assert not list(tmp_path.iterdir())
+
+
+# -- files that change -----------------------------------------------------------------------------
+
+
+def test_only_python_files_count_and_not_those_of_environments(tmp_path: Path) -> None:
+    for name in (
+        "a.py",
+        "b/c.py",
+        ".hidden.py",
+        ".git/d.py",
+        "b/__pycache__/c.py",
+        "env/e.py",
+        "f.txt",
+        "g.so",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    (tmp_path / "env" / "pyvenv.cfg").write_text("")
+    found = {os.path.relpath(path, tmp_path) for path in snapshot([str(tmp_path)])}
+    assert found == {"a.py", "b/c.py", "g.so"}
+    assert snapshot(["/no/such/folder"]) == {}
+
+
+@pytest.mark.parametrize(
+    ("path", "watched"),
+    [
+        ("/srv/.app/a.py", True),
+        ("/srv/.app/b/a.py", True),
+        ("/srv/.app/.git/a.py", False),
+        ("/srv/.app/__pycache__/a.py", False),
+        ("/srv/.app/lib/site-packages/a.py", False),
+        ("/srv/.app/a.txt", False),
+        ("/srv/other/a.py", False),
+    ],
+)
+def test_a_path_is_judged_by_what_is_below_the_folder(path: str, watched: bool) -> None:
+    assert is_watched(path, ["/srv/.app"]) is watched
+
+
+def test_what_has_come_gone_or_changed_differs() -> None:
+    before = {"gone": (1, 1, 1), "same": (1, 1, 1), "changed": (1, 1, 1)}
+    now = {"come": (1, 1, 1), "same": (1, 1, 1), "changed": (1, 1, 2)}
+    assert differing(before, now) == ["changed", "come", "gone"]
+
+
+@pytest.mark.parametrize("notified", [False, True])
+def test_a_change_is_told_once_when_all_is_quiet(notified: bool, tmp_path: Path) -> None:
+    if notified:
+        pytest.importorskip("watchfiles")
+    (tmp_path / "a.py").write_text("1")
+    told: queue.SimpleQueue[list[str]] = queue.SimpleQueue()
+    watcher = Watcher([str(tmp_path)], told.put, notified=notified)
+    writing = threading.Event()
+
+    def write() -> None:  # until it is noticed: a notifier may need a moment to begin
+        number = 0
+        while not writing.wait(0.02):
+            number += 1
+            (tmp_path / "a.py").write_text(f"{number}")
+            if number > 20:
+                break
+
+    try:
+        thread = threading.Thread(target=write)
+        thread.start()
+        assert told.get(timeout=10) == [str(tmp_path / "a.py")]
+        writing.set()
+        thread.join()
+        (tmp_path / "b.py").write_text("2")
+        (tmp_path / "c.txt").write_text("2")
+        while (paths := told.get(timeout=10)) == [str(tmp_path / "a.py")]:
+            continue
+        assert paths[-1] == str(tmp_path / "b.py")
+        assert str(tmp_path / "c.txt") not in paths
+    finally:
+        writing.set()
+        watcher.close()
