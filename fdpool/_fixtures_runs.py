@@ -270,3 +270,19 @@ def _is_of_tests(module: Any) -> bool:
     """True for what pytest has imported with its assertions rewritten: test modules and conftests."""
     loader = getattr(module, "__loader__", None)
     return type(loader).__module__.startswith("_pytest.")
+
+
+def pickled_for_others(obj: Any) -> bytes:
+    """The pickle of an order for a fresh interpreter; what it has of test modules travels by value.
+
+    Raises:
+        NotPicklable: it cannot.
+    """
+    import cloudpickle
+
+    carried = next(iter(obj.args), None)
+    with _by_value(carried):
+        try:
+            return bytes(cloudpickle.dumps(obj))
+        except Exception as error:
+            raise NotPicklable(f"{carried!r} cannot travel to a process that keeps it: {error}") from error

@@ -88,6 +88,11 @@ class Served:
         return os.pread(self._log_fd, size, 0).decode(errors="backslashreplace")
 
     @property
+    def log_fd(self) -> int:
+        """Descriptor of the file that its log is; the handle's own."""
+        return self._log_fd
+
+    @property
     def running(self) -> bool:
         """True until it ends, for whatever reason."""
         return self._run is not None and not self._run.future.done()

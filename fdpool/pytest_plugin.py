@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ._fixtures_listener import Kind, Listener
     from ._fixtures_pools import PoolFactory, SharedPool
     from ._fixtures_serve import Serve
+    from ._fixtures_service import Services
     from .pool import Pool
 
 _SERVE = pytest.StashKey["Serve"]()
@@ -278,6 +279,17 @@ def serve(_fdpool_servers: Pool, request: pytest.FixtureRequest) -> Iterator[Ser
     servers.close()
     if texts:
         pytest.fail("\n".join(texts), pytrace=False)
+
+
+@pytest.fixture(scope="session")
+def session_service() -> Iterator[Services]:
+    """One server for all processes of the test run, under pytest-xdist, too: `session_service(name, function)`. Whoever
+    asks first starts it; it ends with the last that holds it."""
+    from ._fixtures_service import Services
+
+    services = Services(os.environ.get("PYTEST_XDIST_TESTRUNUID") or str(os.getpid()))
+    yield services
+    services.close()
 
 
 _TOLD = pytest.StashKey[bool]()

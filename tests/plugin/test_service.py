@@ -1,0 +1,149 @@
+"""`session_service`: one server for all processes of a run, started by the first and ended with the last."""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import psutil
+import pytest
+
+import fdpool
+from fdpool._fixtures_errors import ServerDied
+from fdpool._fixtures_service import Services
+from tests.plugin.conftest import Run
+from tests.process_state import seconds_until_gone, wait_until
+
+
+def tell_pid(listening: socket.socket) -> None:
+    print("serving")
+    while True:
+        with listening.accept()[0] as connection:
+            connection.sendall(str(os.getpid()).encode())
+
+
+def folders() -> set[str]:
+    return {name for name in os.listdir(tempfile.gettempdir()) if name.startswith("fdpool-tests-")}
+
+
+def test_all_holders_have_one_server_and_it_ends_with_the_last() -> None:
+    before = folders()
+    first, second, other = Services("a run"), Services("a run"), Services("another run")
+    try:
+        one, two, third = (services("pids", tell_pid) for services in (first, second, other))
+        assert first("pids", tell_pid) is one
+        assert one.pid == two.pid != third.pid
+        assert one.address == two.address != third.address
+        assert one.url == two.url
+        for service in (one, two):
+            with service.listener.connect() as client:
+                assert int(client.recv(20)) == service.pid
+        assert two.logs == "serving\n"
+        server = psutil.Process(one.pid)
+        first.close()
+        with two.listener.connect() as client:
+            assert int(client.recv(20)) == two.pid
+        second.close()
+        assert seconds_until_gone([server]) < 2
+        assert psutil.pid_exists(third.pid)
+    finally:
+        for services in (first, second, other):
+            services.close()
+    wait_until(lambda: folders() <= before)
+
+
+def test_a_holder_that_is_killed_lets_go(tmp_path: Path) -> None:
+    program = (
+        "import os, sys, time\n"
+        "from fdpool._fixtures_service import Services\n"
+        "from tests.plugin.test_service import tell_pid\n"
+        "print(Services(sys.argv[1])('pids', tell_pid).pid, flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, stdin=subprocess.DEVNULL
+    ) as process:
+        assert process.stdout is not None
+        server = psutil.Process(int(process.stdout.readline()))
+        process.kill()
+    assert seconds_until_gone([server]) < 2
+
+
+def test_a_program_may_be_a_service() -> None:
+    services = Services("programs")
+    program = "import socket; s = socket.socket(fileno=3)\nwhile 1: s.accept()[0].sendall(b'program')"
+    try:
+        service = services.command("shouter", [sys.executable, "-c", program], kind="unix")
+        with service.listener.connect() as client:
+            assert client.recv(20) == b"program"
+    finally:
+        services.close()
+    assert seconds_until_gone([psutil.Process(service.pid)] if psutil.pid_exists(service.pid) else []) < 2
+
+
+def test_one_that_cannot_be_started_fails_every_holder_with_the_reason() -> None:
+    def fails(listening: socket.socket, ready: object) -> None:
+        raise LookupError("no such database")
+
+    services = Services("failing")
+    for _ in range(2):
+        with pytest.raises(
+            ServerDied, match="the service db could not be started: .*LookupError: no such database"
+        ):
+            services("db", fails)
+    services.close()
+
+
+def test_misuse_is_refused() -> None:
+    services = Services("misuse")
+    with pytest.raises(ValueError, match="a service is named by a string without slashes, not 'a/b'"):
+        services("a/b", tell_pid)
+    with pytest.raises(fdpool.NotPicklable, match="cannot travel to a process that keeps it"):
+        services("x", tell_pid, (each for each in "x"))
+
+
+def test_a_folder_that_others_may_enter_is_not_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    services = Services("open")
+    folder = Path(services._folder)
+    folder.mkdir(mode=0o777)
+    folder.chmod(0o777)
+    with pytest.raises(PermissionError, match="is not a folder that only this user may enter"):
+        services("pids", tell_pid)
+    folder.chmod(0o700)
+    services("pids", tell_pid)
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    services.close()
+    wait_until(lambda: not folder.exists())
+
+
+def test_processes_of_xdist_share_one_server(run_pytest: Run, tmp_path: Path) -> None:
+    """F1: sixteen tests in three processes, all at one server that was started once."""
+    outcome = run_pytest(
+        """
+        import os, socket, pytest
+        def tell_pid(listening):
+            while True:
+                with listening.accept()[0] as connection:
+                    connection.sendall(str(os.getpid()).encode())
+        @pytest.fixture(scope="session")
+        def service(session_service): return session_service("pids", tell_pid)
+        @pytest.mark.parametrize("number", range(16))
+        def test_it(service, number, worker_id):
+            with service.listener.connect() as client:
+                assert int(client.recv(20)) == service.pid
+            with open("found", "a") as file: file.write(f"{service.pid} {worker_id}\\n")
+        def test_last(): pass
+        """,
+        "-n3",
+        "--fdpool-leaks=fail",
+    )
+    outcome.assert_counts(passed=17)
+    lines = [line.split() for line in (tmp_path / "found").read_text().splitlines()]
+    assert len({pid for pid, _ in lines}) == 1
+    assert len({worker for _, worker in lines}) == 3
