@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from . import _messages, _platform, _process, _spawn
+from .errors import FdTransferError
 from .payload import Payload
 from .sockets import StreamSocket
 
@@ -83,7 +84,7 @@ class ControlLink:
             raise
 
     def try_receive(self) -> tuple[_messages.ToClient, list[int]] | None:
-        """One frame and its descriptors (the caller's), or None if none has come.
+        """One frame and its descriptors (the caller's), or None if none has come. They may be missing.
 
         Raises:
             EOFError: the supervisor is gone.
@@ -92,6 +93,10 @@ class ControlLink:
             frame = self.socket.try_receive_bytes()
         except ConnectionResetError as error:
             raise EOFError("the supervisor died with frames unread") from error
+        except FdTransferError as error:
+            # At the limit of open files there is no room for a worker's pidfd. The pool can do without, but not
+            # without the news.
+            frame = error.data, []
         if frame is None:
             return None
         message: _messages.ToClient = _messages.decode_control(frame[0])  # type: ignore[assignment]

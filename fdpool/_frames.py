@@ -131,7 +131,9 @@ class FrameReader:
 
     def _complaint(self, current: _Incoming) -> Exception:
         if current.got_fds <= self._max_fds:
-            return fds_lost(current.got_fds, "frame")
+            lost = fds_lost(current.got_fds, "frame")
+            lost.data = b"".join(current.pieces)
+            return lost
         limit = f"the limit max_fds={self._max_fds}"
         return WireError(
             f"a frame came with {current.got_fds} descriptors, above {limit}; all have been closed"

@@ -18,7 +18,6 @@ from ._critical import Mask, block_signals, put_back
 from ._links import Exit, SlotLink, Waker
 from ._receiver import Receiver
 from ._tasks import TaskFuture
-from .errors import FdTransferError
 
 if TYPE_CHECKING:
     from ._client import Client
@@ -208,9 +207,6 @@ class Pump:
             self._selector.unregister(control.socket)
             self._client.supervisor_gone()
             return False
-        except FdTransferError as error:
-            broken = PoolBroken(f"what the pool's supervisor reported was lost: {error}")
-            self._client.critical.post(self._client.break_pool, broken)
         return True
 
     def _take_report(self, report: _messages.ToClient, numbers: list[int]) -> None:

@@ -7,6 +7,7 @@ what cannot be loaded or pickled, descriptors that did not arrive.
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import signal
@@ -295,6 +296,8 @@ class Worker:
                 wire.send(self._inbox, (header, body), fds)
                 break
             except OSError as error:
+                if error.errno == errno.ECONNREFUSED:
+                    raise SystemExit(1) from None  # the client is dead: nobody reads a traceback of that
                 if error.errno not in _messages.MAY_YET_LAND:
                     raise
                 select.select([], [], [], pause_s)

@@ -131,6 +131,7 @@ class FdTransferError(FdpoolError, OSError):
     Attributes:
         wanted: how many descriptors the message was sent with.
         got: how many arrived (they have been closed).
+        data: from a stream, the bytes of the frame that they belonged to; else empty.
     """
 
     may_have_run = False
@@ -139,6 +140,7 @@ class FdTransferError(FdpoolError, OSError):
         super().__init__(message)
         self.wanted = wanted
         self.got = got
+        self.data = b""
 
 
 class TaskTimeout(FdpoolError, TimeoutError):

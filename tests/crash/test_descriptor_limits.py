@@ -5,23 +5,15 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import signal
 from concurrent.futures import wait
 
 import pytest
 
 import fdpool
+from tests.chaos.disorder import limit_with_room
 from tests.contract.helpers import square
-from tests.process_state import open_descriptors
-
-
-def _highest_free(room: int) -> int:
-    """The limit of open files at which exactly `room` more can be opened."""
-    taken = set(open_descriptors())
-    number = 0
-    while room or number in taken:
-        room -= number not in taken
-        number += 1
-    return number
+from tests.process_state import wait_until
 
 
 @pytest.mark.parametrize("room", [1, 4, 6, 7, 8, 9, 10, 13, 14, 17])
@@ -30,7 +22,7 @@ def test_a_client_without_descriptors_breaks_with_a_reason_or_works(room: int) -
         pool.submit(square, 1).result()  # whatever is imported late is, now
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     outcomes: list[object] = []
-    resource.setrlimit(resource.RLIMIT_NOFILE, (_highest_free(room), hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit_with_room(room), hard))
     try:
         pool = fdpool.Pool(2)
         futures = []
@@ -54,3 +46,26 @@ def test_a_client_without_descriptors_breaks_with_a_reason_or_works(room: int) -
             assert os.strerror(errno.EMFILE) in outcome or "limit of open files" in outcome, outcome
             assert "defect" not in outcome
             assert "interrupted" not in outcome
+
+
+def test_a_client_without_room_for_a_pidfd_hears_of_a_new_worker_all_the_same() -> None:
+    """T3: a worker's start is reported with a descriptor, which the pool can do without."""
+    with fdpool.Pool(2) as pool:
+        gate, release = os.pipe()
+        with open(gate, "rb", buffering=0) as end:
+            held = pool.submit(end.__class__.read, end)
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        control = pool._client.control
+        assert control is not None
+        os.kill(control.pid, signal.SIGSTOP)
+        second = pool.submit(square, 3)
+        wait_until(lambda: not control.socket.backlog)
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit_with_room(0), hard))
+            os.kill(control.pid, signal.SIGCONT)
+            assert second.result(20) == 9
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            os.close(release)
+        assert held.result(20) == b""
+        assert len(pool.worker_pids()) == 2

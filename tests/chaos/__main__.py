@@ -1,0 +1,42 @@
+"""The command: see the package."""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import time
+
+from .run import Chaos
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
+    parser.add_argument("--minutes", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=random.SystemRandom().getrandbits(32))
+    parser.add_argument("--workers", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=6)
+    parser.add_argument(
+        "--thief", action="store_true", help="leave the client without descriptors now and then"
+    )
+    options = parser.parse_args()
+    begun = time.monotonic()
+    chaos = Chaos(
+        options.seed,
+        seconds=options.minutes * 60,
+        workers=options.workers,
+        threads=options.threads,
+        thief=options.thief,
+    )
+    wrong = chaos.run()
+    print(
+        f"seed {options.seed}: {sum(chaos.done.values())} tasks in {time.monotonic() - begun:.1f} s, "
+        f"{chaos.kills} workers killed, lost {dict(chaos.failed)}, {len(wrong)} wrong; {dict(chaos.done)}"
+    )
+    for line in wrong[:20]:
+        print("  " + line)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,92 @@
+"""Who disturbs a chaos: one kills and stops workers and their programs, one takes the client's descriptors away."""
+
+from __future__ import annotations
+
+import os
+import random
+import resource
+import signal
+import threading
+import time
+from collections.abc import Callable
+
+import psutil
+
+import fdpool
+
+_FATAL = (signal.SIGKILL, signal.SIGKILL, signal.SIGSEGV, signal.SIGTERM)
+
+
+class Assassin:
+    """Kills, stops and continues.
+
+    Attributes:
+        kills: of workers.
+    """
+
+    def __init__(self, pool: fdpool.Pool, dice: random.Random, pauses: tuple[float, float]) -> None:
+        self.kills = 0
+        self._pool = pool
+        self._dice = dice
+        self._pauses = pauses
+
+    def act(self, stop: threading.Event) -> None:
+        """Runs in: a thread, until `stop`."""
+        while not stop.wait(self._dice.uniform(*self._pauses)):
+            pids = self._pool.worker_pids()
+            if not pids:
+                continue
+            pid = self._dice.choice(pids)
+            try:
+                self._disturb(pid, self._dice.random())
+            except (ProcessLookupError, psutil.NoSuchProcess):
+                continue
+
+    def _disturb(self, pid: int, what: float) -> None:
+        if what < 0.6:
+            os.kill(pid, self._dice.choice(_FATAL))
+            self.kills += 1
+        elif what < 0.85:
+            os.kill(pid, signal.SIGSTOP)
+            time.sleep(self._dice.uniform(0.001, 0.05))
+            os.kill(pid, signal.SIGCONT)
+        else:
+            below = psutil.Process(pid).children(recursive=True)
+            if below:
+                below[self._dice.randrange(len(below))].send_signal(signal.SIGKILL)
+
+
+class Thief:
+    """Now and then leaves the client few descriptors, or none, for a moment."""
+
+    def __init__(self, dice: random.Random) -> None:
+        self._dice = dice
+
+    def act(self, stop: threading.Event) -> None:
+        """Runs in: a thread, until `stop`."""
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        try:
+            while not stop.wait(self._dice.uniform(0.1, 0.6)):
+                resource.setrlimit(resource.RLIMIT_NOFILE, (limit_with_room(self._dice.randrange(6)), hard))
+                time.sleep(self._dice.uniform(0.001, 0.05))
+                resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def limit_with_room(room: int) -> int:
+    """The limit of open files at which exactly `room` more can be opened."""
+    taken = {int(name) for name in os.listdir("/proc/self/fd")}
+    number = 0
+    while room or number in taken:
+        room -= number not in taken
+        number += 1
+    return number
+
+
+def started(actors: list[Callable[[threading.Event], None]], stop: threading.Event) -> list[threading.Thread]:
+    """A running thread for each."""
+    threads = [threading.Thread(target=act, args=(stop,)) for act in actors]
+    for thread in threads:
+        thread.start()
+    return threads

@@ -1,0 +1,156 @@
+"""One chaos: submits, disturbs, and says what was wrong."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import random
+import tempfile
+import threading
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+
+import fdpool
+from tests.process_state import children, open_descriptors
+
+from .disorder import Assassin, Thief, started
+from .kinds import KINDS, World
+
+
+class Chaos:
+    """One run.
+
+    Args:
+        seed: of all dice.
+        tasks: how many, at most.
+        seconds: how long tasks are submitted, at most.
+        workers, threads: of the pool; that submit.
+        pauses: the least and the longest between two disturbances.
+        thief: the client lacks descriptors now and then.
+
+    Attributes:
+        done: how often each kind was tried.
+        failed: how often tasks were lost to a disturbance, by the error's type.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        tasks: int = 1 << 60,
+        seconds: float = 1e9,
+        workers: int = 3,
+        threads: int = 6,
+        pauses: tuple[float, float] = (0.005, 0.08),
+        thief: bool = False,
+    ) -> None:
+        self.tasks, self.seconds, self.workers, self.threads = tasks, seconds, workers, threads
+        self.pauses, self.thief = pauses, thief
+        self.dice = random.Random(seed)
+        self.kills = 0
+        self.done: Counter[str] = Counter()
+        self.failed: Counter[str] = Counter()
+        self.wrong: list[str] = []
+        self._lock = threading.Lock()
+
+    def run(self) -> list[str]:
+        """The whole run; returns what was wrong."""
+        fds_before, children_before = set(open_descriptors()), set(children())
+        with tempfile.NamedTemporaryFile(buffering=0) as file:
+            with open(file.name, "ab", buffering=0) as ledger, fdpool.Pool(self.workers) as pool:
+                with pool.share([n * 7 for n in range(1000)]) as table:
+                    world = World(pool, ledger, file.name, table)
+                    self._disturbed(world)
+            entries = file.read()
+        self._judge_ledger(world, entries)
+        self.wrong += [
+            f"a future called back {count} times" for count in world.called_back.values() if count != 1
+        ]
+        if self.failed["WorkerLost"] > self.kills * (1 + self.threads):
+            self.wrong.append(f"{self.failed['WorkerLost']} tasks lost by {self.kills} kills")
+        gc.collect()
+        if left := set(open_descriptors()) - fds_before:
+            self.wrong.append(f"descriptors left: {left}")
+        if left := set(children()) - children_before:
+            self.wrong.append(f"processes left: {left}")
+        return self.wrong
+
+    def _disturbed(self, world: World) -> None:
+        assassin = Assassin(world.pool, random.Random(self.dice.getrandbits(32)), self.pauses)
+        actors = [assassin.act]
+        if self.thief:
+            actors.append(Thief(random.Random(self.dice.getrandbits(32))).act)
+        stop = threading.Event()
+        ends = time.monotonic() + self.seconds
+        clients = [
+            threading.Thread(
+                target=self._client,
+                args=(world, range(n + 1, self.tasks + 1, self.threads), self.dice.getrandbits(32), ends),
+            )
+            for n in range(self.threads)
+        ]
+        disturbers = started(actors, stop)
+        try:
+            for thread in clients:
+                thread.start()
+            for thread in clients:
+                thread.join()
+        finally:
+            stop.set()
+            for thread in disturbers:
+                thread.join()
+        self.kills = assassin.kills
+
+    def _client(self, world: World, numbers: range, seed: int, ends: float) -> None:
+        """Runs in: each of the threads that submit."""
+        dice = random.Random(seed)
+        kinds, weights = list(KINDS), list(KINDS.values())
+        for number in numbers:
+            if time.monotonic() > ends:
+                return
+            kind = dice.choices(kinds, weights)[0]
+            problem = self._attempt(partial(kind, world, number, dice))
+            with self._lock:
+                self.done[kind.__name__] += 1
+                if problem is not None:
+                    self.wrong.append(f"task {number} ({kind.__name__}): {problem}")
+
+    def _attempt(self, attempt: Callable[[], None]) -> str | None:
+        """What was wrong with one task, or None."""
+        try:
+            attempt()
+        except fdpool.WorkerLost:
+            self._note("WorkerLost")
+        except TimeoutError:
+            return "it hangs"
+        except BaseException as error:
+            if self.thief and _lacks_descriptors(error):
+                self._note(type(error).__name__)
+                return None
+            return traceback.format_exc(limit=-4)
+        return None
+
+    def _note(self, name: str) -> None:
+        with self._lock:
+            self.failed[name] += 1
+
+    def _judge_ledger(self, world: World, entries: bytes) -> None:
+        ran = Counter(int.from_bytes(entries[n : n + 8], "little") for n in range(0, len(entries), 8))
+        for number, count in ran.items():
+            if count > world.tries.get(number, 1):
+                self.wrong.append(f"task {number} ran {count} times")
+            if number in world.never:
+                self.wrong.append(f"task {number} ran, and was said not to have")
+
+
+def _lacks_descriptors(error: BaseException | None) -> bool:
+    """True if it is for want of descriptors, as the errors that it was raised from say."""
+    if error is None:
+        return False
+    if isinstance(error, fdpool.FdTransferError) or (
+        isinstance(error, OSError) and error.errno == errno.EMFILE
+    ):
+        return True
+    return "Too many open files" in str(error) or _lacks_descriptors(error.__cause__)
