@@ -159,6 +159,7 @@ class Supervisor:
             except BaseException as error:
                 reason = f"{type(error).__name__}: {error}"
                 self._tell(_messages.PreloadFailed(module, reason))
+                self._configuration = None
                 return
         # What is shared copy-on-write stays shared only if the collector does not touch it
         # (gc.freeze, Python 3.7: made for exactly this).
@@ -166,6 +167,11 @@ class Supervisor:
 
     def _start_worker(self, message: StartWorker, numbers: list[int]) -> None:
         slot, generation = message
+        if self._configuration is None:
+            # The client may have asked before it heard that, and a fast worker's answer would overtake the news.
+            fds.close_all(numbers)
+            self._tell(_messages.StartFailed(slot, generation, "a module could not be preloaded"))
+            return
         inbox_fd = numbers[0]
         stacks_fd = _new_stacks_file()
         os.environ[_trees.WORKER_MARK] = f"{os.getpid()}.{slot}.{generation}"
