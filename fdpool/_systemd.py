@@ -17,7 +17,9 @@ from .errors import BindFailed
 
 _FIRST = 3  # SD_LISTEN_FDS_START
 _LISTEN = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "LISTEN_PIDFDID")
-_PATIENCE_S = 1.0  # for a notification while systemd's queue is full
+_PATIENCE_S = (
+    5.0  # for a change of state while systemd's queue is full, which holds but a few messages (unix(7))
+)
 
 
 def listen_sockets(environment: MutableMapping[str, str] = os.environ) -> list[tuple[str, socket.socket]]:
@@ -97,7 +99,8 @@ class Notifier:
         watchdog_interval_s: call `watchdog` this often: half of WatchdogSec=, as sd_watchdog_enabled(3) advises. None
             if nobody watches this process.
 
-    Thread-safe: each notification is one datagram from a socket of its own.
+    A change of state waits for up to 5 s while systemd's queue is full; `watchdog` and `status` do not wait, as they
+    come again. Thread-safe: each notification is one datagram from a socket of its own.
     """
 
     def __init__(self, environment: MutableMapping[str, str] = os.environ) -> None:
@@ -123,24 +126,27 @@ class Notifier:
 
     def watchdog(self) -> bool:
         """The service is alive."""
-        return self._send("WATCHDOG=1")
+        return self._send("WATCHDOG=1", patience_s=0.0)
 
     def status(self, text: str) -> bool:
         """One line for `systemctl status`."""
-        return self._send(f"STATUS={' '.join(text.split())}")
+        return self._send(f"STATUS={' '.join(text.split())}", patience_s=0.0)
 
     def main_pid(self, pid: int) -> bool:
         """Another process is the service's main process from now on."""
         return self._send(f"MAINPID={pid}")
 
-    def _send(self, *assignments: str) -> bool:
+    def _send(self, *assignments: str, patience_s: float = _PATIENCE_S) -> bool:
         if not self.enabled:
             return False
         address = self._place.replace("@", "\0", 1) if self._place.startswith("@") else self._place
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
-                sender.settimeout(_PATIENCE_S)
-                sender.sendto("\n".join(assignments).encode(), address)
+                sender.settimeout(patience_s)
+                # Kernel: only of a connected datagram socket does poll(2) know whether the other queue is full. An
+                # unconnected one is always writable, and waiting for it would be a busy loop.
+                sender.connect(address)
+                sender.send("\n".join(assignments).encode())
         except OSError:  # nobody is there, or is too busy to look: neither is the service's trouble
             return False
         return True

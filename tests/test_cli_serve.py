@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import os
 import shutil
@@ -9,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -141,17 +143,17 @@ def test_a_line_for_people_is_the_default(app_dir: Path) -> None:
         "127.0.0.1:0",
         "shop:handle",
     ]
-    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as program:
+    with killed_at_last(subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)) as program:
         assert program.stderr is not None
         lines = [program.stderr.readline()]
         while " serve at " not in lines[-1]:
             lines.append(program.stderr.readline())
         program.terminate()
         lines += program.stderr.readlines()
+        assert program.wait(20) == 0
     assert f"[{program.pid}] fdpool " in lines[0]
     assert "shop:handle" in lines[0]
     assert not any(line.startswith("{") for line in lines)
-    assert program.returncode == 0
 
 
 def test_what_goes_wrong_in_a_worker_is_a_line_of_json_too(app_dir: Path) -> None:
@@ -291,45 +293,58 @@ def test_curl_is_answered_over_tcp_and_a_unix_socket(app_dir: Path) -> None:
     assert not os.path.exists(path)
 
 
+@contextlib.contextmanager
+def killed_at_last(program: subprocess.Popen[Any]) -> Iterator[subprocess.Popen[Any]]:
+    """A process that does not outlive the test, whatever becomes of that."""
+    with program:
+        try:
+            yield program
+        finally:
+            program.kill()
+
+
 @pytest.fixture
-def notified(tmp_path: Path) -> Iterator[socket.socket]:
-    """The socket of a service manager, at `tmp_path / "notify"`."""
+def told(tmp_path: Path) -> Iterator[list[str]]:
+    """What a service manager has been told at `tmp_path / "notify"`: it takes everything at once, as systemd does."""
+    said: list[str] = []
+    enough = threading.Event()
+
+    def listen() -> None:
+        while not enough.is_set():
+            try:
+                said.extend(manager.recv(10_000).decode().splitlines())
+            except TimeoutError:
+                continue
+
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(str(tmp_path / "notify"))
-        manager.settimeout(20)
-        yield manager
-
-
-def told(manager: socket.socket, what: str) -> str:
-    """The first notification that begins so."""
-    while True:
-        said = manager.recv(10_000).decode()
-        if any(line.startswith(what) for line in said.splitlines()):
-            return said
+        manager.settimeout(0.05)
+        listening = threading.Thread(target=listen)
+        listening.start()
+        yield said
+        enough.set()
+        listening.join()
 
 
 @pytest.mark.skipif(shutil.which("systemd-socket-activate") is None, reason="it comes with systemd")
-def test_under_systemd_it_takes_the_sockets_and_tells_its_states(
-    app_dir: Path, notified: socket.socket
-) -> None:
+def test_under_systemd_it_takes_the_sockets_and_tells_its_states(app_dir: Path, told: list[str]) -> None:
     """Activated by the first connection, which is answered; then a reload, and the end."""
     command = ["systemd-socket-activate", "-l", f"{app_dir}/s", "-E", f"PYTHONPATH={ROOT}"]
     command += ["-E", f"NOTIFY_SOCKET={app_dir}/notify", "-E", "WATCHDOG_USEC=200000"]
     command += [sys.executable, "-m", "fdpool", "serve", "--app-dir", str(app_dir), "-w", "1", "shop:handle"]
-    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as program:
+    with killed_at_last(subprocess.Popen(command, stderr=subprocess.DEVNULL)) as program:
         wait_until(lambda: os.path.exists(f"{app_dir}/s"))
         with socket.socket(socket.AF_UNIX) as client:
             wait_until(lambda: client.connect_ex(f"{app_dir}/s") == 0)
             client.sendall(b"GET / HTTP/1.1\r\n\r\n")
             assert client.recv(65536).startswith(b"HTTP/1.1 200 OK")
-        told(notified, "READY=1")
-        told(notified, "WATCHDOG=1")
+        wait_until(lambda: "READY=1" in told and "WATCHDOG=1" in told)
         program.send_signal(signal.SIGHUP)
-        assert "MONOTONIC_USEC=" in told(notified, "RELOADING=1")
-        told(notified, "READY=1")
+        wait_until(lambda: "RELOADING=1" in told and "READY=1" in told[told.index("RELOADING=1") :])
+        assert told[told.index("RELOADING=1") + 1].startswith("MONOTONIC_USEC=")
         program.terminate()
-        told(notified, "STOPPING=1")
         assert program.wait(20) == 0
+        wait_until(lambda: "STOPPING=1" in told)
     assert os.path.exists(f"{app_dir}/s")  # it is systemd's
 
 
@@ -337,7 +352,7 @@ def test_under_systemd_it_takes_the_sockets_and_tells_its_states(
 def test_closed_standard_streams_are_never_mistaken_for_sockets(closed: str, app_dir: Path) -> None:
     """R2."""
     line = f"exec {sys.executable} -m fdpool serve --app-dir {app_dir} -b unix:{app_dir}/s -w 1 shop:handle {closed}"
-    with subprocess.Popen(["sh", "-c", line], cwd=ROOT) as program:
+    with killed_at_last(subprocess.Popen(["sh", "-c", line], cwd=ROOT)) as program:
         with socket.socket(socket.AF_UNIX) as client:
             wait_until(lambda: client.connect_ex(f"{app_dir}/s") == 0)
             client.sendall(b"GET / HTTP/1.1\r\n\r\n")
@@ -346,7 +361,7 @@ def test_closed_standard_streams_are_never_mistaken_for_sockets(closed: str, app
             for fd in (0, 1, 2):
                 assert "socket" not in os.readlink(f"/proc/{each.pid}/fd/{fd}")
         program.terminate()
-    assert program.returncode == 0
+        assert program.wait(20) == 0
 
 
 # -- HTTP ------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ import pytest
 
 from fdpool import BindFailed
 from fdpool._systemd import Notifier, listen_sockets, successor_environment
+from tests.process_state import wait_until
 
 # A child that finds the descriptors of its parent from 3 on; what it says at the end is what it found.
 CHILD = """
@@ -276,15 +278,53 @@ def test_without_systemd_nothing_happens() -> None:
     assert not any([notifier.ready(), notifier.reloading(), notifier.stopping(), notifier.watchdog()])
 
 
-def test_a_manager_that_does_not_look_delays_nobody_for_long(manager: socket.socket, place: str) -> None:
-    """M12: a named datagram socket has room for a few messages."""
+def fill(notifier: Notifier) -> int:
+    """Notify until the manager's queue is full (M12: it has room for a few messages); how often that was."""
+    for count in range(1000):
+        if not notifier.watchdog():
+            return count
+    pytest.fail("its queue has no bound")
+
+
+def test_what_comes_again_does_not_wait_for_a_manager_that_does_not_look(
+    manager: socket.socket, place: str
+) -> None:
     notifier = Notifier({"NOTIFY_SOCKET": place})
-    for _ in range(1000):
-        if not notifier.status("here I am"):
-            break
-    else:
-        pytest.fail("its queue has no bound")
-    assert manager.recv(1000) == b"STATUS=here I am"
+    begun = time.monotonic()
+    count = fill(notifier)
+    assert not notifier.status("here I am")
+    assert time.monotonic() - begun < 1.0
+    assert [manager.recv(1000) for _ in range(count)] == [b"WATCHDOG=1"] * count
+
+
+def test_a_change_of_state_waits_for_a_manager_that_is_busy_without_using_the_processor(
+    manager: socket.socket, place: str
+) -> None:
+    notifier = Notifier({"NOTIFY_SOCKET": place})
+    count = fill(notifier)
+    told: list[bool] = []
+    used_s: list[float] = []
+
+    def tell() -> None:
+        told.append(notifier.ready())
+        used_s.append(time.thread_time())
+
+    waiting = threading.Thread(target=tell)
+    waiting.start()
+    wait_until(lambda: blocked_in_poll(waiting))
+    waiting.join(0.2)
+    assert told == []
+    assert [manager.recv(1000) for _ in range(count)] == [b"WATCHDOG=1"] * count
+    waiting.join()
+    assert (told, manager.recv(1000)) == ([True], b"READY=1")
+    assert used_s[0] < 0.1
+
+
+def blocked_in_poll(thread: threading.Thread) -> bool:
+    """True while the kernel has the thread sleep."""
+    if thread.native_id is None:
+        return False
+    return Path(f"/proc/self/task/{thread.native_id}/stat").read_text().rpartition(")")[2].split()[0] == "S"
 
 
 @pytest.mark.parametrize(
