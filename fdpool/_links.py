@@ -152,6 +152,10 @@ class Waker:
         """The end that becomes readable."""
         return self._read
 
+    def write_fileno(self) -> int:
+        """The end to write to, for `signal.set_wakeup_fd`."""
+        return self._write
+
     def wake(self) -> None:
         """Make `fileno()` readable; nothing happens if it is, or if the waker is closed."""
         try:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
 import logging
 import math
 import socket
@@ -23,6 +24,12 @@ import uvicorn
 
 from ._server_context import Order, ServerWorker
 from ._server_doors import Door, Listening
+
+# uvicorn imports these, and what they stand for (httptools, websockets, uvloop), as it first needs them: in each worker
+# again, unless this module was imported in the supervisor.
+for _name in ("lifespan.on", "loops.auto", "protocols.http.auto", "protocols.websockets.auto"):
+    with contextlib.suppress(ImportError):
+        importlib.import_module(f"uvicorn.{_name}")
 
 Message = MutableMapping[str, Any]
 Application = Callable[[Any, Any, Any], Awaitable[None]]
@@ -71,6 +78,8 @@ class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may no
         self._door = door  # None where uvicorn accepts by itself
         self._serving_loop: asyncio.AbstractEventLoop | None = None
         self._order: tuple[float, bool] | None = None  # a drain's end, and whether everybody leaves
+        self._open = 0
+        self._adopting = 0
         self._idle_at = math.inf  # when idle connections are closed
 
     @contextlib.contextmanager
@@ -106,14 +115,28 @@ class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may no
             server.close()
         self._leave_door()
         self._worker.closed()
+        self._mark_answers()
         for connection in list(self.server_state.connections):
             if leaving or not hasattr(connection, "timeout_keep_alive_task"):  # all but HTTP: WebSockets
                 connection.shutdown()
         if self._idle_at == math.inf:
             self._idle_at = time.monotonic() + self.config.timeout_keep_alive
 
+    def _mark_answers(self) -> None:
+        """Have every answer that has not begun end its connection, and say so: uvicorn heeds that header."""
+        if _CLOSE in self.config.encoded_headers:
+            return
+        self.config.encoded_headers.append(_CLOSE)
+        self.server_state.default_headers = [*self.server_state.default_headers, _CLOSE]
+        for connection in self.server_state.connections:
+            cycle = getattr(connection, "cycle", None)
+            if cycle is not None and not cycle.response_started:
+                cycle.default_headers = [*cycle.default_headers, _CLOSE]
+
     async def on_tick(self, counter: int) -> bool:
         self._worker.progress.beat()
+        if self._door is not None:
+            self._count_open()
         if self._order is not None:
             now = time.monotonic()
             until, _ = self._order
@@ -137,6 +160,8 @@ class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may no
             return
         connection = self._door.take(fileno)
         if connection is not None:
+            self._adopting += 1
+            self._count_open()
             connection.setblocking(False)
             task = self._serving_loop.create_task(self._adopt(connection))
             task.add_done_callback(_log_failure)
@@ -157,6 +182,15 @@ class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may no
             await loop.connect_accepted_socket(protocol, connection, ssl=self.config.ssl)
         except OSError:
             connection.close()  # the client has gone
+        finally:
+            self._adopting -= 1
+
+    def _count_open(self) -> None:
+        before = self._open
+        self._open = len(self.server_state.connections) + self._adopting
+        self._worker.progress.has_open(self._open)
+        if self._open < before and self._door is not None:
+            self._door.ended()
 
     def _leave_door(self) -> None:
         if self._door is not None and self._serving_loop is not None:
@@ -173,7 +207,7 @@ def _log_failure(task: asyncio.Task[None]) -> None:
 
 
 class _Watched:
-    """The application, with its requests counted, and its answers marked while the worker drains.
+    """The application, with its requests counted.
 
     A request that does nothing for `timeout_s` seconds (receives nothing, sends nothing) is cancelled: that costs
     nobody else anything. A loop that does not turn is the server's to see.
@@ -189,38 +223,32 @@ class _Watched:
             await self._app(scope, receive, send)
             return
         worker = self._worker
-        token = worker.progress.begin()
-        worker.progress.excuse(token)
+        progress = worker.progress
+        progress.begin_untimed()
         try:
-            if scope["type"] == "http":
-                await self._answer(scope, receive, send)
-            else:
+            if self._timeout_s is None or scope["type"] != "http":
                 await self._app(scope, receive, send)
+            else:
+                await self._answer(scope, receive, send, self._timeout_s)
         finally:
-            worker.ended(token)
+            worker.ended(progress.end_untimed())
 
-    async def _answer(self, scope: Any, receive: Any, send: Any) -> None:
-        watch = None if self._timeout_s is None else _Watch(self._timeout_s, scope)
+    async def _answer(self, scope: Any, receive: Any, send: Any, timeout_s: float) -> None:
+        watch = _Watch(timeout_s, scope)
 
-        async def send_marked(message: Message) -> None:
-            if watch is not None:
-                watch.moved_on()
-            if message["type"] == "http.response.start" and self._worker.draining:
-                headers = [each for each in message.get("headers", ()) if each[0].lower() != b"connection"]
-                message = {**message, "headers": [*headers, _CLOSE]}
+        async def send_watched(message: Message) -> None:
+            watch.moved_on()
             await send(message)
 
         async def receive_watched() -> Any:
             message = await receive()
-            if watch is not None:
-                watch.moved_on()
+            watch.moved_on()
             return message
 
         try:
-            await self._app(scope, receive if watch is None else receive_watched, send_marked)
+            await self._app(scope, receive_watched, send_watched)
         finally:
-            if watch is not None:
-                watch.close()
+            watch.close()
 
 
 class _Watch:

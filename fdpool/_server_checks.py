@@ -66,7 +66,7 @@ def checked_interface(app: Any, interface: str | None, dispatch: str) -> str | N
             "an application that accepts for itself cannot be handed connections (dispatch='handoff')"
         )
     library = _FACES[interface][0] if interface is not None else None
-    if library is not None and importlib.util.find_spec(library) is None:
+    if library is not None and not _is_installed(library):
         raise ModuleNotFoundError(
             f"an application of the kind {interface!r} is served by {library}, which is not installed: "
             f"pip install 'fdpool[{interface}]'",
@@ -75,22 +75,44 @@ def checked_interface(app: Any, interface: str | None, dispatch: str) -> str | N
     return interface
 
 
-def modules_to_preload(preload: bool | Iterable[str], target: str | None, interface: str | None) -> list[str]:
-    """The modules to import before workers are forked: what serves, and what was asked for.
+def _is_installed(library: str) -> bool:
+    return importlib.util.find_spec(library) is not None
+
+
+def modules_to_serve(interface: str | None) -> list[str]:
+    """The modules that every worker needs to serve an application of this kind, or of one that is not known yet."""
+    faces = [
+        face for library, face in dict.fromkeys(_FACES.values()) if library is None or _is_installed(library)
+    ]
+    return ["fdpool._server_worker", *(faces if interface is None else [_FACES[interface][1]])]
+
+
+def modules_to_preload(preload: bool | Iterable[str], target: str | None) -> list[str]:
+    """The modules that were asked to be imported before workers are forked.
 
     Raises:
         TypeError, ValueError: `preload` is of no use.
     """
-    ours = ["fdpool._server_worker", *([_FACES[interface][1]] if interface is not None else [])]
     if preload is True:
         if target is None:
             raise ValueError("preload=True is for an application that is named, 'module:attribute'")
-        return [*ours, _server_apps.module_of(target)]
+        return [_server_apps.module_of(target)]
     if preload is False:
-        return ours
+        return []
     if isinstance(preload, str):
         raise TypeError(f"preload must be True or an iterable of module names, not the string {preload!r}")
-    return [*ours, *preload]
+    return list(preload)
+
+
+def handed_at_most(interface: str, threads: int | None) -> int:
+    """How many connections a worker may be handed at a time.
+
+    One that calls a handler can do with `threads`, and two more, so that it need not wait for the next. What speaks
+    HTTP has many that are idle; waitress takes no more than a hundred.
+    """
+    if interface in ("handler", "socketserver"):
+        return (threads or 1) + 2
+    return 90
 
 
 def check_descriptors(workers: int, dispatch: str) -> None:

@@ -68,6 +68,7 @@ class ServerWorker:
         self.slot = slot
         self.generation = generation
         self.progress = progress
+        self.interface = ""
         self.max_requests: int | None = None
         self._tell = tell
         self.is_ready = False
@@ -97,7 +98,7 @@ class ServerWorker:
         """Say that connections are taken from now on; more than once does nothing."""
         if not self.is_ready:
             self.is_ready = True
-            self._tell({"say": "ready"})
+            self._tell({"say": "ready", "interface": self.interface})
 
     def retire(self, why: str) -> None:
         """Ask to be replaced: another worker is started, and when it is ready, this one drains. Nothing is lost."""
@@ -109,9 +110,8 @@ class ServerWorker:
         """Say that nothing new is accepted any more."""
         self._tell({"say": "closed"})
 
-    def ended(self, token: int) -> None:
-        """A request is over."""
-        finished = self.progress.end(token)
+    def ended(self, finished: int) -> None:
+        """A request is over, and so many are."""
         if self.max_requests is not None and finished >= self.max_requests:
             self.retire(f"it has served {finished} requests")
 

@@ -8,13 +8,16 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from . import _process, _server_news
+from . import _process, _server_checks, _server_news
 from ._broken import PoolBroken
 from ._server_context import Order
 from ._server_link import WorkerLink
 from .errors import FdpoolError, PoolShutDown
 
 if TYPE_CHECKING:
+    import socket
+
+    from ._server_handoff import Handoff
     from ._server_listeners import Listeners
     from ._server_pools import Pools
     from ._server_turns import Turns
@@ -67,15 +70,25 @@ class Crew:
         failure: why the last one that could not serve did not.
     """
 
-    def __init__(self, turns: Turns, task: Task, pools: Pools, listeners: Listeners, boss: Hears) -> None:
+    def __init__(
+        self,
+        turns: Turns,
+        task: Task,
+        pools: Pools,
+        listeners: Listeners,
+        handoff: Handoff | None,
+        boss: Hears,
+    ) -> None:
         self._turns = turns
         self._task = task
         self._pools = pools
         self._listeners = listeners
+        self._handoff = handoff
         self._boss = boss
         self.links: dict[int, WorkerLink] = {}
         self.started = 0
         self.failure = ""
+        self._last_traceback = ""
 
     def start(self, number: int, slot: int, generation: int) -> None:
         """Have a worker started. That it cannot be is told in a later turn, as every end is."""
@@ -83,22 +96,23 @@ class Crew:
         link = None
         try:
             link = WorkerLink(number, slot, generation)
-            self._begin(link, anew=False)
+            inbox = None if self._handoff is None else self._handoff.seat(link)
+            self._begin(link, inbox, anew=False)
         except (FdpoolError, OSError) as error:
             if link is not None:
-                link.close()
+                self._let_go(link)
             self._turns.post(partial(self._never_began, number, slot, error))
             return
         self.links[number] = link
         self._turns.watch(link.control, partial(self._hear, link))
         _server_news.say_of(link, "worker_started", "of generation %d boots", generation, level=logging.DEBUG)
 
-    def _begin(self, link: WorkerLink, anew: bool) -> None:
+    def _begin(self, link: WorkerLink, inbox: socket.socket | None, anew: bool) -> None:
         try:
             link.start(
                 self._pools.of(link.generation, anew),
                 self._task.order._replace(slot=link.slot, generation=link.generation),
-                None,
+                inbox,
                 self._listeners.of(link.slot),
                 self._task.app,
                 lambda why: self._turns.post(partial(self._ended, link, why)),
@@ -106,7 +120,7 @@ class Crew:
         except (PoolBroken, PoolShutDown):
             if anew or _process.exiting():
                 raise
-            self._begin(link, anew=True)
+            self._begin(link, inbox, anew=True)
 
     def _never_began(self, number: int, slot: int, error: BaseException) -> None:
         self.failure = f"{type(error).__name__}: {error}"
@@ -147,6 +161,10 @@ class Crew:
                 link.pid,
                 boot_s=round(link.ready_at - link.began_at, 3),
             )
+            self._pools.interface = interface = str(message["interface"])
+            if self._handoff is not None:
+                most = _server_checks.handed_at_most(interface, self._task.order.threads)
+                self._handoff.opened(link.number, most)
             self._boss.worker_ready(link.number)
         elif said == "retire":
             _server_news.say_of(
@@ -169,10 +187,17 @@ class Crew:
         expected = link.draining or self._boss.stopping
         if link.ready_at is None and not expected:
             self.failure = why
-        _server_news.worker_ended(link, why, expected)
+        repeated = bool(link.traceback) and link.traceback == self._last_traceback
+        self._last_traceback = link.traceback or self._last_traceback
+        _server_news.worker_ended(link, why, expected, repeated)
         del self.links[link.number]
-        link.close()
+        self._let_go(link)
         self._boss.worker_ended(link.number, why)
+
+    def _let_go(self, link: WorkerLink) -> None:
+        if self._handoff is not None:
+            self._handoff.gone(link.number)
+        link.close()
 
     # -- what they are told --------------------------------------------------------------------------------
 
@@ -186,6 +211,8 @@ class Crew:
         link = self.links.get(number)
         if link is not None:
             link.draining = True
+            if self._handoff is not None:
+                self._handoff.closing(number)
             link.tell({"do": "drain", "grace_s": grace_s, "leaving": leaving})
 
     def end(self, number: int, why: str, stuck: bool) -> None:

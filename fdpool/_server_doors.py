@@ -101,14 +101,14 @@ class HandedOver:
             return None
         if len(received.fds) != 1 or received.fds_lost:
             close_all(received.fds)
-            # It was ours when the kernel could not give us its descriptor, so it is lost; the count must not be.
-            self._progress.end(self._progress.begin())
+            self._progress.took()
             _LOG.error(
                 "process %d lost a connection that it was handed: no descriptor was left (RLIMIT_NOFILE)",
                 os.getpid(),
                 extra={"event": "connection_lost"},
             )
             return None
+        self._progress.took()
         return socket.socket(fileno=received.fds[0])
 
     def pause_s(self) -> float:

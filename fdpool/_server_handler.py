@@ -113,7 +113,9 @@ class HandlerFace:
                     self._waker.wake()
 
     def _serve_one(self, connection: socket.socket) -> None:
-        token = self._worker.progress.begin()
+        progress = self._worker.progress
+        token = progress.begin()
+        progress.has_open(progress.in_flight)
         try:
             with connection:
                 self._handle(connection, connection.getpeername())
@@ -126,7 +128,8 @@ class HandlerFace:
                 extra={"event": "handler_failed"},
             )
         finally:
-            self._worker.ended(token)
+            self._worker.ended(progress.end(token))
+            progress.has_open(progress.in_flight)
             self._door.ended()
 
 

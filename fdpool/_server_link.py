@@ -10,6 +10,7 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
 from . import _server_worker
+from ._broken import WorkerLost
 from ._server_progress import Seen, SeenPage
 from .errors import FdTransferError, WireError
 from .fds import Fd, close_all
@@ -164,4 +165,20 @@ def _reason(done: Future[str]) -> str:
     if done.cancelled():
         return "it was not started any more"
     error = done.exception()
-    return done.result() if error is None else f"{type(error).__name__}: {error}"
+    if error is None:
+        return done.result()
+    if isinstance(error, WorkerLost):
+        # Its own text is about a task, and who runs a server has never heard of one.
+        how = (
+            f"was killed by {_name(error.signal)}" if error.signal else f"exited with code {error.exit_code}"
+        )
+        said = error.stderr.strip().splitlines()
+        return f"it {how}" + (f"; the last that it wrote to stderr: {said[-1]}" if said else "")
+    return f"{type(error).__name__}: {error}"
+
+
+def _name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"

@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from . import _process, _server_plan
 from ._server_crew import Crew, Task
+from ._server_handoff import Handoff
 from ._server_logs import reopen_logs
-from ._server_news import say
+from ._server_news import LOG, say
 from ._server_plan import Plan
+from ._server_succession import Succession
 from ._server_turns import Turns
 from ._server_watch import Watch
 from .errors import ReloadFailed, ServerFailed
@@ -28,6 +30,9 @@ if TYPE_CHECKING:
     from ._server_pools import Pools
 
 GAVE_UP = 3  # exit code: no worker can be booted (gunicorn says the same)
+_LAST_S = 0.5  # of the grace: for what workers have begun, when nothing else is waited for any more
+_STEP_S = 0.02
+_SUCCESSOR_S = 30.0  # how much longer than a worker a whole successor may take
 FAILED = 70  # exit code: a defect of the server (EX_SOFTWARE, sysexits.h)
 
 
@@ -35,9 +40,12 @@ class Loop:
     """Runs one server, from `start` until it is over.
 
     Args:
-        on_event: called in the loop's thread with "started", "reloading", "reloaded", "stopping", "over".
+        hands_over: this thread accepts, and hands each connection to a worker.
+        on_event: called in the loop's thread with "started", "reloading", "reloaded", "upgraded", "stopping",
+            "over" (no worker is left), "ended" (nothing is).
 
     Attributes:
+        is_running: False once nothing of it is left, but for its thread, which ends this moment.
         exit_code: once it is over: 0, or what an orchestrator is to be told.
         started: settled when all workers serve for the first time, or it is known that they never will.
     """
@@ -49,6 +57,7 @@ class Loop:
         pools: Pools,
         listeners: Listeners,
         watch: Watch,
+        hands_over: bool,
         on_event: Callable[[str], None],
     ) -> None:
         self._task = task
@@ -58,12 +67,20 @@ class Loop:
         self._watch = watch
         self._on_event = on_event
         self.turns = Turns()
-        self.crew = Crew(self.turns, task, pools, listeners, self)
+        self.handoff: Handoff | None = None
+        if hands_over:
+            self.handoff = Handoff(self.turns, [listener.socket for listener in listeners.first])
+        self.succession = Succession(
+            self.turns, listeners, plan.settings.boot_timeout_s + _SUCCESSOR_S, self._hand_over
+        )
+        self.crew = Crew(self.turns, task, pools, listeners, self.handoff, self)
         self.exit_code = 0
         self.started: Future[None] = Future()
         self._failure = ""
         self._reloads: dict[int, Future[int]] = {}
         self._over = False
+        self.is_running = True
+        self._stopping = False
         self._thread = threading.Thread(target=self._run, name="fdpool-server", daemon=True)
         crew = self.crew
         self._performers: dict[type, Callable[[Any], None]] = {
@@ -98,7 +115,13 @@ class Loop:
 
     def stop(self, grace_s: float | None = None) -> None:
         """End the server: within `grace_s` (or the grace it was made with), or at once if that is 0. Does not wait."""
-        self.turns.post(partial(self._stop, self._plan.settings.grace_s if grace_s is None else grace_s))
+        self.turns.post(
+            partial(self._stop, False, self._plan.settings.grace_s if grace_s is None else grace_s)
+        )
+
+    def upgrade(self) -> None:
+        """Have a new process of this program take over the listeners, and end when it serves."""
+        self.turns.post(self._upgrade)
 
     def reopen_logs(self) -> None:
         """Have log files opened anew, here and in every worker."""
@@ -109,6 +132,11 @@ class Loop:
         if threading.current_thread() is not self._thread:
             self._thread.join(timeout)
         return not self._thread.is_alive()
+
+    @property
+    def handed_over(self) -> bool:
+        """True once another process serves in place of this one."""
+        return self.succession.pid is not None
 
     @property
     def wanted(self) -> int:
@@ -141,6 +169,8 @@ class Loop:
 
     def forget_in_child(self) -> None:
         """Runs in a forked child: close the copies."""
+        if self.handoff is not None:
+            self.handoff.close()
         self.turns.close()
         self.crew.close()
         self._listeners.close(keep_path=True)
@@ -163,9 +193,11 @@ class Loop:
         except BaseException as error:
             self.exit_code = FAILED
             self._failure = f"the server's loop failed: {type(error).__name__}: {error}"
-            say("failed", "%s", self._failure, level=logging.CRITICAL, exc_info=error)
+            LOG.critical("%s", self._failure, exc_info=True, extra={"event": "failed"})
         finally:
             self._clean_up()
+            self.is_running = False
+            self._on_event("ended")
 
     def _wanted_at(self) -> float | None:
         moments = (self._plan.next_deadline(), self._watch.next_look)
@@ -176,8 +208,11 @@ class Loop:
             self._performers[type(action)](action)
 
     def _clean_up(self) -> None:
+        self.succession.close()
         self._pools.join(kill=not self._over)
         _process.unregister(self)
+        if self.handoff is not None:
+            self.handoff.close()
         self.crew.close()
         self.turns.close()
         self._task.app.close()
@@ -190,7 +225,7 @@ class Loop:
     # -- orders --------------------------------------------------------------------------------------------
 
     def _reload(self, future: Future[int]) -> None:
-        if self._plan.stopping:
+        if self._stopping:
             _fail(future, "the server is ending")
             return
         if self._task.on_reload is not None:
@@ -219,11 +254,33 @@ class Loop:
             say("scaled", "%d workers are wanted, not %d", wanted, before, workers=wanted)
         self._perform(actions)
 
-    def _stop(self, grace_s: float) -> None:
-        if not self._plan.stopping:
-            say("stopping", "the server ends, within %g seconds", grace_s, grace_s=grace_s)
-            self._on_event("stopping")
-        self._perform(self._plan.stop(grace_s, time.monotonic()))
+    def _upgrade(self) -> None:
+        if not self._stopping:
+            self.succession.begin()
+
+    def _hand_over(self) -> None:
+        """The successor serves."""
+        self._on_event("upgraded")
+        self._stop(True, self._plan.settings.grace_s)
+
+    def _stop(self, handed_over: bool, grace_s: float) -> None:
+        say("stopping", "the server ends, within %g seconds", grace_s, grace_s=grace_s)
+        if not self._stopping:
+            self._stopping = True
+            if not handed_over:
+                self._on_event("stopping")
+            if self.handoff is not None:
+                self.handoff.stop()
+        self._stop_by(time.monotonic() + grace_s, grace_s <= 0, handed_over)
+
+    def _stop_by(self, until: float, at_once: bool, handed_over: bool) -> None:
+        """Dismiss the workers; but first those are to take what has been accepted for them."""
+        grace_s = 0.0 if at_once else max(0.01, until - time.monotonic())
+        waits = self.handoff is not None and not self.handoff.is_empty and grace_s > _LAST_S
+        if waits and not self._plan.stopping:
+            self.turns.later(_STEP_S, partial(self._stop_by, until, False, handed_over))
+        else:
+            self._perform(self._plan.stop(grace_s, time.monotonic(), handed_over))
 
     def _reopen_logs(self) -> None:
         reopen_logs()

@@ -1,7 +1,8 @@
 """What a server says of its life: one record of the logger "fdpool.server" for each event.
 
 Each has `event` among its attributes, a word that does not change, and others as they apply: `slot`, `generation`,
-`worker_pid`, `reason`, `traceback`, `stacks`, `requests`, `lost`, `boot_s`, `addresses`, `workers`, `exit_code`.
+`worker_pid`, `successor_pid`, `reason`, `traceback`, `stacks`, `requests`, `lost`, `boot_s`, `addresses`, `workers`,
+`exit_code`.
 """
 
 from __future__ import annotations
@@ -39,10 +40,11 @@ def say_of(
     )
 
 
-def worker_ended(link: WorkerLink, why: str, expected: bool) -> None:
-    """A worker is not there any more."""
+def worker_ended(link: WorkerLink, why: str, expected: bool, repeated: bool) -> None:
+    """A worker is not there any more; `repeated` if the last one has failed with the same traceback."""
     if link.ready_at is None and not expected:
         text = f"\n{link.traceback}" if link.traceback else ""
+        text = " (as the one before)" if repeated else text
         say_of(
             link,
             "worker_failed",

@@ -171,6 +171,7 @@ class Plan:
         self._started = False
         self._over = False
         self._grace_s = settings.grace_s  # of a stop
+        self._leaving = True  # nobody else serves when this server has stopped
         self._now = 0.0
 
     # -- what may be asked -----------------------------------------------------------------------------
@@ -286,8 +287,13 @@ class Plan:
         self.wanted = max(1, wanted)
         return self._reconcile(now)
 
-    def stop(self, grace_s: float, now: float) -> Sequence[Action]:
-        """The server is to end within `grace_s`, at once if that is 0. A later stop can only be sooner."""
+    def stop(self, grace_s: float, now: float, handed_over: bool = False) -> Sequence[Action]:
+        """The server is to end within `grace_s`, at once if that is 0. A later stop can only be sooner.
+
+        Args:
+            handed_over: another process serves in its place.
+        """
+        self._leaving = not handed_over
         self._grace_s = min(grace_s, self._grace_s) if self.stopping else grace_s
         self.stopping = True
         actions: list[Action] = []
@@ -298,7 +304,7 @@ class Plan:
                 until = now + grace_s + _DRAIN_MARGIN_S
                 if worker.deadline is None or until < worker.deadline:
                     worker.deadline = until
-                    actions.append(DrainWorker(worker.number, grace_s, True))
+                    actions.append(DrainWorker(worker.number, grace_s, self._leaving))
         return [*actions, *self._reconcile(now)]
 
     # -- how ---------------------------------------------------------------------------------------------
@@ -385,7 +391,7 @@ class Plan:
         if before is State.SERVING:
             grace_s = self._grace_s if self.stopping else self.settings.grace_s
             worker.deadline = now + grace_s + _DRAIN_MARGIN_S
-            return [DrainWorker(worker.number, grace_s, self.stopping)]
+            return [DrainWorker(worker.number, grace_s, self.stopping and self._leaving)]
         return []
 
     def _end(self, worker: Worker, now: float, why: str, stuck: bool = False) -> list[Action]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from . import _server_checks
 from .pool import Pool, StartMethod
 
 
@@ -13,12 +14,18 @@ class Pools:
     Args:
         preload: names of modules to import in each pool's supervisor.
         start_method: as for `Pool`.
+
+    Attributes:
+        interface: which kind of application it is, if that is known by now: what that needs is imported there, too.
     """
 
     #: Most workers of one generation at a time, the draining ones included. A slot costs nothing before it is used.
     MOST_WORKERS = 1024
 
-    def __init__(self, preload: Sequence[str], start_method: StartMethod | None) -> None:
+    def __init__(
+        self, interface: str | None, preload: Sequence[str], start_method: StartMethod | None
+    ) -> None:
+        self.interface = interface
         self._preload = tuple(preload)
         self._start_method = start_method
         self._pools: dict[int, Pool] = {}
@@ -30,11 +37,12 @@ class Pools:
             self.close(generation)
         pool = self._pools.get(generation)
         if pool is None:
+            preload = [*_server_checks.modules_to_serve(self.interface), *self._preload]
             # One task a worker: each server worker is to be a fresh process.
             pool = Pool(
                 self.MOST_WORKERS,
                 max_tasks_per_child=1,
-                preload=self._preload,
+                preload=preload,
                 start_method=self._start_method,
             )
             self._pools[generation] = pool

@@ -6,6 +6,7 @@ A file of one page, and behind it whatever faulthandler writes when the worker i
     begun, finished     requests (connections, where the application is called with those) so far
     oldest              when the one that runs longest began, or last moved on; 0 if none runs
     beat                when the event loop last turned; 0 where there is none
+    taken, open         connections taken from the inbox so far, and those that are open (handing over)
     waited_for          set by the server: it wants a word when a request has ended (handing over)
 """
 
@@ -22,7 +23,7 @@ from . import _platform
 STACKS_AT = mmap.PAGESIZE  # where in the file the stacks begin
 _MOST_STACKS = 256 * 1024
 
-_BEGUN, _FINISHED, _OLDEST, _BEAT, _WAITED_FOR = range(5)
+_BEGUN, _FINISHED, _OLDEST, _BEAT, _TAKEN, _OPEN, _WAITED_FOR = range(7)
 
 
 class Seen(NamedTuple):
@@ -32,6 +33,8 @@ class Seen(NamedTuple):
     finished: int
     oldest: float | None
     beat: float | None
+    taken: int = 0
+    open: int = 0
 
     @property
     def in_flight(self) -> int:
@@ -78,6 +81,8 @@ class SeenPage(_Page):
             words[_FINISHED],
             oldest / 1e9 if oldest else None,
             beat / 1e9 if beat else None,
+            words[_TAKEN],
+            words[_OPEN],
         )
 
     def wait_for_end(self, wanted: bool) -> None:
@@ -120,6 +125,14 @@ class Progress(_Page):
         """True if the server wants to know when a request has ended."""
         return bool(self._words[_WAITED_FOR])
 
+    def took(self) -> None:
+        """A connection was taken from the inbox; in one thread."""
+        self._words[_TAKEN] += 1
+
+    def has_open(self, connections: int) -> None:
+        """So many connections are open."""
+        self._words[_OPEN] = connections
+
     def begin(self) -> int:
         """A request begins; returns its token. `end` it, whatever becomes of it."""
         with self._lock:
@@ -130,18 +143,23 @@ class Progress(_Page):
             self._tell_oldest()
         return token
 
+    def begin_untimed(self) -> None:
+        """A request begins in an event loop, where nobody asks how long it takes; `end_untimed` it. In one thread."""
+        self.begun += 1
+        self._words[_BEGUN] = self.begun
+
+    def end_untimed(self) -> int:
+        """Such a request is over; returns how many are."""
+        self.finished += 1
+        self._words[_FINISHED] = self.finished
+        return self.finished
+
     def touch(self, token: int) -> None:
         """The request has moved on (a part of its answer has gone, say): its time begins anew."""
         with self._lock:
             if self._running.pop(token, None) is not None:
                 self._running[token] = time.monotonic_ns()
                 self._tell_oldest()
-
-    def excuse(self, token: int) -> None:
-        """The request may take any time from now on, as long connections do."""
-        with self._lock:
-            self._running.pop(token, None)
-            self._tell_oldest()
 
     def end(self, token: int) -> int:
         """The request is over; returns how many are."""

@@ -5,12 +5,14 @@ Runs in: the main thread. A handler only posts to the loop, so nothing can happe
 
 from __future__ import annotations
 
+import select
 import signal
 import threading
 from collections.abc import Callable
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from ._links import Waker
 from ._systemd import Notifier
 
 if TYPE_CHECKING:
@@ -40,6 +42,8 @@ class Signals:
         self._early: list[int] = []
         self._quick = False
         self._before: dict[int, Handler] = {}
+        self._waker = Waker()
+        self._wakeup_before = -1
 
     def __enter__(self) -> Signals:
         for number in (
@@ -50,13 +54,19 @@ class Signals:
             signal.SIGTTIN,
             signal.SIGTTOU,
             signal.SIGUSR1,
+            signal.SIGUSR2,
         ):
             self._before[number] = signal.signal(number, self._on_signal)
+        # The kernel gives a signal to any thread that does not block it, and then nothing wakes the main thread, which
+        # alone runs handlers: unless it waits for this descriptor.
+        self._wakeup_before = signal.set_wakeup_fd(self._waker.write_fileno(), warn_on_full_buffer=False)
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+        signal.set_wakeup_fd(self._wakeup_before)
+        self._waker.close()
 
     def begin(self, loop: Loop) -> None:
         """The loop runs: what has come meanwhile is done now."""
@@ -67,12 +77,28 @@ class Signals:
         while self._early:
             self._do(loop, self._early.pop(0))
 
-    def tell_systemd(self, event: str) -> None:
-        """Runs in: the loop. Tell systemd what has become of the service."""
-        if event in ("started", "reloaded"):
+    def wait(self) -> None:
+        """Return when the loop has ended; handlers run meanwhile, whichever thread gets their signals."""
+        assert self._loop is not None
+        poll = select.poll()
+        poll.register(self._waker.fileno(), select.POLLIN)
+        while self._loop.is_running:
+            poll.poll()
+            self._waker.clear()
+        self._loop.wait()
+
+    def hear(self, event: str) -> None:
+        """Runs in: the loop. Wake who waits for its end; tell systemd what has become of the service."""
+        if event == "ended":
+            self._waker.wake()
+        elif event in ("started", "reloaded"):
             self._notifier.ready()
         elif event == "reloading":
             self._notifier.reloading()
+        elif event == "upgraded":
+            pid = self._loop.succession.pid if self._loop is not None else None
+            if pid is not None:
+                self._notifier.main_pid(pid)
         elif event == "stopping":
             self._notifier.stopping()
 
@@ -97,3 +123,5 @@ class Signals:
             loop.scale(lambda wanted: max(1, wanted - 1))
         elif number == signal.SIGUSR1:
             loop.reopen_logs()
+        elif number == signal.SIGUSR2:
+            loop.upgrade()

@@ -84,6 +84,7 @@ def _boot_and_serve(
             app = _server_apps.load(order.target)
         interface = order.interface or _server_apps.interface_of(app)
         face = _face(interface, app, order, worker, door, listeners)
+        worker.interface = interface
         worker.max_requests = order.max_requests
         listening.serves(face, interface)
     except BaseException as error:

@@ -57,7 +57,7 @@ class WsgiFace:
                 server.del_channel()  # never to be polled: the server hands its connections over
         if not accepts:
             for fileno in door.filenos():
-                self._map[fileno] = _Intake(fileno, door, self._servers)
+                self._map[fileno] = _Intake(fileno, door, worker, self._servers)
 
     def serve(self, ready: Callable[[], None]) -> None:
         ready()
@@ -125,7 +125,8 @@ def _accept_by(server: Any, door: Door) -> None:
 class _Intake:
     """Stands in waitress's loop for the worker's inbox."""
 
-    def __init__(self, fileno: int, door: Door, servers: Sequence[Any]) -> None:
+    def __init__(self, fileno: int, door: Door, worker: ServerWorker, servers: Sequence[Any]) -> None:
+        self._worker = worker
         self._fileno = fileno
         self._door = door
         self._servers = servers
@@ -147,8 +148,12 @@ class _Intake:
             server.set_socket_options(connection)
             address = server.fix_addr(connection.getpeername())
             server.channel_class(server, connection, address, server.adj, map=server._map)
+            self._count_open()
         except OSError:
             connection.close()  # the client has gone
+
+    def _count_open(self) -> None:
+        self._worker.progress.has_open(sum(len(server.active_channels) for server in self._servers))
 
     def _server_for(self, connection: socket.socket) -> Any:
         """Of which listener the connection is: it tells the application its port."""
@@ -182,7 +187,7 @@ def _channel_class(worker: ServerWorker, door: Door) -> type[Any]:
             try:
                 super().service()
             finally:
-                worker.ended(self.token)
+                worker.ended(worker.progress.end(self.token))
 
         def write_soon(self, data: Any) -> Any:
             worker.progress.touch(self.token)
@@ -190,6 +195,7 @@ def _channel_class(worker: ServerWorker, door: Door) -> type[Any]:
 
         def handle_close(self) -> None:
             super().handle_close()
+            worker.progress.has_open(len(self.server.active_channels))
             door.ended()
 
     return Channel

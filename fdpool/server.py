@@ -17,7 +17,7 @@ from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from . import _bind, _server_apps, _server_checks, payload
+from . import _bind, _server_apps, _server_checks, _server_upgrade, payload
 from ._cpus import usable_cpus
 from ._server_context import Order, ServerWorker, current_worker
 from ._server_crew import Task
@@ -179,7 +179,7 @@ class Server:
         self._dispatch = dispatch
         self._grace_s = grace
         self._watch_for = (request_timeout, max_memory)
-        self._preload = _server_checks.modules_to_preload(preload, target, self.interface)
+        self._preload = _server_checks.modules_to_preload(preload, target)
         self._start_method = start_method
         self._settings = Settings(boot_timeout, grace, reload_batch, boot_limit, max_age, jitter)
         self._workers = workers
@@ -228,7 +228,8 @@ class Server:
         """Serve until a signal ends it; the exit code for whoever started this program: 0, or 3 if it gave up.
 
         SIGTERM ends it within `grace`; SIGINT and SIGQUIT within a second, and at once the second time. SIGHUP reloads,
-        SIGTTIN and SIGTTOU have one worker more or less, SIGUSR1 opens log files anew.
+        SIGTTIN and SIGTTOU have one worker more or less, SIGUSR1 opens log files anew. SIGUSR2 has a new process of
+        this program take over the listeners, and this one ends when that serves.
 
         Raises:
             RuntimeError: this is not the main thread, which alone receives signals; there, use `with server:`.
@@ -237,10 +238,9 @@ class Server:
         from ._server_signals import Signals
 
         with Signals(self) as signals:
-            loop = self._launch(signals.tell_systemd)
+            loop = self._launch(signals.hear)
             signals.begin(loop)
-            while not loop.wait(3600.0):
-                pass
+            signals.wait()
             self._close_listeners()
             return loop.exit_code
 
@@ -249,19 +249,35 @@ class Server:
             if self._loop is not None:
                 raise RuntimeError("this server was started before; make a new one")
             _server_checks.check_descriptors(self._workers, self._dispatch)
-            self._listeners = Listeners(
-                self._bind, self._backlog, self._dispatch == "reuseport", self._workers
-            )
+            predecessor = _server_upgrade.take()
+            try:
+                self._listeners = Listeners(
+                    self._bind,
+                    self._backlog,
+                    self._dispatch == "reuseport",
+                    self._workers if self._dispatch == "reuseport" else 1,
+                    predecessor.listeners if predecessor is not None else {},
+                )
+            finally:
+                if predecessor is not None:
+                    predecessor.close_listeners()
+
+            def tell(event: str) -> None:
+                on_event(event)
+                if predecessor is not None:
+                    predecessor.tell_ready() if event == "started" else predecessor.abandon()
+
             try:
                 app = payload.dumps(self._pickled)
                 order = self._order._replace(body=bytes(app.body), spilled=app.spilled)
                 self._loop = Loop(
                     Task(app, order, self._on_reload),
                     Plan(self._workers, self._settings),
-                    Pools(self._preload, self._start_method),
+                    Pools(self.interface, self._preload, self._start_method),
                     self._listeners,
                     Watch(*self._watch_for),
-                    on_event,
+                    self._dispatch == "handoff",
+                    tell,
                 )
                 self._loop.start()
             except BaseException:
@@ -289,7 +305,7 @@ class Server:
 
     def _close_listeners(self) -> None:
         if self._listeners is not None:
-            self._listeners.close()
+            self._listeners.close(keep_path=self._loop is not None and self._loop.handed_over)
 
     def __enter__(self) -> Server:
         self.start()
@@ -327,6 +343,12 @@ class Server:
         """
         _server_checks.check_counts(workers=workers)
         self._running().scale(lambda _: workers)
+
+    def upgrade(self) -> None:
+        """Have a new process take the place of this one, by the command that started this: new code of everything, even
+        a new Python. It takes over the listeners; when its workers serve, this server drains and ends. If it
+        fails, or does not serve in time, this one goes on. Does not wait."""
+        self._running().upgrade()
 
     def reopen_logs(self) -> None:
         """Have the files of `logging` opened anew, here and in every worker, after they were moved away."""

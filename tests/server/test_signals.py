@@ -1,0 +1,377 @@
+"""A server as a program: signals, upgrades, exit codes, and its end (S1, S3, S4, S11, S12, S13, W1, W4)."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.process_state import seconds_until_gone, wait_until
+from tests.server.helpers import Load, read_all
+from tests.server.programs import ask_port, port_in, program
+
+PLAIN = 'sys.exit(fdpool.Server(pid, "127.0.0.1:0", workers=2).run())'
+
+
+def begin_sleeping(port: int, seconds: float) -> socket.socket:
+    """A connection that a worker has begun to serve, and that takes so long."""
+    client = socket.create_connection(("127.0.0.1", port), 20)
+    client.sendall(f"sleep{seconds}".encode())
+    return client
+
+
+def test_sigterm_ends_it_when_requests_in_flight_are_done(tmp_path: Path) -> None:
+    """W1."""
+    with program(tmp_path, PLAIN) as server:
+        port = port_in(server.expect("started"))
+        tree = server.tree()
+        with begin_sleeping(port, 0.6) as client:
+            time.sleep(0.2)  # so that it sleeps: nothing outside tells
+            server.signal(signal.SIGTERM)
+            assert int(read_all(client)) in [each.pid for each in tree]
+        assert server.wait() == 0
+        assert seconds_until_gone(tree) < 2
+        server.expect("stopped")
+        assert server.events()[-1] == "stopped"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGQUIT])
+def test_a_quick_signal_cuts_off_after_a_second_and_the_second_one_at_once(
+    tmp_path: Path, number: int
+) -> None:
+    """W1: even where a slow end has begun."""
+    with program(tmp_path, PLAIN.replace("workers=2", "workers=1, grace=60")) as server:
+        port = port_in(server.expect("started"))
+        tree = server.tree()
+        with begin_sleeping(port, 60):
+            time.sleep(0.2)  # as above
+            server.signal(signal.SIGTERM)
+            server.expect("stopping")
+            server.signal(number)
+            server.expect("stopping")  # two that are pending at a time are one
+            server.signal(number)
+            assert "at once" in server.expect("worker_exited")["reason"]
+            assert server.wait() == 0
+        assert seconds_until_gone(tree) < 2
+
+
+def test_one_quick_signal_leaves_a_second_for_what_is_in_flight(tmp_path: Path) -> None:
+    """W1."""
+    with program(tmp_path, PLAIN.replace("workers=2", "workers=1, grace=60")) as server:
+        port = port_in(server.expect("started"))
+        with begin_sleeping(port, 60):
+            time.sleep(0.2)  # as above
+            server.signal(signal.SIGINT)
+            assert "grace" in server.expect("worker_killed")["reason"]
+            assert server.wait() == 0
+
+
+def test_sighup_reloads_and_ttin_and_ttou_scale(tmp_path: Path) -> None:
+    """W1."""
+    with program(tmp_path, PLAIN) as server:
+        port = port_in(server.expect("started"))
+        before = {ask_port(port) for _ in range(20)}
+        server.signal(signal.SIGHUP)
+        assert server.expect("reloaded")["generation"] == 2
+        assert not before & {ask_port(port) for _ in range(20)}
+        server.signal(signal.SIGTTIN)
+        assert server.expect("scaled")["workers"] == 3
+        server.expect("worker_ready")
+        server.signal(signal.SIGTTOU)
+        assert server.expect("scaled")["workers"] == 2
+        server.expect("worker_exited")
+        server.signal(signal.SIGTERM)
+        assert server.wait() == 0
+
+
+def test_a_flood_of_signals_ends_where_the_last_ones_point(tmp_path: Path) -> None:
+    """S3."""
+    with program(tmp_path, PLAIN) as server:
+        port = port_in(server.expect("started"))
+        for _ in range(30):
+            for number in (signal.SIGHUP, signal.SIGTTIN, signal.SIGUSR1, signal.SIGTTOU):
+                server.signal(number)
+        wanted = None
+        with Load(lambda: ask_port(port), clients=1) as load:
+            server.expect("reloaded")
+            load.go_on(5)
+        assert load.failed == []
+        server.signal(signal.SIGTERM)
+        server.expect("stopped")
+        wanted = [record["workers"] for record in server.heard if record["event"] == "scaled"]
+        assert all(1 <= each <= 32 for each in wanted)
+        assert server.wait() == 0
+
+
+def test_usr1_opens_log_files_anew_here_and_in_the_workers(tmp_path: Path) -> None:
+    body = """
+    def start(worker):
+        logging.basicConfig(filename="worker.log", level="INFO", format="%(message)s")
+
+    def say(connection, address):
+        connection.recv(100)
+        logging.info("served")
+        connection.sendall(b"%d" % os.getpid())
+
+    logging.getLogger().addHandler(logging.FileHandler("server.log"))
+    sys.exit(fdpool.Server(say, "127.0.0.1:0", workers=1, on_worker_start=start).run())
+    """
+    with program(tmp_path, body) as server:
+        port = port_in(server.expect("started"))
+        ask_port(port)
+        for name in ("worker", "server"):
+            (tmp_path / f"{name}.log").rename(tmp_path / f"{name}.old")
+        ask_port(port)
+        assert not (tmp_path / "worker.log").exists()
+        server.signal(signal.SIGUSR1)
+        server.expect("logs_reopened")
+        wait_until((tmp_path / "worker.log").exists)
+        ask_port(port)
+        assert (tmp_path / "worker.old").read_text().count("served") == 2
+        wait_until(lambda: (tmp_path / "worker.log").read_text().count("served") == 1)
+        assert "anew" in (tmp_path / "server.log").read_text()
+
+
+# -- upgrades ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", ["", ", dispatch='reuseport'", ", dispatch='handoff'"])
+def test_an_upgrade_puts_a_new_process_in_place_without_losing_a_connection(
+    tmp_path: Path, options: str
+) -> None:
+    """S1: new code of the program itself, on the same port."""
+    body = f'sys.exit(fdpool.Server(pid, "127.0.0.1:0", workers=2{options}).run())'
+    with program(tmp_path, body) as server:
+        port = port_in(server.expect("started"))
+        old = server.tree()
+        with Load(lambda: ask_port(port), clients=2) as load:
+            load.go_on(10)
+            server.signal(signal.SIGUSR2)
+            successor = server.expect("upgrading")["successor_pid"]
+            server.expect("upgraded")
+            assert server.wait() == 0
+            server.pid = successor
+            load.go_on(10)
+        assert load.failed == []
+        assert seconds_until_gone(old) < 5
+        assert ask_port(port) in [each.pid for each in psutil.Process(successor).children(recursive=True)]
+        server.signal(signal.SIGTERM)
+        wait_until(lambda: server.expect("stopped")["at"] == successor)
+
+
+def test_an_upgrade_brings_new_code_and_keeps_a_unix_socket_and_its_file(tmp_path: Path) -> None:
+    path = tmp_path / "s.sock"
+    body = f"""
+    def version(connection, address):
+        connection.sendall(b"1")
+
+    sys.exit(fdpool.Server(version, "unix:{path}", workers=1).run())
+    """
+
+    def ask() -> bytes:
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(path))
+            return read_all(client)
+
+    with program(tmp_path, body) as server:
+        server.expect("started")
+        assert ask() == b"1"
+        script = tmp_path / "program.py"
+        script.write_text(script.read_text().replace('b"1"', 'b"2"'))
+        inode = path.stat().st_ino
+        server.signal(signal.SIGUSR2)
+        successor = server.expect("upgrading")["successor_pid"]
+        assert server.wait() == 0
+        server.pid = successor
+        assert ask() == b"2"
+        assert path.stat().st_ino == inode
+        server.signal(signal.SIGTERM)
+        wait_until(lambda: not path.exists())
+
+
+@pytest.mark.parametrize(
+    ("broken", "why"),
+    [("raise SystemExit(5)", "code 5"), ("not python", "code 1"), ("os.kill(os.getpid(), 9)", "SIGKILL")],
+)
+def test_a_successor_that_fails_changes_nothing(tmp_path: Path, broken: str, why: str) -> None:
+    """S2, for the program itself."""
+    with program(tmp_path, PLAIN) as server:
+        port = port_in(server.expect("started"))
+        script = tmp_path / "program.py"
+        good = script.read_text()
+        script.write_text(f"import os\n{broken}\n")
+        server.signal(signal.SIGUSR2)
+        assert why in server.expect("upgrade_failed")["reason"]
+        assert ask_port(port)
+        script.write_text(good)
+        server.signal(signal.SIGUSR2)
+        server.pid = server.expect("upgrading")["successor_pid"]
+        assert server.wait() == 0
+        assert ask_port(port)
+
+
+def test_the_variable_of_an_upgrade_is_for_the_successor_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fdpool import _server_upgrade
+
+    monkeypatch.setenv("FDPOOL_UPGRADE", '{"of": 1, "control": 0, "listeners": {}}')
+    assert not _server_upgrade.is_successor()
+    assert _server_upgrade.take() is None
+    assert "FDPOOL_UPGRADE" not in os.environ
+
+
+# -- exit codes, crash loops ----------------------------------------------------------------------------
+
+
+def test_a_crash_loop_ends_with_an_exit_code_and_takes_little_time_of_the_processor(tmp_path: Path) -> None:
+    """S4."""
+    body = """
+    (open("broken.py", "w")).write("raise ValueError('no settings')")
+    server = fdpool.Server("broken:app", "127.0.0.1:0", workers=1, boot_limit=4)
+    code = server.run()
+    times = os.times()
+    log.info("times", extra={"event": "times", "cpu": times.user + times.system, "children": times.children_user})
+    sys.exit(code)
+    """
+    with program(tmp_path, body) as server:
+        begun = time.monotonic()
+        assert "no settings" in server.expect("gave_up")["reason"]
+        assert time.monotonic() - begun >= 0.1 + 0.2 + 0.4
+        assert server.expect("times")["cpu"] < 2
+        assert server.wait() == 3
+        failed = [record for record in server.heard if record["event"] == "worker_failed"]
+        assert len(failed) == 4
+        assert "Traceback" in failed[0]["text"]
+        assert "as the one before" in failed[1]["text"]
+
+
+def test_an_address_in_use_is_an_error_at_once(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        body = f"""
+        try:
+            fdpool.Server(pid, "127.0.0.1:{port}").run()
+        except fdpool.BindFailed as error:
+            log.error(str(error), extra={{"event": "refused"}})
+            sys.exit(1)
+        """
+        with program(tmp_path, body) as server:
+            assert str(port) in server.expect("refused")["text"]
+            assert server.wait() == 1
+
+
+# -- the end of the server itself -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("victim", ["server", "supervisor"])
+def test_nothing_outlives_a_killed_server_and_a_killed_supervisor_is_replaced(
+    tmp_path: Path, victim: str
+) -> None:
+    """W4: workers and the programs that they have started are gone within a second."""
+    body = """
+    import subprocess
+    def start(connection, address):
+        connection.recv(100)
+        subprocess.Popen(["sleep", "600"], start_new_session=True)
+        connection.sendall(b"%d" % os.getpid())
+
+    sys.exit(fdpool.Server(start, "127.0.0.1:0", workers=2).run())
+    """
+    with program(tmp_path, body) as server:
+        port = port_in(server.expect("started"))
+        ask_port(port)
+        below = psutil.Process(server.pid).children(recursive=True)
+        assert any(each.name() == "sleep" for each in below)
+        supervisor = psutil.Process(server.pid).children()[0]
+        if victim == "server":
+            server.signal(signal.SIGKILL)
+        else:
+            supervisor.kill()
+        assert seconds_until_gone(below) < 1
+        if victim == "supervisor":
+            server.expect("worker_ready")
+            assert ask_port(port) not in [each.pid for each in below]
+
+
+def test_it_serves_as_a_process_that_adopts_strangers_and_reaps_its_own_only(tmp_path: Path) -> None:
+    """S12: orphans come to it as they come to pid 1, and it leaves them alone; S13: somebody else reaps everything."""
+    body = """
+    import ctypes, subprocess, threading
+    ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
+    subprocess.run(["sh", "-c", "sleep 60 & echo $! > stranger"])
+
+    def reap():
+        while True:
+            try:
+                os.waitpid(-1, 0)
+            except ChildProcessError:
+                time.sleep(0.01)
+
+    threading.Thread(target=reap, daemon=True).start()
+    sys.exit(fdpool.Server(pid, "127.0.0.1:0", workers=2).run())
+    """
+    with program(tmp_path, body) as server:
+        port = port_in(server.expect("started"))
+        stranger = psutil.Process(int((tmp_path / "stranger").read_text()))
+        try:
+            os.kill(ask_port(port), signal.SIGKILL)
+            server.expect("worker_exited")
+            server.expect("worker_ready")
+            server.signal(signal.SIGHUP)
+            server.expect("reloaded")
+            assert stranger.ppid() == server.pid
+            server.signal(signal.SIGTERM)
+            assert server.wait() == 0
+            assert stranger.is_running()
+        finally:
+            stranger.kill()
+
+
+def test_the_interpreters_exit_ends_a_server_that_nobody_has_stopped(tmp_path: Path) -> None:
+    body = """
+    server = fdpool.Server(pid, "127.0.0.1:0", workers=1)
+    server.start()
+    """
+    with program(tmp_path, body) as server:
+        server.expect("started")
+        assert server.wait() == 0
+        server.expect("stopped")
+
+
+def test_the_wall_clock_may_jump(tmp_path: Path) -> None:
+    """S11: nothing that is timed here looks at it."""
+    body = """
+    real = time.time
+    time.time = lambda: real() + 1e9
+    sys.exit(fdpool.Server(pid, "127.0.0.1:0", workers=1, max_age=3600, request_timeout=60, boot_timeout=60).run())
+    """
+    with program(tmp_path, body) as server:
+        port = port_in(server.expect("started"))
+        first = ask_port(port)
+        assert ask_port(port) == first
+        server.signal(signal.SIGTERM)
+        assert server.wait() == 0
+
+
+def test_signals_come_as_they_like_from_several_threads(tmp_path: Path) -> None:
+    """S3: whoever sends them."""
+    with program(tmp_path, PLAIN) as server:
+        port_in(server.expect("started"))
+        threads = [
+            threading.Thread(target=lambda: [server.signal(signal.SIGHUP) for _ in range(5)])
+            for _ in range(3)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        server.expect("reloaded")
+        server.signal(signal.SIGTERM)
+        assert server.wait() == 0
