@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ._fixtures_service import Services
     from .pool import Pool
 
+_MODE = pytest.StashKey[str]()
 _SERVE = pytest.StashKey["Serve"]()
 
 _NAME = "fdpool.pytest_plugin"
@@ -90,9 +91,8 @@ def pytest_configure(config: pytest.Config) -> None:
         "markers",
         "run_isolated(timeout=, max_memory=): run the body of this test in a worker forked from the test process",
     )
-    if _mode(config) != "off":
-        _seconds(config, "fdpool_leaks_patience")
-        config.pluginmanager.register(_EveryTest(), "fdpool-leaks")
+    config.stash[_MODE] = _mode(config)
+    _seconds(config, "fdpool_leaks_patience")
     if config.getoption("--fdpool-trace"):
         from . import _fixtures_trace
 
@@ -118,15 +118,15 @@ def _seconds(config: pytest.Config, name: str) -> float:
 # -- leaks ---------------------------------------------------------------------------------------------
 
 
-class _EveryTest:
-    """Registered where every test is to be checked, so that it costs nothing where none is."""
-
-    @pytest.fixture(autouse=True)
-    def _fdpool_leaks(self, request: pytest.FixtureRequest) -> Iterator[None]:
-        if "leak_check" in request.fixturenames:
-            yield  # it checks more strictly
-            return
-        yield from _checked(request, _mode(request.config))
+@pytest.fixture(autouse=True)
+def _fdpool_leaks(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Check the test, if it is to be checked. For each, as only such a fixture is set up before the others of its test,
+    and torn down after them."""
+    mode = request.config.stash[_MODE]
+    if "leak_check" in request.fixturenames:
+        request.getfixturevalue("leak_check")
+        mode = "off"
+    yield from _checked(request, mode) if mode != "off" else (None,)
 
 
 @pytest.fixture
@@ -239,7 +239,7 @@ def shared_worker_pool(_fdpool_shared_pool: SharedPool, request: pytest.FixtureR
     found = _fdpool_shared_pool.audit()
     if found:
         text = "the test left shared_worker_pool otherwise than it was:\n  " + "\n  ".join(found)
-        if _mode(request.config) == "fail":
+        if request.config.stash[_MODE] == "fail":
             pytest.fail(text, pytrace=False)
         request.node.warn(LeakWarning(text))
 

@@ -137,11 +137,12 @@ def test_patterns_and_markers_let_things_be_and_the_fixture_is_strict_without_th
             kept.append(os.open(os.__file__, os.O_RDONLY))
         def test_ignored_by_ini(leak_check): kept.append(os.open("/etc/passwd", os.O_RDONLY))
         def test_misused(leak_check): leak_check.allow(12)
+        def test_after_others(serve, listener_factory, leak_check): serve(len, kind="unix").wait(); listener_factory()
         def test_unchecked(): kept.append(os.open(os.__file__, os.O_RDONLY))
         """,
         ini=HASTY + "fdpool_leaks_ignore = descriptor */passwd",
     )
-    outcome.assert_counts(passed=6, failed=1, error=1)
+    outcome.assert_counts(passed=7, failed=1, error=1)
     outcome.assert_says("ERROR at teardown of test_other_pattern")
     outcome.assert_says("""leak_check.allow() takes a pattern such as "thread 'name'*", not 12""")
 
