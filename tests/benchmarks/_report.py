@@ -14,7 +14,10 @@ from ._measure import Goal
 from ._results import MeasureResult, Spread
 from .peers import LABELS
 
-PACKAGES = ("fdpool", "loky", "pebble", "mpire", "joblib", "numpy", "psutil", "cloudpickle")
+PACKAGES = (
+    *("fdpool", "loky", "pebble", "mpire", "joblib", "numpy", "psutil", "cloudpickle"),
+    *("gunicorn", "uvicorn", "uvicorn-worker", "uvloop", "httptools", "waitress"),
+)
 
 
 def machine() -> dict[str, Any]:

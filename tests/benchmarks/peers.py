@@ -236,9 +236,18 @@ STANDARD = ("ppe", "ppe-forkserver", "mp", "mp-forkserver")
 SUBMITTING = tuple(name for name in EVERY if PEERS[name].submits)
 
 
+#: What sides that are no pools need; they are in `servers`, which only their own family imports.
+ELSEWHERE = {
+    "uvicorn": "uvicorn",
+    "gunicorn": "gunicorn",
+    "gunicorn-preload": "gunicorn",
+    "gunicorn-uvicorn": "uvicorn_worker",
+}
+
+
 def missing(name: str) -> str | None:
-    """The module that this peer lacks here; None for a side that is no peer, or one that is there."""
-    module = PEERS[name].module if name in PEERS else "sys"
+    """The module that this peer lacks here; None for a side that needs none, or one that is there."""
+    module = PEERS[name].module if name in PEERS else ELSEWHERE.get(name, "sys")
     return None if importlib.util.find_spec(module) else module
 
 

@@ -16,6 +16,7 @@ FAMILIES = (
     "footprint",
     "workers",
     "programs",
+    "servers",
 )
 
 

@@ -1,0 +1,248 @@
+"""Servers of two workers beside each other: how fast, what a reload and a killed worker cost, how much memory."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import psutil
+
+from tests.load._client import Client
+
+from .. import servers
+from .._cpu import tree_cpu_s, uss
+from .._measure import Measure, Outcome, Round, Settings, Side, ahead_of, at_most
+
+_CONNECTIONS = 32
+_RELOAD_RPS = 300.0
+_GRACE_S = 0.3  # of load before and after what is done to the server
+_RECOVERED_S = 60.0
+
+
+@contextmanager
+def throughput(name: str, form: str, keep_alive: float, settings: Settings) -> Iterator[Round]:
+    """`size` milliseconds of as many requests as the server bears; seconds for each, and CPU of the server."""
+    with servers.serving(name, form) as server:
+
+        def one_round() -> Outcome:
+            cpu_s = time.process_time() - tree_cpu_s()
+            client = Client(server.address, connections=_CONNECTIONS, keep_alive=keep_alive)
+            tally = client.run(settings.size / 1000)
+            cpu_s += tree_cpu_s() - time.process_time()
+            if tally.lost or not tally.ok:
+                raise RuntimeError(f"requests were lost: {tally.as_json()}")
+            samples = tally.latencies[:: len(tally.latencies) // 200 + 1]
+            return Outcome(value=tally.seconds / tally.ok, cpu_s=cpu_s / tally.ok, samples=samples)
+
+        yield one_round
+
+
+@contextmanager
+def reload(name: str, form: str, settings: Settings) -> Iterator[Round]:
+    """Requests that are lost in a reload: the mean of `size` reloads, at 300 a second, half on kept connections."""
+    with servers.serving(name, form) as server:
+
+        def one_round() -> Outcome:
+            client = Client(server.address, rps=_RELOAD_RPS, seed=os.getpid())
+            thread = threading.Thread(target=client.run, args=(3600,))
+            thread.start()
+            try:
+                for _ in range(settings.size):
+                    time.sleep(_GRACE_S)
+                    server.reload()
+                time.sleep(_GRACE_S)
+            finally:
+                client.stop()
+                thread.join()
+            tally = client.tally
+            return Outcome(
+                value=(tally.failed + tally.reset) / settings.size, cpu_s=0.0, samples=tally.latencies
+            )
+
+        yield one_round
+
+
+@contextmanager
+def recovery(name: str, form: str, _settings: Settings) -> Iterator[Round]:
+    """From `kill -9` of one of two workers until another answers in its place, under load."""
+    with servers.serving(name, form) as server:
+
+        def one_round() -> Outcome:
+            before = server.wait_for(lambda pids: len(pids) == servers.WORKERS)
+            client = Client(server.address, connections=8, keep_alive=0.0)
+            thread = threading.Thread(target=client.run, args=(3600,))
+            thread.start()
+            try:
+                begun = time.perf_counter()
+                os.kill(min(before), signal.SIGKILL)
+                while not client.tally.pids.keys() - before:
+                    if time.perf_counter() - begun > _RECOVERED_S:
+                        raise RuntimeError("no other worker has come")
+                    time.sleep(0.001)
+                return Outcome(value=time.perf_counter() - begun, cpu_s=0.0)
+            finally:
+                client.stop()
+                thread.join()
+
+        yield one_round
+
+
+@contextmanager
+def memory(name: str, form: str, settings: Settings) -> Iterator[Round]:
+    """Memory of a worker that has answered `size` requests: pages of its own, and its share of the others (PSS)."""
+    with servers.serving(name, form) as server:
+
+        def one_round() -> Outcome:
+            tally = Client(server.address, connections=_CONNECTIONS, keep_alive=0.0).run(settings.size / 1000)
+            pss = [psutil.Process(pid).memory_full_info().pss for pid in tally.pids]
+            return Outcome(value=sum(pss) / len(pss), cpu_s=0.0)
+
+        yield one_round
+
+
+@contextmanager
+def private_memory(name: str, form: str, settings: Settings) -> Iterator[Round]:
+    """Memory that is a worker's alone (USS)."""
+    with servers.serving(name, form) as server:
+
+        def one_round() -> Outcome:
+            tally = Client(server.address, connections=_CONNECTIONS, keep_alive=0.0).run(settings.size / 1000)
+            return Outcome(value=sum(map(uss, tally.pids)) / len(tally.pids), cpu_s=0.0)
+
+        yield one_round
+
+
+def _sides(side: object, *given: object, names: tuple[str, ...]) -> dict[str, Side]:
+    return {name: partial(side, name, *given) for name in names}  # type: ignore[operator]
+
+
+_ASGI = ("fdpool", "uvicorn", "gunicorn-uvicorn")
+_WSGI = ("fdpool", "gunicorn")
+
+MEASURES = (
+    Measure(
+        "serve-asgi",
+        "Servers",
+        "a request to an ASGI application, on 32 kept connections",
+        _sides(throughput, "asgi", 1.0, names=_ASGI),
+        size=2000,
+        quick_size=300,
+        rounds=7,
+        goals=(ahead_of("uvicorn", 1), ahead_of("gunicorn-uvicorn", 1)),
+        labels=servers.LABELS,
+    ),
+    Measure(
+        "serve-asgi-close",
+        "Servers",
+        "a request to an ASGI application, each on a connection of its own, 32 at a time",
+        _sides(throughput, "asgi", 0.0, names=(*_ASGI, "fdpool-handoff")),
+        size=2000,
+        quick_size=300,
+        rounds=7,
+        goals=(ahead_of("uvicorn", 1), ahead_of("gunicorn-uvicorn", 1)),
+        labels=servers.LABELS,
+    ),
+    Measure(
+        "serve-wsgi",
+        "Servers",
+        "a request to a WSGI application, each on a connection of its own, 32 at a time",
+        _sides(throughput, "wsgi", 0.0, names=_WSGI),
+        size=2000,
+        quick_size=300,
+        rounds=7,
+        goals=(ahead_of("gunicorn", 1),),
+        labels=servers.LABELS,
+    ),
+    Measure(
+        "serve-reload",
+        "Servers",
+        "requests lost in a reload (ASGI), at 300 a second, half of them on kept connections",
+        _sides(reload, "asgi", names=_ASGI),
+        size=5,
+        quick_size=1,
+        rounds=5,
+        quick_rounds=1,
+        warm_up=False,
+        unit="requests",
+        scale=1,
+        goals=(at_most(0),),
+        labels=servers.LABELS,
+    ),
+    Measure(
+        "serve-reload-wsgi",
+        "Servers",
+        "requests lost in a reload (WSGI), at 300 a second, half of them on kept connections",
+        _sides(reload, "wsgi", names=_WSGI),
+        size=5,
+        quick_size=1,
+        rounds=5,
+        quick_rounds=1,
+        warm_up=False,
+        unit="requests",
+        scale=1,
+        goals=(at_most(0),),
+        labels=servers.LABELS,
+    ),
+    Measure(
+        "serve-recovery",
+        "Servers",
+        "from `kill -9` of one of two workers to the first answer of another in its place",
+        {**_sides(recovery, "asgi", names=_ASGI), **_sides(recovery, "wsgi", names=("gunicorn",))},
+        size=1,
+        quick_size=1,
+        rounds=7,
+        quick_rounds=1,
+        warm_up=False,
+        unit="ms",
+        scale=1e3,
+        goals=(ahead_of("uvicorn", 1), ahead_of("gunicorn-uvicorn", 1), ahead_of("gunicorn", 1)),
+        labels=servers.LABELS,
+    ),
+    Measure(
+        "serve-memory",
+        "Servers",
+        "memory of an ASGI worker with its share of what it shares (PSS)",
+        _sides(memory, "asgi", names=(*_ASGI, "fdpool-preload")),
+        size=1000,
+        quick_size=200,
+        rounds=3,
+        quick_rounds=1,
+        unit="MiB",
+        scale=1 / 2**20,
+        goals=(ahead_of("uvicorn", 1), ahead_of("gunicorn-uvicorn", 1)),
+        labels=servers.LABELS,
+    ),
+    Measure(
+        "serve-memory-own",
+        "Servers",
+        "memory that is an ASGI worker's alone (USS)",
+        _sides(private_memory, "asgi", names=(*_ASGI, "fdpool-preload")),
+        size=1000,
+        quick_size=200,
+        rounds=3,
+        quick_rounds=1,
+        unit="MiB",
+        scale=1 / 2**20,
+        goals=(ahead_of("uvicorn", 1), ahead_of("gunicorn-uvicorn", 1)),
+        labels=servers.LABELS,
+    ),
+    Measure(
+        "serve-memory-wsgi",
+        "Servers",
+        "memory of a WSGI worker with its share of what it shares (PSS)",
+        _sides(memory, "wsgi", names=(*_WSGI, "fdpool-preload", "gunicorn-preload")),
+        size=1000,
+        quick_size=200,
+        rounds=3,
+        quick_rounds=1,
+        unit="MiB",
+        scale=1 / 2**20,
+        goals=(ahead_of("gunicorn", 1),),
+        labels=servers.LABELS,
+    ),
+)
