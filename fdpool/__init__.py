@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .aio import AsyncSocket as AsyncSocket
     from .errors import BindFailed as BindFailed
     from .errors import DescriptorRefused as DescriptorRefused
+    from .errors import DescriptorsExhausted as DescriptorsExhausted
     from .errors import FdpoolError as FdpoolError
     from .errors import FdTransferError as FdTransferError
     from .errors import ForkedPool as ForkedPool
@@ -49,6 +50,9 @@ if TYPE_CHECKING:
     from .server import current_worker as current_worker
     from .sockets import DatagramSocket as DatagramSocket
     from .sockets import StreamSocket as StreamSocket
+    from .stats import LeftStats as LeftStats
+    from .stats import PoolStats as PoolStats
+    from .stats import PoolWorkerStats as PoolWorkerStats
 
 __version__ = "0.1.0"
 
@@ -62,6 +66,7 @@ _HOMES = {
     "errors": (
         "BindFailed",
         "DescriptorRefused",
+        "DescriptorsExhausted",
         "FdTransferError",
         "FdpoolError",
         "ForkedPool",
@@ -84,6 +89,7 @@ _HOMES = {
     "running": ("RunningCommand",),
     "server": ("Server", "ServerStats", "ServerWorker", "WorkerStats", "current_worker"),
     "sockets": ("DatagramSocket", "StreamSocket"),
+    "stats": ("LeftStats", "PoolStats", "PoolWorkerStats"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 

@@ -116,6 +116,9 @@ class Page:
     Args:
         fd: the board's file; borrowed.
         slot: whose area.
+
+    Attributes:
+        slot: the same.
     """
 
     def __init__(self, fd: int, slot: int) -> None:
@@ -123,6 +126,7 @@ class Page:
         self._area = mmap.mmap(fd, AREA_BYTES, mmap.MAP_SHARED, offset=slot * AREA_BYTES)
         self._words = memoryview(self._area)[:_TAIL_AT].cast("Q")
         self._used = 0
+        self.slot = slot
         self._words[_STARTED] = self._words[_SAID] = 0
         self.forget_log()
         here = self

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from enum import Enum
 from typing import Any, TypeVar
 
-from . import _control, _dispatch, _messages, _process, _spill, wire
+from . import _budget, _control, _dispatch, _messages, _process, _spill, _trees, wire
 from ._answers import task_lost
 from ._board import Board
 from ._broken import PoolBroken, describe_status
@@ -28,14 +28,17 @@ from ._critical import Critical, Mask, block_in_main, mask_now, put_back
 from ._dispatch import Action, Dispatcher, Where
 from ._inboxes import RETRY_S, Inboxes
 from ._limits import Limits
-from ._links import SlotLink
+from ._links import Exit, SlotLink
+from ._news import News
 from ._options import TaskOptions
 from ._pump import Pump
 from ._receiver import Receiver
 from ._slots import State
+from ._staffing import Staff, Staffing
 from ._tasks import ChunkFuture, CutShort, TaskFuture
 from .errors import ForkedPool, PoolShutDown
 from .payload import Payload
+from .stats import LeftStats, PoolStats, PoolWorkerStats
 
 T = TypeVar("T")
 
@@ -53,6 +56,12 @@ _OUTSIDE = (
 _REPORT_S = 1.0  # how long the report of a worker's start may come after its first answer
 _LEAVE_S = 5.0  # how long a dismissed worker may take for its exit handlers and threads
 _QUIT_S = 10.0  # how long the supervisor may take to clear up
+_RESTARTS_AFTER_S = (
+    60.0  # a supervisor is replaced if none was in so long a time; else something is wrong for good
+)
+
+
+_ROOM_S = 10.0  # how long who submits waits for a task to let go of descriptors
 
 
 class Phase(Enum):
@@ -76,7 +85,9 @@ class Client:
         preload: names of modules that the supervisor imports before it forks.
         initializer: payload of a call that each worker runs first, or None; owned.
         inherited: with `fork`, that call as it stands, if there is no payload of it.
-        max_tasks: tasks after which a worker is replaced, or None.
+        recycling: when a worker leaves by itself.
+        staff: how many workers there are, and for how long.
+        log_level: from which log records of workers are handled here, or None.
     """
 
     def __init__(
@@ -86,14 +97,17 @@ class Client:
         preload: tuple[str, ...],
         initializer: Payload | None,
         inherited: Callable[[], object] | None,
-        max_tasks: int | None,
+        recycling: _messages.Recycling,
+        staff: Staff,
+        log_level: int | None,
     ) -> None:
         self._max_workers = max_workers
         self._fork = fork
         self._preload = preload
         self._initializer = initializer
         self._inherited = inherited
-        self._max_tasks = max_tasks
+        self._recycling = recycling
+        self._log_level = log_level
         self.phase = Phase.NEW
         self.phase_ends = 0.0  # when LEAVING or QUITTING has taken its time
         self.last_death = ""
@@ -101,11 +115,20 @@ class Client:
         self.links: dict[int, SlotLink] = {}
         self.control: _control.ControlLink | None = None
         self.board: Board | None = None
+        max_tasks = recycling.max_tasks
         depth = INBOX_DEPTH if max_tasks is None else min(INBOX_DEPTH, max_tasks)
         # A worker that leaves after so many tasks must not have received more.
-        self.dispatcher = Dispatcher(max_workers, depth, batching=max_tasks is None)
+        self.dispatcher = Dispatcher(max_workers, depth, batching=max_tasks is None, least=staff.min_workers)
         self.inboxes = Inboxes(self)
         self.limits = Limits(self)
+        self.staffing = Staffing(self, staff)
+        self.news = News()
+        self.recycled = 0  # workers that have left, or were told to
+        self.lost_workers = 0
+        self.supervisor_restarts = 0
+        self._restarted_at = -_RESTARTS_AFTER_S
+        self.retried = 0
+        self.newest = 0  # task
         self.critical = Critical(self._handle, self.torn)
         self.new_id = itertools.count(1).__next__
         self._broken: PoolBroken | None = None
@@ -155,6 +178,44 @@ class Client:
             time.sleep(0.001)
         return [pid for link in links if (pid := link.pid) is not None]
 
+    def stats(self) -> PoolStats:
+        """What there is now; of a pool that is over, or was forked, what can be said."""
+        if self.phase in (Phase.OVER, Phase.FORKED) or self.critical.is_mine:
+            return self._stats(())
+        with self.critical:
+            self.critical.handle_posted()
+            slots = sorted(slot for slot, link in self.links.items() if link.alive)
+            return self._stats([self._worker_stats(slot) for slot in slots])
+
+    def _worker_stats(self, slot: int) -> PoolWorkerStats:
+        running, began = self.running(slot)
+        record = self.tasks.get(running)
+        given = self.dispatcher.given(slot)
+        return PoolWorkerStats(
+            slot,
+            self.dispatcher.generation(slot),
+            self.links[slot].pid,
+            self.dispatcher.state(slot).value,
+            None if record is None else record.label,
+            0.0 if record is None else max(0.0, time.monotonic() - began),
+            len(given) - (running in given),
+        )
+
+    def _stats(self, workers: Sequence[PoolWorkerStats]) -> PoolStats:
+        left = self.news.left
+        return PoolStats(
+            tuple(workers),
+            submitted=self.newest,
+            unsettled=len(self.tasks),
+            queued=len(self.dispatcher.queued),
+            postponed=len(self.dispatcher.postponed_until),
+            retried=self.retried,
+            lost_workers=self.lost_workers,
+            recycled=self.recycled,
+            supervisor_restarts=self.supervisor_restarts,
+            left=LeftStats(left.descriptors, left.threads, left.children, tuple(self.news.latest)),
+        )
+
     def check_usable(self) -> None:
         """Raise what `submit` would, before any work is put into a payload."""
         if self.phase is Phase.FORKED:
@@ -177,7 +238,7 @@ class Client:
         Raises:
             ForkedPool, PoolShutDown, PoolBroken: the pool takes no tasks; the payload is closed.
         """
-        task = self.new_id()
+        task = self.newest = self.new_id()
         future._client = self
         future._task = task
         future.call = call
@@ -219,6 +280,25 @@ class Client:
         finally:
             put_back(mask)
         return future
+
+    def wait_for_descriptors(self, label: str) -> bool:
+        """Wait until a task has let go of descriptors that it holds here; False if none holds any.
+
+        Raises:
+            DescriptorsExhausted: none did for so long, or this thread must not wait: it runs callbacks or a finalizer.
+        """
+        holder = next(filter(_holds_descriptors, list(self.tasks.values())), None)
+        if holder is None:
+            return False
+        pump = self._pump
+        may_wait = pump is not None and not pump.is_current and not self.critical.is_mine
+        deadline = time.monotonic() + (_ROOM_S if may_wait else 0.0)
+        while _holds_descriptors(holder):
+            if time.monotonic() >= deadline:
+                held = sum(map(_holds_descriptors, list(self.tasks.values())))
+                raise _budget.exhausted(label, held, _ROOM_S if may_wait else 0.0)
+            self.wait_for(holder, 0.01)
+        return True
 
     def withdraw(self, task: int) -> bool:
         """Forget a task that no worker has begun, wherever it is; True if so, and then it will never run."""
@@ -281,7 +361,9 @@ class Client:
             return False
         with self.critical:
             self.critical.handle_posted()
-            return self.dispatcher.has_begun(task)
+            slot = self.dispatcher.slot_of(task)
+            # A worker that has just started may have begun before its word of being ready has been read here.
+            return slot is not None and (self.dispatcher.has_begun(task) or self.running(slot)[0] == task)
 
     def wait_for(self, future: TaskFuture[Any], timeout: float | None) -> None:
         """Help to receive until `future` is settled or `timeout` seconds are over; may return early."""
@@ -388,20 +470,21 @@ class Client:
     def _start_worker(self, action: _dispatch.StartWorker) -> Sequence[Action]:
         slot, generation = action
         link = self.links.get(slot)
-        if link is None:
-            try:
-                link = SlotLink(slot)
-            except OSError as error:
-                return self.break_pool(PoolBroken(f"no socket pair for worker {slot}: {error}"))
-            self.links[slot] = link
-            assert self._pump is not None
-            self._pump.watch(link)
-        link.starting = True
         try:
+            if link is None:
+                link = SlotLink(slot)
+                self.links[slot] = link
+                assert self._pump is not None
+                self._pump.watch(link)
+            link.starting = True
             self.tell(_messages.StartWorker(slot, generation), [link.theirs.fileno()])
         except OSError as error:
-            link.starting = False
-            return self.break_pool(PoolBroken(f"worker {slot} cannot be asked for: {error}"))
+            if link is not None:
+                link.starting = False
+            if not any(other.alive for other in self.links.values()):
+                return self.break_pool(PoolBroken(f"worker {slot} cannot be asked for: {error}"))
+            self.wake()  # the pump must learn when to try again
+            return self.dispatcher.refused(slot, time.monotonic())
         return ()
 
     def _take_back(self, action: _dispatch.TakeBack) -> Sequence[Action]:
@@ -431,6 +514,7 @@ class Client:
             return False
         if record.cut_short is CutShort.TERMINATED or self.dropping or not self.runs_tasks:
             return False
+        self.retried += 1
         record.attempts = (*record.attempts, error)
         record.cut_short = None
         self.dispatcher.postponed(task, time.monotonic() + record.options.delay_s(len(record.attempts)))
@@ -447,9 +531,26 @@ class Client:
         )
         return self.break_pool(PoolBroken(reason))
 
+    def _was_cut_short(self, slot: int) -> bool:
+        return any(
+            (record := self.tasks.get(task)) is not None and record.cut_short is not None
+            for task in self.dispatcher.given(slot)
+        )
+
+    def readied(self, slot: int) -> Sequence[Action]:
+        """Event: the slot's worker takes tasks from now on."""
+        actions = self.dispatcher.readied(slot)
+        self.staffing.readied(slot)
+        return actions
+
     def worker_exited(self, slot: int) -> Sequence[Action]:
         """Event: the slot's worker is dead, and every answer that it had sent has been posted before."""
+        if not self.inboxes.has_room_for(slot):
+            # What it has not received is safe where it is. Others will let go of descriptors.
+            self.limits.at(time.monotonic() + RETRY_S, self.worker_exited, slot)
+            return ()
         status = self.links[slot].last_exit.status
+        self.lost_workers += self.dispatcher.state(slot) is not State.LEAVING or self._was_cut_short(slot)
         killed = status is not None and os.WIFSIGNALED(status) and os.WTERMSIG(status) in _OUTSIDE
         self.wake()  # the slot may be paused now, and the pump must know until when
         self.inboxes.forget(slot)
@@ -494,16 +595,14 @@ class Client:
                 unusable = self.phase is not Phase.SERVING
             else:
                 unusable = False
-                first = _control.configuration(self._preload, self._initializer, self._max_tasks)
                 try:
                     self._pump = Pump(self, mask_now() if mask is None else mask)
                     self.board = Board(self._max_workers)
-                    self.control = _control.ControlLink(
-                        self._fork, first, self.board.fd, self._initializer, self._inherited
-                    )
+                    self.control = self._new_control()
                     self._inherited = None
                     self._pump.start()
                     self.phase = Phase.SERVING
+                    self._perform(self.dispatcher.staffed())
                 except (OSError, RuntimeError) as error:
                     self._broken = PoolBroken(f"the pool's supervisor could not be started: {error}")
                     self._broken.__cause__ = error
@@ -514,6 +613,12 @@ class Client:
                     unusable = True
         if unusable:
             self.check_usable()
+
+    def _new_control(self) -> _control.ControlLink:
+        """Start a supervisor."""
+        assert self.board is not None
+        first = _control.configuration(self._preload, self._initializer, self._recycling, self._log_level)
+        return _control.ControlLink(self._fork, first, self.board.fd, self._initializer, self._inherited)
 
     def enter_leaving(self) -> None:
         """Dismiss the workers, or end them if the pool is broken; they have their time. Lock held."""
@@ -567,18 +672,55 @@ class Client:
             elif self.phase is Phase.QUITTING and overdue:
                 self.bury(0.0)
 
-    def supervisor_gone(self) -> None:
-        """Runs in: the pump. The control link has ended: as it should, or the workers are killed from here."""
+    def supervisor_gone(self) -> bool:
+        """Runs in: the pump. The control link has ended: as it should, or the workers are killed from here.
+
+        Returns True if the pool goes on, with a new supervisor. Tasks that ran are lost; all others are not touched.
+        """
+        news = ""
         with self.critical:
             if self.phase is not Phase.QUITTING:
+                pid = 0 if self.control is None else self.control.pid
                 self.kill_all()
                 status = None if self.control is None else self.control.bury(_QUIT_S)
-                reason = f"the pool's supervisor {describe_status(status)}; its workers have been killed"
-                self.break_pool(PoolBroken(reason))
+                how = f"the pool's supervisor {describe_status(status)}"
+                if self._start_again(pid, f"because {how}"):
+                    news = f"{how} (it was process {pid}); its workers have been killed, and a new one was started"
+                else:
+                    self.break_pool(PoolBroken(f"{how}; its workers have been killed"))
+        if news:
+            import logging
+
+            logging.getLogger("fdpool").warning(news)
+            return True
         assert self._pump is not None
         self._pump.settle()
         with self.critical:
             self.bury()
+        return False
+
+    def _start_again(self, dead: int, hint: str) -> bool:
+        """Replace the supervisor, whose pid was `dead`, and settle what its workers were running. Lock held.
+
+        Not if it was a fork of this process: that would have to be forked again, has changed, and has threads. Nor if
+        anything of it may still live, as it might take tasks from the same inboxes.
+        """
+        now = time.monotonic()
+        if self._fork or not self.runs_tasks or now - self._restarted_at < _RESTARTS_AFTER_S:
+            return False
+        if not _trees.kill_marked(dead):
+            return False
+        try:
+            self.control = self._new_control()
+        except (OSError, RuntimeError):
+            return False
+        self._restarted_at = now
+        self.supervisor_restarts += 1
+        assert self._pump is not None
+        self._pump.watch_control()
+        for link in [link for link in self.links.values() if link.lost or link.starting]:
+            self._pump.worker_gone(link.slot, Exit(link.last_exit.pid, signal.SIGKILL, hint=hint))
+        return True
 
     def kill_all(self) -> None:
         """SIGKILL every worker and its tree, without the supervisor. Lock held."""
@@ -649,3 +791,8 @@ class Client:
         error = PoolBroken(*self._broken.args)
         error.__cause__ = self._broken.__cause__
         return error
+
+
+def _holds_descriptors(record: TaskFuture[Any]) -> bool:
+    call = record.call
+    return call is not None and call.fds is not None and bool(call.fds.numbers) and not record.done()

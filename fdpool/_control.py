@@ -158,7 +158,10 @@ def _start(
 
 
 def configuration(
-    preload: tuple[str, ...], initializer: Payload | None, max_tasks: int | None
+    preload: tuple[str, ...],
+    initializer: Payload | None,
+    recycling: _messages.Recycling,
+    log_level: int | None,
 ) -> _messages.Configure:
     """The first frame for a supervisor of this process: its search path, its arguments, what to run first."""
     return _messages.Configure(
@@ -167,5 +170,6 @@ def configuration(
         preload=preload,
         initializer=None if initializer is None else initializer.body,
         initializer_spilled=initializer is not None and initializer.spilled,
-        max_tasks=max_tasks,
+        recycling=recycling,
+        log_level=log_level,
     )

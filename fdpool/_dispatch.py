@@ -24,7 +24,7 @@ from collections.abc import Iterable, Sequence
 from enum import Enum
 from typing import NamedTuple, Union
 
-from ._slots import Event, Slot, State
+from ._slots import LATER, Event, Slot, State
 
 TaskId = int
 SlotNumber = int
@@ -91,13 +91,14 @@ class Where(Enum):
 class _Seat:
     """A slot with the tasks given to its worker, oldest first; only the oldest can have begun."""
 
-    __slots__ = ("given", "held_until", "rank", "slot")
+    __slots__ = ("given", "held_until", "rank", "slot", "worked")
 
     def __init__(self, slot: Slot) -> None:
         self.slot = slot
         self.given: OrderedDict[TaskId, bool] = OrderedDict()  # to whether it travels alone
         self.held_until: float | None = None  # the kernel would not take more; 0.0: until a task ends
         self.rank: int | None = None
+        self.worked = 0  # how often it was given tasks
 
     @property
     def waiting(self) -> int:
@@ -113,6 +114,7 @@ class Dispatcher:
         max_slots: most workers at a time.
         depth: most messages given to one worker, if they were full; the running task's included.
         batching: several short tasks may go as one message.
+        least: workers that are to be there even if nothing is queued, from `staffed` on.
         boot_limit: how many workers may die before they are ready, in a row, before the pool breaks.
         kill_limit: the same where the last of them was killed from outside: somebody may kill a few that are
             innocent, but an initializer for which memory never suffices must not be tried for ever.
@@ -125,6 +127,7 @@ class Dispatcher:
         boot_limit: int = 3,
         kill_limit: int = 12,
         batching: bool = True,
+        least: int = 0,
     ) -> None:
         self.queued: OrderedDict[TaskId, bool] = OrderedDict()  # to whether it travels alone
         self.full = False  # tasks are queued, as nobody has room: a new one can only be queued, too
@@ -132,6 +135,7 @@ class Dispatcher:
         self.boot_failures = 0
         self.postponed_until: dict[TaskId, float] = {}  # tasks that are to be tried again, and when
         self._batching = batching
+        self._least = least
         self._busy_s = BATCH_S  # what a task takes: the longest of late
         self._boot_limit = boot_limit
         self._kill_limit = kill_limit
@@ -156,6 +160,19 @@ class Dispatcher:
     def wanted(self) -> bool:
         """True if a worker is idle and nothing is queued for it."""
         return bool(self._ranks[0]) and not self.queued
+
+    @property
+    def live(self) -> int:
+        """How many workers are starting or ready."""
+        return sum(map(len, self._ranks))
+
+    def idle_slots(self) -> list[SlotNumber]:
+        """Where a ready worker has nothing to do, the one that was used last at the end."""
+        return list(self._ranks[0])
+
+    def worked(self, slot: SlotNumber) -> int:
+        """How often the slot's workers were given tasks so far."""
+        return self._seats[slot].worked
 
     def state(self, slot: SlotNumber) -> State:
         """What the slot holds."""
@@ -198,6 +215,7 @@ class Dispatcher:
                     self.full = True
                 else:
                     seat.given[task] = alone
+                    seat.worked += 1
                     self._given_to[task] = seat
                     self._place(seat)
                     return (SendTasks(seat.slot.number, (task,)),)
@@ -316,7 +334,20 @@ class Dispatcher:
         actions: list[Action] = [LoseTask(slot, task) for task in lost]
         if failed_boot and self.boot_failures >= (self._kill_limit if killed else self._boot_limit):
             return [*actions, BreakPool(self.boot_failures)]
-        return [*actions, *self._assign()]
+        return [*actions, *self._assign(), *self.staffed()]
+
+    def staffed(self) -> Sequence[Action]:
+        """Workers are missing, perhaps: start them."""
+        actions: list[Action] = []
+        missing = (
+            min(self._least - self.live, len(self._vacant)) if self._least and not self._dismissed else 0
+        )
+        for _ in range(missing):
+            seat = self._seats[self._vacant.pop()]
+            seat.slot.step(Event.WANTED)
+            self._place(seat)
+            actions.append(StartWorker(seat.slot.number, seat.slot.generation))
+        return actions
 
     def doomed(self, slot: SlotNumber, back: Iterable[TaskId] = ()) -> Sequence[Action]:
         """The slot's worker is being ended for the sake of the task that it runs; `back` are those given to it that
@@ -338,6 +369,15 @@ class Dispatcher:
         """A task that was lost is to be tried again, not before the time `until`."""
         self.postponed_until[task] = until
 
+    def refused(self, slot: SlotNumber, now: float) -> Sequence[Action]:
+        """No worker could be asked for, for want of what may come again: try later, and do with the others."""
+        seat = self._seats[slot]
+        seat.slot.exited(now, LATER)
+        self._requeue(seat, list(seat.given))
+        self._paused[slot] = seat
+        self._place(seat)
+        return self._assign()
+
     def tick(self, now: float) -> Sequence[Action]:
         """Time has passed: end the pauses that are over."""
         due = [task for task, until in self.postponed_until.items() if until <= now]
@@ -354,7 +394,7 @@ class Dispatcher:
                 seat.slot.step(Event.COOLED)
                 self._vacant.append(number)
             self._place(seat)
-        return self._assign()
+        return [*self._assign(), *self.staffed()]
 
     def dismissed(self) -> Sequence[Action]:
         """The pool is to end: no worker is started any more, and those that are there shall leave.
@@ -400,6 +440,7 @@ class Dispatcher:
                 actions.append(StartWorker(seat.slot.number, seat.slot.generation))
             tasks = self._next_batch()
             given = seat.given
+            seat.worked += 1
             for task, alone in tasks:
                 given[task] = alone
                 self._given_to[task] = seat

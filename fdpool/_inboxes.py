@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from concurrent.futures import CancelledError
 from typing import TYPE_CHECKING
 
-from . import _dispatch, _messages, wire
+from . import _budget, _dispatch, _messages, wire
 from ._answers import lost_descriptors
 from ._board import SETTLE_S, Board
 from ._broken import PoolBroken
@@ -76,6 +76,8 @@ class Inboxes:
 
     def send(self, action: _dispatch.SendTasks) -> Sequence[Action]:
         slot, tasks = action
+        if self._dispatcher.slot_of(tasks[0]) != slot:
+            return ()  # no worker could be asked for, just before
         if len(tasks) > 1:
             return self._send_batch(slot, tasks)
         task = tasks[0]
@@ -108,6 +110,7 @@ class Inboxes:
         if numbers and call.carries_fds and not record.may_retry:
             # A copy kept here would hide from a reader that the task has closed its end.
             record.call = None
+            record.carried = len(numbers)
             call.close()
         return ()
 
@@ -141,7 +144,12 @@ class Inboxes:
         return self._dispatcher.inbox_full(slot, tasks, time.monotonic() + RETRY_S)
 
     def receive(self, slot: int) -> list[int]:
-        """Take every datagram out of the slot's inbox; returns their tasks, which have their payloads again."""
+        """Take every datagram out of the slot's inbox; returns their tasks, which have their payloads again.
+
+        Nothing, if there may be no room for the descriptors that are in there: the kernel would drop them.
+        """
+        if not self.has_room_for(slot):
+            return []
         found = []
         while (received := wire.try_receive(self._links[slot].theirs, MAX_DATAGRAM, SCM_MAX_FD)) is not None:
             try:
@@ -168,6 +176,12 @@ class Inboxes:
                     header.task, lost_descriptors(header.fd_count, len(received.fds), "this process")
                 )
         return found
+
+    def has_room_for(self, slot: int) -> bool:
+        """True if `receive` would not lose descriptors."""
+        tasks = self._tasks
+        carried = [tasks[task].carried for task in self._dispatcher.given(slot) if task in tasks]
+        return not any(carried) or _budget.has_room_for(sum(carried))
 
     def received_not_begun(self, slot: int, unread: list[int]) -> list[int]:
         """What a dead worker had received, but not begun, and can be sent again."""

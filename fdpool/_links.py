@@ -34,9 +34,10 @@ class SlotLink:
         theirs: the worker's end; workers come and go on duplicates of it.
         pid: process id of the worker, or None while there is none.
         last_exit: what became of the last worker that died.
+        lost: that one was killed from here, and its death is to be settled if the pool is to go on.
     """
 
-    __slots__ = ("_pidfd", "last_exit", "mine", "pid", "slot", "starting", "theirs")
+    __slots__ = ("_pidfd", "last_exit", "lost", "mine", "pid", "slot", "starting", "theirs")
 
     def __init__(self, slot: int) -> None:
         self.slot = slot
@@ -49,6 +50,7 @@ class SlotLink:
         self.pid: int | None = None
         self.starting = False  # asked for, and not yet reported
         self.last_exit = Exit(0, None)
+        self.lost = False
         self._pidfd: int | None = None
 
     @property
@@ -67,6 +69,7 @@ class SlotLink:
         self.starting = False
         self.pid = None
         self.last_exit = last_exit
+        self.lost = False
         self._close_pidfd()
 
     def kill(self) -> None:
@@ -78,6 +81,7 @@ class SlotLink:
         self.signal_tree()
         if self.pid is not None:
             self.ended(Exit(self.pid, None))
+            self.lost = True
 
     def signal_tree(self) -> None:
         """SIGKILL the worker and its tree, and leave it to others to notice."""

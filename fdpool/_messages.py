@@ -48,6 +48,9 @@ ANSWERS = 21  # body: several answers, each with a header of its own, to tasks t
 RETURNED = 22  # only in ANSWERS: the task was not begun, and will not be, as the client asked for it back
 PIECE = 23  # body: results of a chunk, which are counted in `micros`; more will follow
 CUT = 24  # the same, but the rest of the chunk has not begun, and will not
+LEFT = 25  # what tasks have left behind in their worker; body: JSON
+LOG = 26  # body: the fields of a log record
+GOING = 27  # the worker takes no more tasks, and ends as soon as its threads and exit handlers let it
 
 SPAN = Struct("<II")  # the first item, and the one behind the last
 REFUSAL = Struct("<HH")  # descriptors wanted, descriptors got
@@ -155,6 +158,14 @@ def split_refusal(body: bytes) -> tuple[int, int, str]:
 # -- control link: to the supervisor ---------------------------------------------------------------
 
 
+class Recycling(NamedTuple):
+    """When a worker leaves by itself, to be replaced by a fresh one; None for never."""
+
+    max_tasks: int | None = None  # after so many
+    max_memory: int | None = None  # bytes of resident memory that it has more than after a task
+    max_fds_growth: int | None = None  # descriptors that it has more than at first
+
+
 class Configure(NamedTuple):
     """The first frame: what every worker is to be.
 
@@ -166,7 +177,8 @@ class Configure(NamedTuple):
     preload: tuple[str, ...]
     initializer: bytes | None  # payload body of the call, or None
     initializer_spilled: bool
-    max_tasks: int | None  # tasks after which a worker leaves by itself
+    recycling: Recycling
+    log_level: int | None  # from which log records are sent to the client, if at all
 
 
 class StartWorker(NamedTuple):

@@ -55,19 +55,20 @@ def changed(options: TaskOptions | None, changes: Mapping[str, Any]) -> TaskOpti
 def _check(name: str, value: object) -> None:
     if name in ("timeout", "queue_timeout"):
         if value is not None:
-            _check_seconds(name, value, zero=False)
+            check_seconds(name, value, zero=False)
     elif name in ("retry_delay", "grace"):
-        _check_seconds(name, value, zero=True)
+        check_seconds(name, value, zero=True)
     elif name == "retries":
-        _check_count(name, value, 0)
+        check_count(name, value, 0)
     elif name == "max_memory":
         if value is not None:
-            _check_count(name, value, 1)
+            check_count(name, value, 1)
     elif value is not None and not isinstance(value, str):
         raise TypeError(f"{name} must be a string or None, not {value!r}")
 
 
-def _check_seconds(name: str, value: object, zero: bool) -> None:
+def check_seconds(name: str, value: object, zero: bool) -> None:
+    """Raise TypeError or ValueError unless `value` is a finite number of seconds, positive or, with `zero`, 0."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number of seconds, not {value!r}")
     if math.isnan(value) or math.isinf(value) or value < 0 or (value == 0 and not zero):
@@ -75,7 +76,8 @@ def _check_seconds(name: str, value: object, zero: bool) -> None:
         raise ValueError(f"{name} must be a finite number of seconds, {least}, not {value!r}")
 
 
-def _check_count(name: str, value: object, least: int) -> None:
+def check_count(name: str, value: object, least: int) -> None:
+    """Raise TypeError or ValueError unless `value` is an integer of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an integer, not {value!r}")
     if value < least:

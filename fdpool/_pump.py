@@ -61,10 +61,14 @@ class Pump:
         Raises:
             RuntimeError: no thread can be started.
         """
-        assert self._client.control is not None
-        self._selector.register(self._client.control.socket, selectors.EVENT_READ, self._client.control)
+        self.watch_control()
         assert self._thread is not None
         self._thread.start()
+
+    def watch_control(self) -> None:
+        """Receive what the supervisor reports from now on."""
+        assert self._client.control is not None
+        self._selector.register(self._client.control.socket, selectors.EVENT_READ, self._client.control)
 
     @property
     def is_current(self) -> bool:
@@ -154,7 +158,7 @@ class Pump:
         with client.critical:
             deadline = client.wanted_at()
             self._ticks_at = client.dispatcher.next_deadline()
-        if client.critical.pending or self.receiver.pending or self._callbacks:
+        if client.critical.pending or self.receiver.pending or self._callbacks or client.news:
             return 0.0
         look = self.receiver.next_look()
         if deadline is None:
@@ -180,12 +184,14 @@ class Pump:
     def settle(self) -> None:
         """Runs in: the pump. Settle what is due, and call back."""
         self.receiver.settle()
-        if not self._callbacks:
+        news = self._client.news
+        if not self._callbacks and not news:
             return
         put_back(self._mask)  # a callback may start programs, which inherit the mask
         try:
             while self._callbacks:
                 self._callbacks.popleft().call_back()
+            news.tell()
         finally:
             block_signals()
 
@@ -205,8 +211,7 @@ class Pump:
         except EOFError as ended:
             ended.__traceback__ = None  # the link keeps it, and it would keep this thread's frames
             self._selector.unregister(control.socket)
-            self._client.supervisor_gone()
-            return False
+            return self._client.supervisor_gone()
         return True
 
     def _take_report(self, report: _messages.ToClient, numbers: list[int]) -> None:
@@ -215,15 +220,15 @@ class Pump:
             client.links[report.slot].began(report.pid, numbers)
         elif isinstance(report, _messages.WorkerExited):
             client.last_death = describe_status(report.status)
-            self._worker_gone(report.slot, Exit(report.pid, report.status, report.stacks, report.hint))
+            self.worker_gone(report.slot, Exit(report.pid, report.status, report.stacks, report.hint))
         elif isinstance(report, _messages.StartFailed):
             client.last_death = f"could not be started: {report.reason}"
-            self._worker_gone(report.slot, Exit(0, None))
+            self.worker_gone(report.slot, Exit(0, None))
         else:
             reason = f"module {report.module!r} of preload= cannot be imported: {report.reason}"
             client.critical.post(client.break_pool, PoolBroken(reason))
 
-    def _worker_gone(self, slot: int, death: Exit) -> None:
+    def worker_gone(self, slot: int, death: Exit) -> None:
         """Settle a dead worker's slot: first every answer that it sent, then what it left unread, then the loss."""
         link = self._client.links[slot]
         board = self._client.board

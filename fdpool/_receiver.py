@@ -305,7 +305,14 @@ class Receiver:
             return
         if header.kind == _messages.READY:
             close_all(received.fds)
-            client.critical.post_blocked(client.dispatcher.readied, slot)
+            client.critical.post_blocked(client.readied, slot)
+        elif header.kind in (_messages.LEFT, _messages.LOG):
+            close_all(received.fds)
+            client.news.put(header.kind, received.data[HEADER_BYTES:])
+            client.wake()
+        elif header.kind == _messages.GOING:
+            close_all(received.fds)
+            client.critical.post_blocked(client.staffing.going, slot)
         elif header.kind == _messages.BOOT_FAILED and client.dispatcher.state(slot) is State.STARTING:
             cause = payload.loads_failure(received.data[HEADER_BYTES:], received.fds, header.spilled)
             broken = PoolBroken(f"the pool's initializer failed: {type(cause).__name__}: {cause}")

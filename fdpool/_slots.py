@@ -49,13 +49,16 @@ TABLE: dict[tuple[State, Event], State | None] = {
     (state, event): following for state, row in _ROWS.items() for event, following in zip(Event, row)
 }
 
+#: A number of failed boots after which the pause is the longest.
+LATER = 16
+
 _FIRST_PAUSE_S = 0.01
 _LONGEST_PAUSE_S = 1.0
 
 
 def boot_pause_s(failures: int) -> float:
     """Seconds to wait after `failures` failed boots in a row: 0.01, doubling, at most 1."""
-    return min(_FIRST_PAUSE_S * 2.0 ** (min(failures, 16) - 1), _LONGEST_PAUSE_S)
+    return min(_FIRST_PAUSE_S * 2.0 ** (min(failures, LATER) - 1), _LONGEST_PAUSE_S)
 
 
 class Slot:

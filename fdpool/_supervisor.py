@@ -124,6 +124,9 @@ class Supervisor:
             import psutil  # noqa: F401
 
             from . import commands  # noqa: F401
+
+            if self._configuration is not None and self._configuration.log_level is not None:
+                from . import _logs  # noqa: F401
         except Exception:
             return  # then whoever needs it will say so
         gc.freeze()
@@ -207,7 +210,8 @@ class Supervisor:
             configuration.initializer_spilled,
             self._initializer_fds,
             self._inherited,
-            configuration.max_tasks,
+            configuration.recycling,
+            configuration.log_level,
         )
         _worker.main(inbox_fd, boot)
 

@@ -21,9 +21,11 @@ from typing import NamedTuple
 
 from . import _chunks, _forensics, _messages, _shared, _spill, payload, wire
 from ._board import Page
-from ._messages import HEADER_BYTES, MAX_DATAGRAM, Header
+from ._leftovers import Leftovers, encode
+from ._messages import HEADER_BYTES, MAX_DATAGRAM, Header, Recycling
 from ._spawn import flush_standard_streams
 from ._spin import Spin
+from ._upkeep import Upkeep
 from .errors import TaskTerminated, WireError
 from .fds import SCM_MAX_FD, close_all
 from .payload import Payload
@@ -44,7 +46,8 @@ class Boot(NamedTuple):
     initializer_spilled: bool
     initializer_fds: list[int]
     inherited: Callable[[], object] | None
-    max_tasks: int | None
+    recycling: Recycling
+    log_level: int | None
 
 
 class Worker:
@@ -58,22 +61,27 @@ class Worker:
         os.register_at_fork(after_in_child=self._drop_items)
         self._page = page
         self._previous = _NONE  # the task that ran last
+        self._name = ""  # of that task's function
         self._memory: _spill.Watch | None = None  # what the running task came in
 
     def run(self, boot: Boot) -> None:
-        """Run the initializer, say READY, and serve until told to leave or `max_tasks` are done."""
+        """Run the initializer, say READY, and serve until told to leave, or until the worker has had its time."""
         signal.signal(signal.SIGINT, self._on_sigint)
         signal.signal(signal.SIGURG, self._on_sigurg)
         if not self._initialize(boot):
             raise SystemExit(1)
+        upkeep = self._upkeep = Upkeep(boot.recycling)
         self._send(_messages.READY, 0, None)
-        tasks_left = boot.max_tasks
         spin = Spin()
         poll = select.poll()
         poll.register(self._inbox, select.POLLIN)
         ready = poll.poll
-        while tasks_left is None or tasks_left > 0:
+        while not upkeep.over:
             soon = spin.look(ready)
+            if not soon and upkeep.has_unseen:
+                self._tell_left(upkeep.look_closely())
+                if upkeep.over:
+                    break
             received = wire.receive(self._inbox, MAX_DATAGRAM, SCM_MAX_FD)
             if not soon:
                 spin.waited()
@@ -85,7 +93,7 @@ class Worker:
                 continue
             if header.kind == _messages.LEAVE:
                 close_all(received.fds)
-                return
+                break
             if header.kind == _messages.TASKS:
                 close_all(received.fds)
                 self._run_batch(calls)
@@ -112,10 +120,11 @@ class Worker:
             del received
             released = self._memory is not None and self._memory.is_over()
             self._memory = None
-            self._send(kind, header.task, answer, int((time.monotonic() - began) * 1e6), released)
+            busy_s = time.monotonic() - began
+            self._send(kind, header.task, answer, int(busy_s * 1e6), released)
             del answer
-            if tasks_left is not None:
-                tasks_left -= 1
+            self._tell_left(upkeep.ran(self._name, 1, busy_s))
+        self._send(_messages.GOING, 0, None)
 
     def _may_begin(self, header: Header) -> bool:
         """Say that a task begins; or that it is returned, as the client wants nothing to begin after the one before.
@@ -143,6 +152,7 @@ class Worker:
         answers: list[bytes] = []
         began = last_sent = time.monotonic()
         previous = self._previous
+        first, count = began, len(calls)
         calls.reverse()
         while calls:
             _, task, body = calls.pop()
@@ -170,6 +180,7 @@ class Worker:
                 began = last_sent = now
         self._previous = previous
         self._send_answers(answers, began)
+        self._tell_left(self._upkeep.ran(self._name, count - len(calls), time.monotonic() - first))
 
     def _run_chunk(self, header: Header, received: wire.Received) -> None:
         """Run items of a map as far as time allows, and answer with their results."""
@@ -187,6 +198,7 @@ class Worker:
             self.in_task = False
             self._send(_messages.FAILED, task, payload.dumps_failure(error))
             return
+        began = time.monotonic()
 
         def flush(results: list[object], mixed: bool) -> None:
             for count, piece in _chunks.answers(results, mixed):
@@ -195,6 +207,8 @@ class Worker:
         reached = _chunks.run(fn, items, star, start, stop, partial(page.claim, task), self, flush)
         page.end()
         self._send(_messages.DONE if reached == stop else _messages.CUT, task, payload.dumps_result([]))
+        name = f"items of a map of {_name_of(fn)}"
+        self._tell_left(self._upkeep.ran(name, reached - start, time.monotonic() - began))
 
     def _send_answers(self, answers: list[bytes], began: float) -> None:
         """Send what `answers` holds, if anything, and forget it."""
@@ -218,6 +232,7 @@ class Worker:
         try:
             self.in_task = True
             fn, args, kwargs = payload.loads(body, fds, spilled)
+            self._name = _name_of(fn)
             if spilled:
                 self._memory = _spill.Watch()
             result = fn(*args, **kwargs)
@@ -317,6 +332,10 @@ class Worker:
             self.in_task = False
             raise TaskTerminated
 
+    def _tell_left(self, left: Leftovers | None) -> None:
+        if left is not None:
+            self._send(_messages.LEFT, 0, Payload(encode(left)))
+
     def _drop_items(self) -> None:
         """Runs in: a child that a task has forked."""
         for _ in self.items:
@@ -326,6 +345,11 @@ class Worker:
         """A task may fork; a child that returns from it is not a worker and must not speak as one."""
         if os.getpid() != self._pid:
             os._exit(0)
+
+
+def _name_of(fn: object) -> str:
+    name = getattr(fn, "__qualname__", None)
+    return name if isinstance(name, str) else type(fn).__qualname__
 
 
 def _reports_unclosed() -> bool:
@@ -338,7 +362,19 @@ def main(inbox_fd: int, boot: Boot) -> None:
     """Serve on the worker's end of its slot's pair until told to leave."""
     _begin()
     _forensics.overhear_stderr(boot.page.say)
-    Worker(socket.socket(fileno=inbox_fd), boot.page).run(boot)
+    inbox = socket.socket(fileno=inbox_fd)
+    if boot.log_level is not None:
+        from . import _logs
+
+        _logs.forward(inbox, boot.page.slot, boot.log_level)
+    try:
+        Worker(inbox, boot.page).run(boot)
+    except OSError as error:
+        if error.errno not in (errno.EBADF, errno.ENOTSOCK, errno.EDESTADDRREQ, errno.ENOTCONN):
+            raise
+        # Nothing of ours is to be trusted to be what it was, stderr included.
+        boot.page.say(b"fdpool: a task has closed descriptors of its worker's own, or replaced them\n")
+        raise SystemExit(1) from None
     _finish()
 
 

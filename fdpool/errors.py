@@ -47,6 +47,15 @@ class PayloadTooLarge(FdpoolError, ValueError):
     may_have_run = False
 
 
+class DescriptorsExhausted(FdpoolError, OSError):
+    """No descriptor is left in this process for what a task carries (RLIMIT_NOFILE), and none becomes free.
+
+    From `submit`; nothing was queued. `errno` is EMFILE.
+    """
+
+    may_have_run = False
+
+
 class ForkedPool(FdpoolError, RuntimeError):
     """A pool used in a forked child of the process that made it; make a new pool there."""
 

@@ -27,16 +27,20 @@ if TYPE_CHECKING:
     P = ParamSpec("P")
 
 from . import _process, payload
+from ._budget import FULL, exhausted, near_limit
 from ._chunks import Raised, is_plain
 from ._client import Client
 from ._cpus import usable_cpus
-from ._options import TaskOptions, changed
+from ._messages import Recycling
+from ._options import TaskOptions, changed, check_count, check_seconds
 from ._shared import Shared
+from ._staffing import Staff
 from ._tasks import ChunkFuture, CommandFuture, TaskFuture
 from ._trees import GRACE_S
 from .errors import DescriptorRefused, FdpoolError, NotPicklable, PoolShutDown
 from .fds import Fd, HasFileno, close_all
 from .sockets import StreamSocket
+from .stats import PoolStats
 
 # What runs programs (`commands` and what is below it) is imported by the methods that do: a third of the time that
 # importing this module would take, and most pools run none.
@@ -80,6 +84,15 @@ class Pool(Executor):
             (locks, queues; of a context other than "fork"). With `start_method="fork"` they are inherited
             if they cannot be pickled, as `initializer` itself is: anything will do.
         max_tasks_per_child: tasks after which a worker is replaced by a fresh one; None for never.
+        max_memory: bytes of resident memory; a worker that has more after a task is replaced. For a limit
+            while a task runs, see `with_options`.
+        max_age: seconds after which a worker is replaced, when it has done what it runs; a tenth of it earlier at
+            most, so that not all go together.
+        max_fds_growth: a worker is replaced that has so many descriptors more than when it started.
+        min_workers: so many workers are started with the first task, and kept. By default none before they are needed.
+        idle_timeout: seconds after which a worker beyond `min_workers` goes that has nothing to do; None for never.
+        log_level: a level of `logging`, as a number or by name: what workers log from that level up is handled by
+            this process's loggers, in order for each worker. None: workers log as a new interpreter does, to stderr.
         start_method: "forkserver": workers are forked from a fresh, single-threaded interpreter, so it
             does not matter what this process's threads do. "fork": from a fork of this process, made at the
             first submit, so that workers inherit its memory.
@@ -100,6 +113,12 @@ class Pool(Executor):
         initargs: tuple[Any, ...] = (),
         *,
         max_tasks_per_child: int | None = None,
+        max_memory: int | None = None,
+        max_age: float | None = None,
+        max_fds_growth: int | None = None,
+        min_workers: int = 0,
+        idle_timeout: float | None = None,
+        log_level: int | str | None = None,
         start_method: StartMethod | None = None,
         preload: Iterable[str] = (),
     ) -> None:
@@ -114,6 +133,17 @@ class Pool(Executor):
                 raise TypeError(f"max_tasks_per_child must be an integer, not {max_tasks_per_child!r}")
             if max_tasks_per_child <= 0:
                 raise ValueError(f"max_tasks_per_child must be >= 1, not {max_tasks_per_child}")
+        for name, count in (("max_memory", max_memory), ("max_fds_growth", max_fds_growth)):
+            if count is not None:
+                check_count(name, count, 1)
+        for name, seconds in (("max_age", max_age), ("idle_timeout", idle_timeout)):
+            if seconds is not None:
+                check_seconds(name, seconds, zero=False)
+        check_count("min_workers", min_workers, 0)
+        if min_workers > max_workers:
+            raise ValueError(f"min_workers must be at most max_workers, {max_workers}, not {min_workers}")
+        if log_level is not None:
+            log_level = _level(log_level)
         if start_method is None:
             inherits = mp_context is not None and mp_context.get_start_method() == "fork"
             start_method = "fork" if inherits else "forkserver"
@@ -129,7 +159,9 @@ class Pool(Executor):
         self._first_call = None if initializer is None else partial(initializer, *initargs)
         boot = _pickled(self._first_call, fork)
         inherited = self._first_call if boot is None else None
-        self._client = Client(max_workers, fork, tuple(preload), boot, inherited, max_tasks_per_child)
+        recycling = Recycling(max_tasks_per_child, max_memory, max_fds_growth)
+        staff = Staff(min_workers, idle_timeout, max_age)
+        self._client = Client(max_workers, fork, tuple(preload), boot, inherited, recycling, staff, log_level)
         # A pool that is dropped without shutdown finishes what it was given, as ProcessPoolExecutor does.
         weakref.finalize(self, self._client.let_go).atexit = False
 
@@ -141,6 +173,13 @@ class Pool(Executor):
     def worker_pids(self) -> list[int]:
         """Process ids of the workers that are there now; may be out of date as soon as it is returned."""
         return self._client.worker_pids()
+
+    def stats(self) -> PoolStats:
+        """A snapshot: workers and what they run, tasks that wait, what was lost, replaced and left behind.
+
+        Of a pool that is over, the counts are still there. Thread-safe; not to be called from a finalizer.
+        """
+        return self._client.stats()
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> TaskFuture[T]:
         """Run `fn(*args, **kwargs)` in a worker; returns the future of its result.
@@ -174,9 +213,17 @@ class Pool(Executor):
         self._client.check_usable()
         try:
             call = payload.dumps_call(fn, args, kwargs)
+            if call.fds is not None and near_limit(call.fds.numbers):
+                self._make_room(call, label)
         except NotPicklable as error:
             future.set_exception(error)
             return future
+        except OSError as error:
+            if error.errno not in FULL or isinstance(error, FdpoolError):
+                raise
+            if not self._client.wait_for_descriptors(label):
+                raise exhausted(label, 0, 0.0) from error
+            return self._submit(fn, args, kwargs, label, future)
         if self._options is not None:
             future.options, future.grace_s = self._options, self._options.grace
             label = self._options.name or label
@@ -217,6 +264,14 @@ class Pool(Executor):
         """
         given = {name: value for name, value in locals().items() if value is not UNCHANGED and name != "self"}
         return _View(self, changed(self._options, given))
+
+    def _make_room(self, call: payload.Payload, label: str) -> None:
+        """Wait for others to let go of descriptors, as `call` has taken some of the last."""
+        try:
+            self._client.wait_for_descriptors(label)
+        except BaseException:
+            call.close()
+            raise
 
     def share(self, obj: T) -> Shared[T]:
         """Put an object into memory once, for many tasks to take: submit the handle in its place.
@@ -603,6 +658,18 @@ class _View(Pool):
             for future in self._client.tasks_with(self._options):
                 future.terminate()
         self.shutdown(wait=True)
+
+
+def _level(level: int | str) -> int:
+    """The number of a level of `logging`."""
+    if isinstance(level, int) and not isinstance(level, bool):
+        return level
+    import logging
+
+    number = logging.getLevelName(level) if isinstance(level, str) else None
+    if not isinstance(number, int):
+        raise ValueError(f"log_level must be a level of logging, not {level!r}")
+    return number
 
 
 def _keeps_nothing(fn: Any, seen: tuple[Any, ...] = ()) -> bool:

@@ -11,6 +11,9 @@ from typing import Any
 
 from fdpool import TaskTerminated
 
+TAKEN: list[int] = []  # descriptors that a test has a worker hold
+KEPT: list[bytearray] = []
+
 
 def square(number: int) -> int:
     return number * number
@@ -322,3 +325,7 @@ def clean_up(path: str) -> str:
     except TaskTerminated:
         return "cleaned up"
     return "never"
+
+
+def count_descriptors(handles: list[Any]) -> int:
+    return sum(os.fstat(handle.fileno()) is not None for handle in handles)

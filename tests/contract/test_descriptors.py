@@ -199,36 +199,35 @@ def test_what_cannot_be_handed_over_is_refused_at_submit(pool: Pool, text_file: 
 
 
 @pytest.mark.parametrize("free", [0, 2])
-def test_a_worker_at_its_limit_of_files_says_so_and_recovers(pool: Pool, free: int) -> None:
-    """T3."""
+def test_a_worker_at_its_limit_of_files_says_so_and_recovers(free: int) -> None:
+    """T3. The limit is the worker's own, so that no task undoes it."""
 
-    def squeeze(free: int) -> int:
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    def squeeze(free: int) -> None:
+        helpers.square(1)  # what it imports needs descriptors too
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         used = max(int(entry) for entry in os.listdir("/proc/self/fd")[:-1])
-        resource.setrlimit(resource.RLIMIT_NOFILE, (used + free, hard))
-        taken = []
+        resource.setrlimit(resource.RLIMIT_NOFILE, (used + free + 10, hard))
+        helpers.TAKEN.clear()
         try:
             while True:
-                taken.append(os.dup(0))
+                helpers.TAKEN.append(os.dup(0))
         except OSError:
             pass
-        for fd in taken[len(taken) - free :]:
-            os.close(fd)
-        return soft
+        for _ in range(free):
+            os.close(helpers.TAKEN.pop())
 
-    def release(soft: int) -> None:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    def release() -> None:
+        while helpers.TAKEN:
+            os.close(helpers.TAKEN.pop())
 
-    pool.submit(helpers.square, 1).result()  # what it imports needs descriptors too
-    soft = pool.submit(squeeze, free).result()
-    with open(os.devnull) as null:
+    with Pool(1, initializer=squeeze, initargs=(free,)) as pool, open(os.devnull) as null:
         handles = [Fd(null) for _ in range(5)]
         with pytest.raises(fdpool.FdTransferError, match="RLIMIT_NOFILE") as caught:
             pool.submit(len, handles).result()
         assert (caught.value.wanted, caught.value.may_have_run) == (5, False)
         assert caught.value.got <= free + 1
         assert pool.submit(helpers.square, 3).result() == 9
-        pool.submit(release, soft).result()
+        pool.submit(release).result()
         assert pool.submit(len, handles).result() == 5
 
 

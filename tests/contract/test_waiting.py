@@ -159,6 +159,7 @@ def test_a_signal_handler_may_wait_in_the_midst_of_another_wait(pool: Pool) -> N
         time.sleep(0.001)
         inner.append(pool.submit(helpers.wait_and_tell, 5, 0.3).result(timeout=20))
 
+    pool.submit(helpers.nothing).result(timeout=20)
     before = signal.signal(signal.SIGALRM, handle)
     try:
         signal.setitimer(signal.ITIMER_REAL, 0.05)

@@ -236,16 +236,44 @@ def test_nothing_is_left_within_a_second_when_the_client_is_killed(start_method:
         assert seconds_until_gone(tree) < 1.0
 
 
-@pytest.mark.parametrize("start_method", START_METHODS)
-def test_nothing_is_left_and_nothing_hangs_when_the_supervisor_is_killed(start_method: Any) -> None:
-    """W4."""
+def start_two() -> tuple[int, int]:
+    here = subprocess.Popen(["sleep", "1000"])
+    elsewhere = subprocess.Popen(["sleep", "1000"], start_new_session=True)
+    return here.pid, elsewhere.pid
 
-    def start_two() -> tuple[int, int]:
-        here = subprocess.Popen(["sleep", "1000"])
-        elsewhere = subprocess.Popen(["sleep", "1000"], start_new_session=True)
-        return here.pid, elsewhere.pid
 
-    pool = Pool(2, start_method=start_method)
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_a_killed_supervisor_is_replaced_and_only_what_ran_is_lost(caplog: pytest.LogCaptureFixture) -> None:
+    """W4. Nothing of the old one is left, and what waited is run; the second time in a minute the pool breaks."""
+    with Pool(2) as pool:
+        started = pool.submit(start_two).result()
+        running = [pool.submit(time.sleep, 1000) for _ in range(2)]
+        waiting = [pool.submit(helpers.square, n) for n in range(40)]
+        with open(os.devnull) as null:
+            carrying = pool.submit(helpers.read_all, null)
+        wait_until(lambda: all(worker.running == "sleep" for worker in pool.stats().workers))
+        supervisor = supervisor_of(pool)
+        tree = supervisor.children(recursive=True)
+        supervisor.kill()
+        assert seconds_until_gone(tree) < 1.0, started
+        for future in running:
+            with pytest.raises(
+                fdpool.WorkerLost, match="because the pool's supervisor was killed by SIGKILL"
+            ):
+                future.result(timeout=10)
+        assert [future.result(timeout=10) for future in waiting] == [n * n for n in range(40)]
+        assert carrying.result(timeout=10) == ""
+        assert "a new one was started" in caplog.text
+        assert pool.stats().supervisor_restarts == 1
+
+        supervisor_of(pool).kill()
+        wait_until(lambda: breaks(pool))
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_a_killed_supervisor_takes_a_pool_of_forks_along_and_nothing_hangs() -> None:
+    """W4: it cannot be forked again, as this process is not what it was."""
+    pool = Pool(2, start_method="fork")
     started = pool.submit(start_two).result()
     running = pool.submit(time.sleep, 1000)
     waiting = [pool.submit(helpers.square, n) for n in range(40)]
@@ -258,9 +286,33 @@ def test_nothing_is_left_and_nothing_hangs_when_the_supervisor_is_killed(start_m
     for future in waiting:
         if future.exception(timeout=5) is not None:
             assert isinstance(future.exception(), fdpool.PoolBroken)
-    with pytest.raises(fdpool.PoolBroken):
-        pool.submit(helpers.square, 1)
+    assert breaks(pool)
     pool.shutdown()
+
+
+def breaks(pool: Pool) -> bool:
+    try:
+        pool.submit(helpers.square, 1).result(timeout=10)
+    except fdpool.PoolBroken as error:
+        return "supervisor was killed by SIGKILL" in str(error)
+    except fdpool.WorkerLost:
+        pass
+    return False
+
+
+@pytest.mark.parametrize("pause_s", [0.0, 0.0005, 0.002, 0.005, 0.02, 0.05])
+def test_a_supervisor_may_die_at_any_moment_of_a_workers_start(pause_s: float) -> None:
+    """Each task has one outcome, and none hangs."""
+    with Pool(3) as pool:
+        pool.submit(helpers.square, 1).result(timeout=20)
+        supervisor = supervisor_of(pool)
+        futures = [pool.submit(helpers.spin, 0.01) for _ in range(12)]  # two more workers are started
+        time.sleep(pause_s)  # the moment is what is tried
+        supervisor.kill()
+        errors = [future.exception(timeout=30) for future in futures]
+        assert sum(error is not None for error in errors) <= 3
+        assert all(isinstance(error, (fdpool.WorkerLost, type(None))) for error in errors)
+        assert pool.submit(helpers.square, 3).result(timeout=20) == 9
 
 
 def test_what_a_killed_worker_had_started_is_killed_too() -> None:

@@ -6,14 +6,16 @@ import errno
 import os
 import resource
 import signal
+from collections.abc import Iterator
 from concurrent.futures import wait
+from pathlib import Path
 
 import pytest
 
 import fdpool
 from tests.chaos.disorder import limit_with_room
-from tests.contract.helpers import square
-from tests.process_state import wait_until
+from tests.contract.helpers import count_descriptors, square, wait_at
+from tests.process_state import open_descriptors, wait_until
 
 
 @pytest.mark.parametrize("room", [1, 4, 6, 7, 8, 9, 10, 13, 14, 17])
@@ -69,3 +71,75 @@ def test_a_client_without_room_for_a_pidfd_hears_of_a_new_worker_all_the_same() 
             os.close(release)
         assert held.result(20) == b""
         assert len(pool.worker_pids()) == 2
+
+
+@pytest.fixture
+def little_room() -> Iterator[int]:
+    """A limit of open files that leaves this process some sixty."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limit = limit_with_room(60)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    yield limit
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_who_submits_more_descriptors_than_there_is_room_for_waits(little_room: int) -> None:
+    with fdpool.Pool(2) as pool, open(os.devnull) as null:
+        futures = [pool.submit(count_descriptors, [fdpool.Fd(null) for _ in range(5)]) for _ in range(300)]
+        assert [future.result(timeout=60) for future in futures] == [5] * 300
+        with open(os.devnull):
+            pass  # there is room for the rest of the program
+
+
+def test_a_queue_full_of_descriptors_that_does_not_move_is_an_error_that_names_the_limit(
+    little_room: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("fdpool._client._ROOM_S", 0.3)
+    os.mkfifo(tmp_path / "gate")
+    with fdpool.Pool(1) as pool, open(os.devnull) as null:
+        running = pool.submit(wait_at, str(tmp_path / "gate"))
+        wait_until(running.running)
+        queued = []
+        with pytest.raises(fdpool.DescriptorsExhausted, match=r"RLIMIT_NOFILE.*Raise the limit") as caught:
+            for _ in range(300):
+                future = pool.submit(count_descriptors, [fdpool.Fd(null) for _ in range(5)])
+                queued += [future]
+        assert caught.value.errno == errno.EMFILE
+        assert not caught.value.may_have_run
+        assert len(queued) > 2
+        (tmp_path / "gate").open("wb").close()
+        assert [future.result(timeout=20) for future in queued] == [5] * len(queued)
+
+
+def test_a_callback_that_finds_no_room_gets_the_error_at_once(little_room: int) -> None:
+    """It runs in the pool's own thread, where nothing would move if it waited."""
+    found: list[BaseException | int] = []
+
+    with fdpool.Pool(1) as pool, open(os.devnull) as null:
+
+        def submit_many(_: object) -> None:
+            try:
+                for _ in range(300):
+                    pool.submit(count_descriptors, [fdpool.Fd(null) for _ in range(5)])
+            except BaseException as error:
+                found.append(error)
+            else:
+                found.append(0)
+
+        pool.submit(square, 1).add_done_callback(submit_many)
+        wait_until(lambda: found, limit_s=20)
+    assert isinstance(found[0], fdpool.DescriptorsExhausted)
+
+
+def test_a_pool_that_finds_no_room_for_another_worker_does_with_those_it_has(little_room: int) -> None:
+    with fdpool.Pool(20) as pool, open(os.devnull) as null:
+        assert pool.submit(square, 2).result(timeout=20) == 4
+        taken = [os.dup(null.fileno()) for _ in range(little_room - 6 - len(open_descriptors()))]
+        try:
+            assert [future.result(timeout=60) for future in [pool.submit(square, n) for n in range(50)]] == [
+                n * n for n in range(50)
+            ]
+            assert 1 <= len(pool.worker_pids()) < 20
+        finally:
+            for fd in taken:
+                os.close(fd)

@@ -1,0 +1,144 @@
+"""What tasks leave behind in their worker: descriptors, threads, children. Noticed and named, not taken away.
+
+It may be a cache that the next task is to find: a connection, a helper process. So nothing of it is touched as long
+as the worker lives; the client is told, and all of it goes with the worker. Runs in: a worker.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import NamedTuple
+
+
+class Leftovers(NamedTuple):
+    """What one look has found that the one before had not.
+
+    Attributes:
+        task: the name of the task, or of the last one if there were several.
+        tasks: how many there were since the look before.
+        descriptors, threads, children: each in words.
+        reason: why the worker leaves, if it does for that.
+    """
+
+    task: str
+    tasks: int
+    descriptors: tuple[str, ...] = ()
+    threads: tuple[str, ...] = ()
+    children: tuple[str, ...] = ()
+    reason: str = ""
+
+    def describe(self) -> str:
+        """In words, for a person."""
+        parts = [
+            f"{len(found)} {name if len(found) > 1 else single} ({', '.join(found[:5])}{', ...' if found[5:] else ''})"
+            for name, single, found in (
+                ("descriptors", "descriptor", self.descriptors),
+                ("threads", "thread", self.threads),
+                ("children", "child", self.children),
+            )
+            if found
+        ]
+        whose = self.task if self.tasks == 1 else f"one of {self.tasks} tasks, the last of them {self.task},"
+        left = f"left {' and '.join(parts)} in its worker" if parts else ""
+        replaced = f"the worker is replaced: {self.reason}" if self.reason else ""
+        return f"{whose} {left}{'; ' if left and replaced else ''}{replaced}"
+
+
+def encode(leftovers: Leftovers) -> bytes:
+    """As the body of a message."""
+    import json  # 2 ms, and most workers never need it
+
+    return json.dumps(leftovers).encode()
+
+
+def decode(body: bytes) -> Leftovers:
+    """What `encode` made.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    import json
+
+    fields = json.loads(body)
+    if not isinstance(fields, list) or len(fields) != len(Leftovers._fields):
+        raise ValueError("no leftovers")
+    task, tasks, descriptors, threads, children, reason = fields
+    found = [tuple(map(str, each)) for each in (descriptors, threads, children)]
+    return Leftovers(str(task), int(tasks), found[0], found[1], found[2], str(reason))
+
+
+class Watch:
+    """Remembers what was there, so that what is new can be named."""
+
+    def __init__(self) -> None:
+        self._descriptors = _descriptors()
+        self._at_first = len(self._descriptors)
+        self._threads = _threads()
+        self._children = _children()
+
+    @property
+    def descriptors_more(self) -> int:
+        """How many descriptors there are more than at first."""
+        return len(self._descriptors) - self._at_first
+
+    def look(self, task: str, tasks: int) -> Leftovers | None:
+        """What is new since the last look, or None. 35 microseconds where there is nothing."""
+        descriptors, threads, children = _descriptors(), _threads(), _children()
+        new_descriptors = sorted(descriptors - self._descriptors)
+        new_threads = threads.keys() - self._threads.keys()
+        new_children = sorted(children - self._children)
+        self._descriptors, self._threads, self._children = descriptors, threads, children
+        if not (new_descriptors or new_threads or new_children):
+            return None
+        return Leftovers(
+            task,
+            tasks,
+            tuple(map(_target, new_descriptors)),
+            tuple(sorted(threads[ident] for ident in new_threads)),
+            tuple(f"{_command(pid)}, pid {pid}" for pid in new_children),
+        )
+
+
+def _descriptors() -> set[int]:
+    try:
+        found = {int(entry) for entry in os.listdir("/dev/fd")}
+        # The one that read the folder is among them. It is free again, so it is what the next one gets; and a file that
+        # a task opens may get it later.
+        reader = os.dup(0)
+    except OSError:
+        return set()
+    os.close(reader)
+    found.discard(reader)
+    return found
+
+
+def _target(fd: int) -> str:
+    """What a descriptor is."""
+    try:
+        return f"{fd}: {os.readlink(f'/proc/self/fd/{fd}')}"
+    except OSError:
+        return str(fd)
+
+
+def _threads() -> dict[int | None, str]:
+    threading = sys.modules.get("threading")
+    if threading is None:
+        return {}
+    return {thread.ident: thread.name for thread in threading.enumerate()}
+
+
+def _children() -> set[int]:
+    try:
+        with open(f"/proc/self/task/{os.getpid()}/children", "rb", buffering=0) as listing:
+            return {int(pid) for pid in listing.read().split()}
+    except OSError:
+        return set()  # asking psutil takes milliseconds
+
+
+def _command(pid: int) -> str:
+    try:
+        with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as name:
+            return name.read().strip()
+    except OSError:
+        return "a process"

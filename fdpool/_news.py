@@ -1,0 +1,71 @@
+"""What workers have to say besides answers: what tasks have left behind in them, and log records.
+
+Received with the answers, told by the pump: warnings and log handlers are user code.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import deque
+from dataclasses import dataclass
+
+from . import _leftovers, _messages
+from ._leftovers import Leftovers
+
+_KEPT = 100  # of the latest, for `stats`
+
+
+@dataclass
+class LeftCounts:
+    """How much was left so far."""
+
+    descriptors: int = 0
+    threads: int = 0
+    children: int = 0
+
+
+class News:
+    """Of one pool's workers.
+
+    Attributes:
+        left: what was left in all.
+        latest: what was left most recently, in words, oldest first.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: deque[tuple[int, bytes]] = deque()
+        self.left = LeftCounts()
+        self.latest: deque[str] = deque(maxlen=_KEPT)
+
+    def __bool__(self) -> bool:
+        """True if there is something to tell."""
+        return bool(self._waiting)
+
+    def put(self, kind: int, body: bytes) -> None:
+        """Keep a LEFT or LOG message until `tell`."""
+        self._waiting.append((kind, body))
+
+    def tell(self) -> None:
+        """Runs in: the pump, with signals let through. Warn, and log. Never raises."""
+        while self._waiting:
+            kind, body = self._waiting.popleft()
+            try:
+                if kind == _messages.LEFT:
+                    self._tell_left(_leftovers.decode(body))
+                else:
+                    from . import _logs
+
+                    _logs.handle(body)
+            except Exception:
+                import logging
+
+                # Among others, a warning that somebody has made an error.
+                logging.getLogger("fdpool").warning("a worker's news could not be told", exc_info=True)
+
+    def _tell_left(self, left: Leftovers) -> None:
+        text = left.describe()
+        self.latest.append(text)
+        self.left.descriptors += len(left.descriptors)
+        self.left.threads += len(left.threads)
+        self.left.children += len(left.children)
+        warnings.warn(text, ResourceWarning, stacklevel=2)

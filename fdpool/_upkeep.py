@@ -1,0 +1,79 @@
+"""Between tasks, in a worker: what they have changed is undone, what they have left is named, and it is seen whether
+the worker has had its time.
+
+Runs in: a worker. The answer has been sent by then, so nobody waits for it. After each message 10 microseconds; a
+closer look, of 60 to 100, where the message took a millisecond, or when there is nothing to do.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+
+from ._leftovers import Leftovers, Watch
+from ._messages import Recycling
+from ._surroundings import Surroundings
+
+#: A message that took so long is followed by a closer look: 6 to 10 % of its time at most.
+_CLOSE_LOOK_S = 0.001
+
+#: What getrusage(2) counts the most memory in that a process has had.
+_PEAK_UNIT = 1 if sys.platform == "darwin" else 1024
+
+
+class Upkeep:
+    """One worker's. Made when the initializer has run: what that has changed and left is to stay.
+
+    Attributes:
+        over: the worker is to take no more tasks.
+    """
+
+    def __init__(self, rules: Recycling) -> None:
+        self.over = False
+        self._rules = rules
+        self._surroundings = Surroundings()
+        self._watch = Watch()
+        self._tasks_left = rules.max_tasks
+        self._name = ""
+        self._unseen = 0  # tasks since the last closer look
+
+    @property
+    def has_unseen(self) -> bool:
+        """True if tasks have run since the last closer look."""
+        return self._unseen > 0
+
+    def ran(self, name: str, tasks: int, busy_s: float) -> Leftovers | None:
+        """So many tasks have run, the last of that name; returns what is to be told."""
+        self._name = name
+        self._unseen += tasks
+        if self._tasks_left is not None:
+            self._tasks_left -= tasks
+            self.over = self.over or self._tasks_left <= 0
+        reason = self._surroundings.put_back()
+        if reason or busy_s >= _CLOSE_LOOK_S:
+            return self.look_closely(reason)
+        return None
+
+    def look_closely(self, reason: str = "") -> Leftovers | None:
+        """Look at all that there is; returns what is to be told."""
+        rules, watch = self._rules, self._watch
+        left = watch.look(self._name, self._unseen)
+        reason = reason or self._surroundings.look_closely()
+        if not reason and rules.max_fds_growth is not None and watch.descriptors_more > rules.max_fds_growth:
+            reason = (
+                f"it has {watch.descriptors_more} descriptors more than at first, and its max_fds_growth is "
+                f"{rules.max_fds_growth}"
+            )
+        if reason:
+            left = (left or Leftovers(self._name, self._unseen))._replace(reason=reason)
+        self.over = self.over or bool(reason) or self._is_too_large()
+        self._unseen = 0
+        return left
+
+    def _is_too_large(self) -> bool:
+        most = self._rules.max_memory
+        if most is None or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _PEAK_UNIT <= most:
+            return False  # it never was
+        import psutil
+
+        return bool(psutil.Process().memory_info().rss > most)

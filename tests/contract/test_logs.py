@@ -1,0 +1,181 @@
+"""What workers log is handled here, in order, and never holds a task up for ever."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from typing import Any
+
+import pytest
+
+from fdpool import Pool
+from tests.contract import helpers
+from tests.process_state import wait_until
+
+
+def log_numbers(name: str, count: int) -> None:
+    for number in range(count):
+        logging.getLogger(name).info("number %d of %s", number, name, extra={"number": number})
+
+
+def log_error() -> None:
+    try:
+        raise ValueError("went wrong")
+    except ValueError:
+        logging.getLogger("fdpool.test").exception("caught")
+
+
+class Unpicklable:
+    def __reduce__(self) -> Any:
+        raise TypeError("stays here")
+
+    def __str__(self) -> str:
+        return "a text of it"
+
+
+def log_awkward() -> None:
+    log = logging.getLogger("fdpool.test")
+    log.warning("with %s", Unpicklable())
+    log.warning("extra", extra={"unpicklable": Unpicklable(), "fine": 3})
+    log.warning("x" * 1_000_000)
+
+
+@pytest.fixture
+def records() -> Any:
+    """Records of the logger `fdpool.test`, which is told apart from the root."""
+    found: list[logging.LogRecord] = []
+
+    class Keeper(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            found.append(record)
+
+    logger = logging.getLogger("fdpool.test")
+    handler = Keeper()
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+    yield found
+    logger.removeHandler(handler)
+
+
+def test_records_arrive_in_order_and_before_the_result(records: list[logging.LogRecord]) -> None:
+    with Pool(2, log_level="INFO") as pool:
+        pool.submit(log_numbers, "fdpool.test", 300).result(timeout=20)
+        wait_until(lambda: len(records) == 300)
+    assert [record.getMessage() for record in records] == [f"number {n} of fdpool.test" for n in range(300)]
+    assert [record.number for record in records] == list(range(300))  # type: ignore[attr-defined]
+    assert {record.processName for record in records} == {"Worker-0"}
+
+
+def test_each_workers_records_are_in_order(records: list[logging.LogRecord]) -> None:
+    with Pool(2, log_level=logging.INFO) as pool:
+        for future in [pool.submit(log_numbers, f"fdpool.test.{n}", 100) for n in range(4)]:
+            future.result(timeout=20)
+        wait_until(lambda: len(records) == 400)
+    for n in range(4):
+        mine = [record.number for record in records if record.name == f"fdpool.test.{n}"]  # type: ignore[attr-defined]
+        assert mine == list(range(100))
+
+
+def test_an_exception_comes_with_its_traceback(records: list[logging.LogRecord]) -> None:
+    with Pool(1, log_level="INFO") as pool:
+        pool.submit(log_error).result(timeout=20)
+        wait_until(lambda: records)
+    text = logging.Formatter().format(records[0])
+    assert text.startswith("caught\nTraceback")
+    assert text.endswith("ValueError: went wrong")
+
+
+def test_what_cannot_travel_arrives_as_text_or_not_at_all(records: list[logging.LogRecord]) -> None:
+    with Pool(1, log_level="INFO") as pool:
+        pool.submit(log_awkward).result(timeout=20)
+        wait_until(lambda: len(records) == 3)
+    first, second, third = records
+    assert first.getMessage() == "with a text of it"
+    assert second.fine == 3  # type: ignore[attr-defined]
+    assert not hasattr(second, "unpicklable")
+    assert third.getMessage().startswith("xxxx")
+
+
+def test_levels_here_and_there_are_kept_to(records: list[logging.LogRecord]) -> None:
+    logging.getLogger("fdpool.test.quiet").setLevel(logging.ERROR)
+
+    def log_all() -> None:
+        logging.getLogger("fdpool.test").debug("too low there")
+        logging.getLogger("fdpool.test.quiet").warning("too low here")
+        logging.getLogger("fdpool.test").warning("arrives")
+
+    with Pool(1, log_level=logging.INFO) as pool:
+        pool.submit(log_all).result(timeout=20)
+        wait_until(lambda: records)
+    assert [record.getMessage() for record in records] == ["arrives"]
+
+
+def test_without_asking_for_it_nothing_arrives(records: list[logging.LogRecord]) -> None:
+    with Pool(1) as pool:
+        pool.submit(log_numbers, "fdpool.test", 3).result(timeout=20)
+    assert not records
+
+
+def test_a_handler_that_raises_or_waits_does_not_hurt_the_pool(records: list[logging.LogRecord]) -> None:
+    release = threading.Event()
+
+    class Awkward(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            release.wait(20)
+            raise ValueError("in a handler")
+
+    logger = logging.getLogger("fdpool.test.awkward")
+    handler = Awkward()
+    logger.addHandler(handler)
+    try:
+        with Pool(1, log_level="INFO") as pool:
+            began = time.monotonic()
+            pool.submit(log_numbers, "fdpool.test.awkward", 2).result(timeout=20)
+            assert pool.submit(helpers.square, 3).result(timeout=20) == 9
+            assert time.monotonic() - began < 10
+            release.set()
+    finally:
+        logger.removeHandler(handler)
+
+
+def test_a_flood_of_records_ends_and_what_was_dropped_is_said(
+    records: list[logging.LogRecord], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client does not read for a while: the task goes on, and the next record says how many are missing."""
+
+    def flood() -> float:
+        from fdpool import _logs
+
+        _logs._PATIENCE_S = 0.01
+        began = time.monotonic()
+        log_numbers("fdpool.test", 400)
+        return time.monotonic() - began
+
+    def one_more() -> None:
+        logging.getLogger("fdpool.test").info("one more")
+
+    logger = logging.getLogger("fdpool")
+    logger.addHandler(keeper := _Keeper(records))
+    try:
+        with Pool(1, log_level="INFO") as pool:
+            pool.submit(helpers.square, 2).result(timeout=20)
+            with pool._client.receiver.undisturbed:  # nobody receives
+                future = pool.submit(flood)
+                wait_until(lambda: pool._client.running(0)[0] == 2)
+                wait_until(lambda: pool._client.running(0)[0] == 0, limit_s=60)
+            assert future.result(timeout=20) < 60
+            pool.submit(one_more).result(timeout=20)
+            wait_until(lambda: any("were dropped" in record.getMessage() for record in records))
+            wait_until(lambda: any(record.getMessage() == "one more" for record in records))
+    finally:
+        logger.removeHandler(keeper)
+
+
+class _Keeper(logging.Handler):
+    def __init__(self, records: list[logging.LogRecord]) -> None:
+        super().__init__()
+        self._records = records
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._records.append(record)

@@ -1,0 +1,308 @@
+"""What a task changes of its worker is undone, what it leaves is named, and a worker that has had its time is replaced.
+
+Rows P6, P7, P8 and P15 of the hazards.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fdpool import Pool, WorkerLost
+from tests.contract import helpers
+from tests.process_state import wait_until
+
+
+def state() -> dict[str, Any]:
+    """All that a task may have changed, and its worker's pid."""
+    umask = os.umask(0o22)
+    os.umask(umask)
+    return {
+        "pid": os.getpid(),
+        "cwd": os.getcwd(),
+        "umask": umask,
+        "handlers": [
+            str(signal.getsignal(number)).partition(" object at ")[0]
+            for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+        ],
+        "mask": signal.pthread_sigmask(signal.SIG_BLOCK, ()),
+        "alarm": signal.getitimer(signal.ITIMER_REAL)[0] > 0,
+        "limit": resource.getrlimit(resource.RLIMIT_NOFILE),
+        "stdout": type(sys.stdout).__name__,
+        "environment": {name: value for name, value in os.environ.items() if name.startswith("FDPOOL_TEST")},
+        "ids": (os.geteuid(), os.getegid()),
+        "files": [os.fstat(fd).st_ino for fd in (0, 1, 2)],
+    }
+
+
+def change_directory() -> None:
+    os.chdir("/")
+
+
+def change_umask() -> None:
+    os.umask(0o777)
+
+
+def change_handler() -> None:
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, print)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def change_mask() -> None:
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+
+
+def set_alarm() -> None:
+    signal.alarm(1)
+
+
+def lower_limit() -> None:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (100, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+
+
+def replace_stdout() -> None:
+    import io
+
+    sys.stdout = io.StringIO()
+
+
+def change_environment() -> None:
+    os.environ["FDPOOL_TEST_NEW"] = "1"
+
+
+def close_stdout() -> None:
+    os.close(1)
+
+
+def lower_limit_for_good() -> None:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))
+
+
+def become_somebody_else() -> None:
+    os.seteuid(65534)
+
+
+UNDONE = [
+    change_directory,
+    change_umask,
+    change_handler,
+    change_mask,
+    set_alarm,
+    lower_limit,
+    replace_stdout,
+    change_environment,
+]
+REPLACED = [close_stdout, lower_limit_for_good, become_somebody_else]
+
+
+@pytest.mark.parametrize("change", UNDONE, ids=lambda change: change.__name__)
+def test_what_a_task_changes_is_undone(change: Callable[[], None]) -> None:
+    """P7."""
+    with Pool(1) as pool:
+        before = pool.submit(state).result(timeout=20)
+        pool.submit(change).result(timeout=20)
+        time.sleep(0.01)  # limits are looked at when there is time: that is promised of no sooner moment
+        assert pool.submit(state).result(timeout=20) == before
+
+
+@pytest.mark.parametrize("change", REPLACED, ids=lambda change: change.__name__)
+def test_a_worker_that_cannot_be_put_back_is_replaced(change: Callable[[], None]) -> None:
+    """P7."""
+    if change is become_somebody_else and os.geteuid() != 0:
+        pytest.skip("only root can become another user")
+    with warnings.catch_warnings(), Pool(1) as pool:
+        warnings.simplefilter("ignore", ResourceWarning)
+        before = pool.submit(state).result(timeout=20)
+        pool.submit(change).result(timeout=20)
+        wait_until(lambda: pool.worker_pids() != [before["pid"]])
+        after = pool.submit(state).result(timeout=20)
+        assert after.pop("pid") != before.pop("pid")
+        assert after == before
+
+
+def test_what_an_import_sets_in_the_environment_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sets_environment.py").write_text("import os\nos.environ['FDPOOL_TEST_IMPORT'] = 'yes'\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def use() -> str | None:
+        import sets_environment  # type: ignore[import-not-found]  # noqa: F401
+
+        return os.environ.get("FDPOOL_TEST_IMPORT")
+
+    with Pool(1) as pool:
+        assert [pool.submit(use).result(timeout=20) for _ in range(3)] == ["yes"] * 3
+
+
+def test_what_the_initializer_sets_is_what_tasks_find() -> None:
+    with Pool(1, initializer=change_directory) as pool:
+        assert pool.submit(os.getcwd).result(timeout=20) == "/"
+        pool.submit(os.chdir, "/tmp").result(timeout=20)
+        assert pool.submit(os.getcwd).result(timeout=20) == "/"
+
+
+def test_a_task_that_closes_everything_costs_its_worker_and_says_why() -> None:
+    """P6."""
+    with Pool(1) as pool:
+        pid = pool.submit(os.getpid).result(timeout=20)
+        with pytest.raises(WorkerLost, match="closed descriptors of its worker's own"):
+            pool.submit(os.closerange, 3, 1000).result(timeout=20)
+        assert pool.submit(os.getpid).result(timeout=20) != pid
+
+
+# -- leftovers -------------------------------------------------------------------------------------------
+
+
+def leave_descriptor() -> None:
+    helpers.TAKEN.append(os.open("/etc/passwd", os.O_RDONLY))
+
+
+def leave_thread() -> None:
+    threading.Thread(target=threading.Event().wait, name="left-behind", daemon=True).start()
+
+
+def leave_child() -> None:
+    import subprocess
+
+    subprocess.Popen(["sleep", "1000"])
+
+
+@pytest.mark.parametrize(
+    ("leave", "text", "kind"),
+    [
+        (leave_descriptor, "left 1 descriptor (", "descriptors"),
+        (leave_thread, "left 1 thread (left-behind)", "threads"),
+        (leave_child, "left 1 child (sleep, pid ", "children"),
+    ],
+    ids=["descriptor", "thread", "child"],
+)
+def test_what_a_task_leaves_is_named(leave: Callable[[], None], text: str, kind: str) -> None:
+    """P8. The short task before it may be among those that may have done it."""
+    with warnings.catch_warnings(record=True) as caught, Pool(1) as pool:
+        warnings.simplefilter("always")
+        pool.submit(helpers.square, 2).result(timeout=20)
+        pool.submit(leave).result(timeout=20)
+        wait_until(lambda: getattr(pool.stats().left, kind) == 1)
+        [told] = [each for each in pool.stats().left.latest if text in each]
+        assert leave.__name__ in told
+        wait_until(lambda: told in [str(each.message) for each in caught])
+
+
+def test_a_warning_that_is_an_error_does_not_hurt_the_pool(caplog: pytest.LogCaptureFixture) -> None:
+    with Pool(1) as pool:
+        pool.submit(leave_descriptor).result(timeout=20)
+        wait_until(lambda: "leave_descriptor" in caplog.text)
+        assert pool.submit(helpers.square, 3).result(timeout=20) == 9
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_a_worker_with_too_many_descriptors_is_replaced() -> None:
+    with Pool(1, max_fds_growth=5) as pool:
+        pid = pool.submit(os.getpid).result(timeout=20)
+        for _ in range(5):
+            pool.submit(leave_descriptor).result(timeout=20)
+        assert pool.submit(os.getpid).result(timeout=20) == pid
+        pool.submit(leave_descriptor).result(timeout=20)
+        wait_until(lambda: pool.submit(os.getpid).result(timeout=20) != pid)
+
+
+# -- recycling -------------------------------------------------------------------------------------------
+
+
+def grow() -> int:
+    helpers.KEPT.append(bytearray(100 << 20))
+    return os.getpid()
+
+
+def test_a_worker_that_has_grown_too_large_is_replaced_after_the_task() -> None:
+    with Pool(1, max_memory=90 << 20) as pool:
+        small = [pool.submit(os.getpid).result(timeout=20) for _ in range(3)]
+        assert len(set(small)) == 1
+        assert pool.submit(grow).result(timeout=20) == small[0]
+        wait_until(lambda: pool.submit(os.getpid).result(timeout=20) != small[0])
+
+
+def test_a_worker_that_is_too_old_is_replaced_and_no_task_is_lost() -> None:
+    """P15."""
+    with Pool(2, max_age=0.3) as pool:
+        deadline = time.monotonic() + 2
+        pids: set[int] = set()
+        while time.monotonic() < deadline:
+            futures = [pool.submit(helpers.spin, 0.001) for _ in range(50)]
+            pids.update(future.result(timeout=20) for future in futures)
+        assert len(pids) >= 6
+        assert pool.stats().recycled >= 4
+
+
+@pytest.mark.parametrize("tasks", [1, 7])
+def test_no_task_is_lost_while_workers_are_replaced_under_load(tasks: int) -> None:
+    """P15."""
+    with Pool(2, max_tasks_per_child=tasks) as pool:
+        futures = [pool.submit(helpers.square, n) for n in range(150)]
+        assert [future.result(timeout=60) for future in futures] == [n * n for n in range(150)]
+
+
+def leave_endless_thread() -> int:
+    threading.Thread(target=time.sleep, args=(1000,)).start()
+    return os.getpid()
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_a_worker_that_cannot_leave_for_a_thread_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """P8: tasks that come meanwhile are not given to it."""
+    monkeypatch.setattr("fdpool._staffing._LEAVE_S", 0.3)
+    with Pool(1, max_tasks_per_child=1) as pool:
+        pid = pool.submit(leave_endless_thread).result(timeout=20)
+        assert pool.submit(os.getpid).result(timeout=20) != pid
+
+
+def test_idle_workers_go_and_the_least_number_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fdpool._staffing._LEAVE_S", 0.1)
+    with Pool(4, min_workers=2, idle_timeout=0.2) as pool:
+        for future in [pool.submit(helpers.spin, 0.2) for _ in range(4)]:
+            future.result(timeout=20)
+        wait_until(lambda: len(pool.worker_pids()) == 2)
+        left = pool.worker_pids()
+        wait_until(lambda: pool._client.limits.next_look() is None)
+        assert pool.worker_pids() == left
+        for future in [pool.submit(helpers.spin, 0.3) for _ in range(4)]:
+            future.result(timeout=20)
+
+
+def test_the_least_number_of_workers_is_there_with_the_first_task() -> None:
+    with Pool(3, min_workers=3) as pool:
+        pool.submit(helpers.square, 2).result(timeout=20)
+        wait_until(lambda: len(pool.worker_pids()) == 3)
+        os.kill(pool.worker_pids()[0], signal.SIGKILL)
+        wait_until(lambda: pool.stats().lost_workers == 1)
+        wait_until(lambda: len(pool.worker_pids()) == 3)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"max_memory": 0},
+        {"max_age": 0},
+        {"max_age": -1.0},
+        {"max_fds_growth": 0},
+        {"min_workers": -1},
+        {"min_workers": 3},
+        {"idle_timeout": 0},
+        {"log_level": "LOUD"},
+    ],
+)
+def test_a_rule_of_no_use_is_refused_at_once(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        Pool(2, **wrong)
