@@ -118,7 +118,11 @@ class HandlerFace:
         progress.has_open(progress.in_flight)
         try:
             with connection:
-                self._handle(connection, connection.getpeername())
+                try:
+                    address = connection.getpeername()
+                except OSError as error:  # ENOTCONN: it was reset while it waited
+                    raise ConnectionResetError(*error.args) from None
+                self._handle(connection, address)
         except ConnectionError as error:
             _LOG.debug("a client has gone: %s", error, extra={"event": "client_gone"})
         except Exception:

@@ -11,7 +11,7 @@ import os
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 
-from . import _bind
+from . import _bind, _server_steering
 
 Given = str | int | socket.socket
 
@@ -50,8 +50,10 @@ class Listeners:
             for key in inherited.keys() - groups.keys():
                 for _, handed in inherited[key]:
                     _close(handed)  # nobody listens there any more
-            for slot in range(slots):
-                self.of(slot)
+            if reuseport:
+                self.of(slots - 1)
+                if len(self._by_slot) > slots or inherited:
+                    self.steer(slots)  # as many as there are now, and not as there were
             opened.pop_all()
 
     def _open_first(self, key: str, given: list[Given], handed: Sequence[tuple[int, str]]) -> None:
@@ -81,6 +83,11 @@ class Listeners:
             BindFailed: there is none yet for the slot, and none can be opened.
         """
         slot = 0 if self._shared else slot
+        for number in range(slot + 1):  # in their order, which is how `steer` counts them
+            self._have(number)
+        return [listener.socket for _, each, listener in self.all() if each == slot]
+
+    def _have(self, slot: int) -> None:
         if slot not in self._by_slot:
             for key, listeners in self._by_slot[0].items():
                 # At the same addresses: port 0 has become a port by now.
@@ -89,7 +96,27 @@ class Listeners:
                 for listener in found:
                     os.set_blocking(listener.socket.fileno(), False)
                 self._add(slot, key, found)
-        return [listener.socket for _, each, listener in self.all() if each == slot]
+
+    def steer(self, slots: int) -> bool:
+        """With a listener for each slot: have only those of the first `slots` get connections. False if that cannot be.
+
+        The others stay open, for when they are wanted again.
+        """
+        if self._shared:
+            return True
+        self.of(slots - 1)
+        return all(_server_steering.steer(listener.socket, slots) for listener in self.first)
+
+    def queued_above(self, slots: int) -> int:
+        """How many connections wait at listeners of slots from `slots` on."""
+        if self._shared:
+            return 0
+        return sum(_server_steering.queued(each.socket) for _, slot, each in self.all() if slot >= slots)
+
+    @property
+    def are_apart(self) -> bool:
+        """True if each slot has its own."""
+        return not self._shared
 
     @property
     def first(self) -> list[_bind.Listener]:

@@ -23,7 +23,7 @@ from ._server_plan import Plan
 from ._server_succession import Succession
 from ._server_turns import Turns
 from ._server_watch import Watch
-from .errors import ReloadFailed, ServerFailed
+from .errors import FdpoolError, ReloadFailed, ServerFailed
 
 if TYPE_CHECKING:
     from ._server_listeners import Listeners
@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 GAVE_UP = 3  # exit code: no worker can be booted (gunicorn says the same)
 _LAST_S = 0.5  # of the grace: for what workers have begun, when nothing else is waited for any more
 _STEP_S = 0.02
+_HANDSHAKE_S = 0.5  # a connection on its way may still come to a listener that gets no others any more
+_SCALE_LOOKS = 500  # for how many steps it is waited until such a listener's queue is empty
+_NO_STEERING = "%d workers stay: the kernel cannot keep connections from a listener of dispatch='reuseport'"
 _SUCCESSOR_S = 30.0  # how much longer than a worker a whole successor may take
 FAILED = 70  # exit code: a defect of the server (EX_SOFTWARE, sysexits.h)
 
@@ -81,6 +84,7 @@ class Loop:
         self._over = False
         self.is_running = True
         self._stopping = False
+        self._wanted = plan.wanted
         self._thread = threading.Thread(target=self._run, name="fdpool-server", daemon=True)
         crew = self.crew
         self._performers: dict[type, Callable[[Any], None]] = {
@@ -141,7 +145,7 @@ class Loop:
     @property
     def wanted(self) -> int:
         """How many workers shall serve."""
-        return self._plan.wanted
+        return self._wanted
 
     @property
     def generation(self) -> int:
@@ -247,12 +251,35 @@ class Loop:
         self._perform(actions)
 
     def _scale(self, change: Callable[[int], int]) -> None:
-        before = self._plan.wanted
-        actions = self._plan.scale(change(before), time.monotonic())
-        wanted = self._plan.wanted
-        if wanted != before:
-            say("scaled", "%d workers are wanted, not %d", wanted, before, workers=wanted)
-        self._perform(actions)
+        before = self._wanted
+        wanted = self._wanted = max(1, change(before))
+        if wanted == before or self._stopping:
+            return
+        say("scaled", "%d workers are wanted, not %d", wanted, before, workers=wanted)
+        if wanted < before:
+            # Whoever has a listener of its own goes when that gets no connections any more, and has none left.
+            if not self._listeners.steer(wanted):
+                say("scale_failed", _NO_STEERING, before, level=logging.ERROR)
+                self._wanted = before
+                return
+            pause_s = _HANDSHAKE_S if self._listeners.are_apart else 0.0
+            self.turns.later(pause_s, partial(self._scale_down, wanted, _SCALE_LOOKS))
+            return
+        try:
+            self._listeners.steer(wanted)
+        except FdpoolError as error:
+            say("scale_failed", "no more workers: %s", error, level=logging.ERROR, reason=str(error))
+            self._wanted = before
+            return
+        self._perform(self._plan.scale(wanted, time.monotonic()))
+
+    def _scale_down(self, wanted: int, looks: int) -> None:
+        if self._wanted != wanted:
+            return  # something else is wanted by now
+        if looks and self._listeners.queued_above(wanted):
+            self.turns.later(_STEP_S, partial(self._scale_down, wanted, looks - 1))
+            return
+        self._perform(self._plan.scale(wanted, time.monotonic()))
 
     def _upgrade(self) -> None:
         if not self._stopping:

@@ -255,7 +255,7 @@ class Server:
                     self._bind,
                     self._backlog,
                     self._dispatch == "reuseport",
-                    self._workers if self._dispatch == "reuseport" else 1,
+                    self._workers,
                     predecessor.listeners if predecessor is not None else {},
                 )
             finally:

@@ -254,3 +254,19 @@ def test_workers_that_came_and_went_leave_nothing_open() -> None:
         for _ in range(5):
             server.reload().result(30)
         wait_until(lambda: len(os.listdir("/proc/self/fd")) <= before)
+
+
+def test_scaling_down_with_listeners_apart_leaves_no_connection_to_nobody() -> None:
+    """S1, S3: the kernel chooses among the listeners that somebody accepts from; the others stay, and are empty."""
+    with Server(echo_pid, ANY_PORT, workers=4, dispatch="reuseport") as server:
+        with Load(lambda: ask(server)[0]) as load:
+            load.go_on()
+            server.scale(1)
+            wait_until(lambda: len(server.stats().workers) == 1)
+            load.go_on(60)
+            server.scale(3)
+            wait_until(lambda: len(pids(server)) == 3)
+            now = set(pids(server))
+            load.answered.clear()
+            wait_until(lambda: load.failed or now <= set(load.answered))
+        assert load.failed == []

@@ -1,0 +1,477 @@
+"""What goes wrong with workers, clients and limits, and what it costs: S8, S9, S10, S14, T3, P1, W1, W2, W3, W5."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import socket
+import struct
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from fdpool import NotPicklable, ServerFailed, current_worker
+from fdpool.server import Server, ServerWorker
+from tests.process_state import seconds_until_gone, wait_until
+from tests.server.helpers import (
+    ANY_PORT,
+    Load,
+    asgi,
+    ask,
+    connect,
+    echo_pid,
+    get,
+    keep_echoing,
+    pids,
+    read_all,
+    records,
+    wsgi,
+)
+from tests.server.programs import port_in, program
+
+DISPATCHES = ["shared", "handoff", "reuseport"]
+
+
+def slow_or_pid(connection: socket.socket, _: object) -> None:
+    """Answer with this worker's pid; "slow" is never answered."""
+    if connection.recv(100) == b"slow":
+        time.sleep(600)
+    connection.sendall(b"%d " % os.getpid())
+
+
+def is_over(client: socket.socket) -> bool:
+    """True once the other side is gone, without an answer."""
+    try:
+        return client.recv(1) == b""
+    except ConnectionResetError:
+        return True
+
+
+# -- workers that die ------------------------------------------------------------------------------------
+
+
+def test_a_killed_worker_costs_the_one_connection_that_it_was_serving() -> None:
+    """S8: those in its queue, their requests sent already, are served by the next one."""
+    with Server(slow_or_pid, ANY_PORT, workers=1, dispatch="handoff") as server:
+        [victim] = pids(server)
+        with connect(server) as slow:
+            slow.sendall(b"slow")
+            wait_until(lambda: server.stats().workers[0].in_flight == 1)
+            waiting = [connect(server) for _ in range(10)]
+            for client in waiting:
+                client.sendall(b"x")
+            os.kill(victim, signal.SIGKILL)
+            answers = [int(read_all(client)) for client in waiting]
+            assert is_over(slow)  # it had begun: nobody can tell how far it has got
+        for client in waiting:
+            client.close()
+        assert set(answers) == set(pids(server)) != {victim}
+
+
+@pytest.mark.parametrize("dispatch", DISPATCHES)
+def test_workers_killed_under_load_cost_no_connection_that_they_had_not_begun(dispatch: Any) -> None:
+    """S8: one connection at a time is in a worker's hands, so each death costs one at most."""
+    with Server(echo_pid, ANY_PORT, workers=2, dispatch=dispatch) as server:
+        with Load(lambda: ask(server)) as load:
+            for _ in range(3):
+                load.go_on(10) if not load.failed else None
+                victim = next(iter(pids(server)), None)
+                if victim is not None:
+                    os.kill(victim, signal.SIGKILL)
+                wait_until(lambda gone=victim: gone not in pids(server) and len(pids(server)) == 2)  # type: ignore[misc]
+        assert len(load.failed) <= 3, load.failed
+
+
+@pytest.mark.parametrize(
+    "number", [signal.SIGSEGV, signal.SIGQUIT, signal.SIGHUP, signal.SIGINT, signal.SIGPIPE]
+)
+def test_a_worker_that_is_ended_by_a_signal_is_replaced(number: int) -> None:
+    """W1; SIGPIPE is ignored, as Python has it."""
+    with Server(echo_pid, ANY_PORT, workers=1) as server:
+        [before] = pids(server)
+        os.kill(before, number)
+        if number == signal.SIGPIPE:
+            assert ask(server)[0] == before
+        else:
+            wait_until(lambda: pids(server) not in ([before], []))
+            assert ask(server)[0] != before
+
+
+def test_a_worker_that_is_sent_sigterm_finishes_and_has_a_successor_first() -> None:
+    """W1."""
+    with Server(slow_then_pid, ANY_PORT, workers=1) as server:
+        [before] = pids(server)
+        with connect(server) as client:
+            client.sendall(b"0.5")
+            wait_until(lambda: server.stats().workers[0].in_flight)
+            os.kill(before, signal.SIGTERM)
+            wait_until(lambda: pids(server) not in ([before], []))
+            assert int(read_all(client)) == before
+
+
+def slow_then_pid(connection: socket.socket, _: object) -> None:
+    time.sleep(float(connection.recv(100)))
+    connection.sendall(b"%d" % os.getpid())
+
+
+def test_a_worker_that_is_stopped_and_goes_on_has_lost_nothing() -> None:
+    """W1."""
+    with Server(echo_pid, ANY_PORT, workers=1) as server:
+        [pid] = pids(server)
+        os.kill(pid, signal.SIGSTOP)
+        with connect(server) as client:
+            client.sendall(b"x")
+            os.kill(pid, signal.SIGCONT)
+            assert read_all(client) == b"%d x" % pid
+
+
+def test_a_stopped_worker_is_killed_and_replaced(caplog: pytest.LogCaptureFixture) -> None:
+    """W5."""
+    with records(caplog) as logged, Server(echo_pid, ANY_PORT, workers=1, request_timeout=0.5) as server:
+        [before] = pids(server)
+        os.kill(before, signal.SIGSTOP)
+        assert ask(server)[0] != before
+        assert "SIGSTOP" in logged("worker_killed")[0].reason
+
+
+def test_connections_handed_to_a_stopped_worker_go_to_another() -> None:
+    """W5."""
+    with Server(echo_pid, ANY_PORT, workers=2, dispatch="handoff") as server:
+        stopped, other = pids(server)
+        os.kill(stopped, signal.SIGSTOP)
+        assert {ask(server)[0] for _ in range(10)} == {other}
+        os.kill(stopped, signal.SIGCONT)
+
+
+@pytest.mark.parametrize("dispatch", ["shared", "handoff"])
+def test_a_handler_that_fails_costs_its_connection_only(
+    dispatch: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """P1, for requests."""
+
+    def handle(connection: socket.socket, _: object) -> None:
+        what = connection.recv(100)
+        if what == b"raise":
+            raise ValueError("from the handler")
+        if what == b"exit":
+            os._exit(7)
+        connection.sendall(b"0 ok")
+
+    with Server(handle, ANY_PORT, workers=2, dispatch=dispatch) as server:
+        for bad in (b"raise", b"exit", b"raise"):
+            with connect(server) as client:
+                client.sendall(bad)
+                assert is_over(client)
+            assert ask(server, b"good") == (0, b"ok")
+        wait_until(lambda: len(pids(server)) == 2)
+    assert "from the handler" in capfd.readouterr().err
+
+
+def test_an_application_that_returns_is_started_again_but_not_at_full_speed() -> None:
+    """S4, after boot."""
+
+    def serve(listeners: list[socket.socket]) -> None:
+        return
+
+    server = Server(serve, ANY_PORT, workers=1)
+    server.start()
+    wait_until(lambda: server.stats().started >= 4)
+    assert server.stats().started < 10
+    server.stop(0)
+
+
+def test_what_cannot_travel_is_refused_at_once() -> None:
+    lock = __import__("threading").Lock()
+
+    def handle(connection: socket.socket, _: object) -> None:
+        lock.acquire()
+
+    with pytest.raises(NotPicklable, match="lock"):
+        Server(handle, ANY_PORT)
+
+
+def test_workers_have_usual_signals_whatever_the_program_has_done_to_its_own(tmp_path: Path) -> None:
+    """W2: SIGCHLD ignored and SIGTERM blocked would cost exit codes, and programs that can be ended."""
+    body = """
+    import signal, subprocess
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1, signal.SIGCHLD])
+
+    def handle(connection, address):
+        connection.recv(10)
+        code = subprocess.run(["sh", "-c", "exit 5"]).returncode
+        connection.sendall(b"%d %d" % (code, len(signal.pthread_sigmask(signal.SIG_BLOCK, ()))))
+
+    sys.exit(fdpool.Server(handle, "127.0.0.1:0", workers=1).run())
+    """
+    with program(tmp_path, body) as server:
+        port = port_in(server.expect("started"))
+        with socket.create_connection(("127.0.0.1", port), 20) as client:
+            client.sendall(b"x")
+            assert read_all(client) == b"5 0"
+
+
+# -- requests that do not end ----------------------------------------------------------------------------
+
+
+def test_a_request_that_hangs_is_killed_with_its_programs_and_the_log_has_its_stack(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The interpreter lock is held all the time, so the worker could not answer anybody."""
+
+    def hang_in_c(connection: socket.socket, _: object) -> None:
+        import ctypes
+        import subprocess
+
+        child = subprocess.Popen(["sleep", "600"], start_new_session=True)
+        connection.sendall(b"%d" % child.pid)
+        ctypes.PyDLL(None).usleep(600_000_000)
+
+    with records(caplog) as logged:
+        with Server(hang_in_c, ANY_PORT, workers=1, request_timeout=0.5) as server:
+            [before] = pids(server)
+            with connect(server) as client:
+                child = psutil.Process(int(client.recv(100)))
+                assert is_over(client)
+            assert seconds_until_gone([child]) < 1
+            wait_until(lambda: pids(server) not in ([before], []))
+        [killed] = logged("worker_killed")
+        assert "a request has not moved on" in killed.reason
+        assert "hang_in_c" in killed.stacks
+        assert killed.worker_pid == before
+
+
+def test_a_long_request_is_left_alone_where_no_limit_is_set() -> None:
+    with Server(slow_then_pid, ANY_PORT, workers=1) as server, connect(server) as client:
+        client.sendall(b"1.2")
+        assert int(read_all(client)) in pids(server)
+
+
+def test_an_event_loop_that_stands_still_is_killed(caplog: pytest.LogCaptureFixture) -> None:
+    pytest.importorskip("uvicorn")
+    with records(caplog) as logged, Server(asgi, ANY_PORT, workers=1, request_timeout=1.0) as server:
+        [before] = pids(server)
+        with pytest.raises(ConnectionError):
+            get(server, "/block/600")
+        wait_until(lambda: pids(server) not in ([before], []))
+        [killed] = logged("worker_killed")
+        assert "event loop has not turned" in killed.reason
+        assert "time.sleep" in killed.stacks or "helpers.py" in killed.stacks
+
+
+def test_a_coroutine_that_waits_for_too_long_is_cancelled_and_nobody_else_is(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    pytest.importorskip("uvicorn")
+    with Server(asgi, ANY_PORT, workers=1, request_timeout=0.7) as server:
+        before = pids(server)
+        assert get(server, "/sleep/600")[0] == 500
+        assert get(server, "/stream/20")[1].startswith(b"tick\n" * 20)  # longer in all, but it moves on
+        assert pids(server) == before
+    assert "GET /sleep/600 has not moved on" in capfd.readouterr().err
+
+
+# -- workers that have done their share --------------------------------------------------------------------
+
+
+def test_workers_are_replaced_after_so_many_requests_and_none_is_lost() -> None:
+    """P15, for requests."""
+    with Server(echo_pid, ANY_PORT, workers=2, max_requests=20) as server:
+        with Load(lambda: ask(server)[0]) as load:
+            wait_until(lambda: len(load.answered) >= 5)
+        assert load.failed == []
+        assert server.stats().started >= 5
+
+
+def test_workers_are_replaced_at_an_age_and_at_a_size() -> None:
+    """P15."""
+
+    def grow(connection: socket.socket, _: object) -> None:
+        grown.append(bytearray(connection.recv(10) == b"grow" and 150_000_000))
+        connection.sendall(b"%d " % os.getpid())
+
+    grown: list[bytearray] = []
+    with Server(grow, ANY_PORT, workers=1, max_memory=120_000_000) as server:
+        first, _ = ask(server, b"no")
+        assert ask(server, b"grow")[0] == first
+        wait_until(lambda: pids(server) not in ([first], []))
+        assert ask(server, b"no")[0] != first
+    with Server(echo_pid, ANY_PORT, workers=1, max_age=0.5) as server:
+        first, _ = ask(server)
+        wait_until(lambda: pids(server) not in ([first], []))
+
+
+# -- clients that go ----------------------------------------------------------------------------------------
+
+
+def reset(client: socket.socket) -> None:
+    """Close a connection so that the other side gets RST."""
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    client.close()
+
+
+@pytest.mark.parametrize("dispatch", ["shared", "handoff"])
+@pytest.mark.parametrize("app", [echo_pid, asgi, wsgi])
+def test_clients_that_reset_at_any_moment_leave_no_trace(
+    app: Any, dispatch: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """S10: before they are accepted, before they are handed over, in the middle of a request, and of its answer."""
+    if app is not echo_pid:
+        pytest.importorskip("uvicorn" if app is asgi else "waitress")
+    with Server(app, ANY_PORT, workers=1, dispatch=dispatch) as server:
+        before = pids(server)
+        os.kill(before[0], signal.SIGSTOP)  # so that some are reset while nobody can take them
+        for sent in (b"", b"GET / HT", b"GET /sleep/0.1 HTTP/1.1\r\nHost: x\r\n\r\n"):
+            for _ in range(3):
+                client = connect(server)
+                client.sendall(sent)
+                reset(client)
+        os.kill(before[0], signal.SIGCONT)
+        for sent in (b"", b"GET / HT", b"GET /sleep/0.1 HTTP/1.1\r\nHost: x\r\n\r\n"):
+            client = connect(server)
+            client.sendall(sent)
+            reset(client)
+        if app is echo_pid:
+            assert ask(server)[0] == before[0]
+        else:
+            assert get(server)[0] == 200
+        wait_until(lambda: server.stats().workers[0].in_flight == 0)
+        assert pids(server) == before
+    assert "Traceback" not in capfd.readouterr().err
+
+
+# -- limits -----------------------------------------------------------------------------------------------
+
+
+def leave_room_for(count: int) -> Any:
+    """A hook that lets its worker open so many descriptors more."""
+
+    def limit(_: ServerWorker) -> None:
+        highest = max(int(name) for name in os.listdir("/proc/self/fd"))
+        taken = [os.open(os.devnull, os.O_RDONLY) for _ in range(40)]  # fills what is free below
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(*taken, highest) + 1 + count, 4096))
+
+    return limit
+
+
+@pytest.mark.parametrize("dispatch", ["shared", "handoff"])
+def test_a_worker_without_descriptors_does_not_spin_and_serves_all_as_they_get_free(dispatch: Any) -> None:
+    """S9, T3: the reserve lets one connection in at a time; the others wait, and none is lost or turned away."""
+    server = Server(
+        keep_echoing,
+        ANY_PORT,
+        workers=1,
+        threads=30,
+        dispatch=dispatch,
+        on_worker_start=leave_room_for(12),
+    )
+    with server:
+        [pid] = pids(server)
+        clients = [connect(server) for _ in range(25)]
+        for number, client in enumerate(clients):
+            client.sendall(b"%d" % number)
+        wait_until(lambda: server.stats().workers[0].in_flight >= 5)
+        process = psutil.Process(pid)
+        before = process.cpu_times()
+        begun = time.monotonic()
+        while time.monotonic() - begun < 1.0:
+            assert pids(server) == [pid]
+        used = process.cpu_times()
+        assert server.stats().workers[0].in_flight < 25
+        assert used.user + used.system - before.user - before.system < 0.3
+        for number, client in enumerate(clients):  # in their order, as they wait in it
+            assert client.recv(10) == b"%d" % number
+            client.close()
+        wait_until(lambda: server.stats().workers[0].requests == 25)
+
+
+def test_a_server_without_descriptors_hands_over_all_the_same(tmp_path: Path) -> None:
+    """S9, T3, where the server accepts."""
+    body = """
+    import resource
+    server = fdpool.Server(pid, "127.0.0.1:0", workers=2, dispatch="handoff")
+    server.start()
+    taken = [os.open(os.devnull, os.O_RDONLY) for _ in range(40)]
+    highest = max(int(name) for name in os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (highest, 4096))
+    try:
+        while True:
+            taken.append(os.open(os.devnull, os.O_RDONLY))
+    except OSError:
+        log.info("full", extra={"event": "full"})
+    server.wait(60)
+    """
+    with program(tmp_path, body) as server:
+        port = port_in(server.expect("started"))
+        server.expect("full")
+        clients = [socket.create_connection(("127.0.0.1", port), 20) for _ in range(20)]
+        for client in clients:
+            client.sendall(b"x")
+        answers = {int(read_all(client)) for client in clients}
+        assert answers
+        for client in clients:
+            client.close()
+
+
+def test_more_workers_than_descriptors_allow_are_refused_in_plain_words(tmp_path: Path) -> None:
+    """S14."""
+    body = """
+    import resource
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, 4096))
+    try:
+        fdpool.Server(pid, "127.0.0.1:0", workers=300).start()
+    except fdpool.ServerFailed as error:
+        log.info(str(error), extra={"event": "refused"})
+    """
+    with program(tmp_path, body) as server:
+        said = server.expect("refused")["text"]
+        assert "300 workers" in said
+        assert "256" in said
+        assert "ulimit -n" in said
+        assert server.wait() == 0
+
+
+def test_a_worker_that_cannot_boot_says_why_to_who_starts_the_server() -> None:
+    def refuse(worker: ServerWorker) -> None:
+        raise RuntimeError("no database")
+
+    server = Server(echo_pid, ANY_PORT, workers=1, boot_limit=1, on_worker_start=refuse)
+    with pytest.raises(ServerFailed, match="RuntimeError: no database"):
+        server.start()
+
+
+# -- who holds what ----------------------------------------------------------------------------------------
+
+
+def test_a_worker_holds_nothing_of_its_siblings_or_of_the_server() -> None:
+    """P12, T21: two of the same kind hold as many descriptors, however many there are."""
+
+    def count(connection: socket.socket, _: object) -> None:
+        worker = current_worker()
+        assert worker is not None
+        held = sorted(os.readlink(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd")[:-1])
+        kinds = [each.partition(":")[0] for each in held]
+        connection.sendall(b"%d %d" % (worker.slot, kinds.count("socket")))
+
+    seen: dict[int, int] = {}
+    with Server(count, ANY_PORT, workers=4) as server:
+        wait_until(lambda: seen.update([(s, int(n)) for s, n in [ask(server, b"")]]) or len(seen) == 4)
+    assert len(set(seen.values())) == 1
+    assert seen[0] <= 5  # the listener, its control stream, the pool's inbox, the connection
+
+
+def test_a_forked_child_of_the_server_leaves_it_alone() -> None:
+    with Server(echo_pid, ANY_PORT, workers=1) as server:
+        child = os.fork()
+        if child == 0:
+            try:
+                server.stop(0)
+                server.scale(3)
+            finally:
+                os._exit(0)
+        os.waitpid(child, 0)
+        assert ask(server)[0] in pids(server)

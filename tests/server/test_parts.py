@@ -1,0 +1,339 @@
+"""The parts of a server that need no workers: kinds of applications, accepting, handing over, what is stuck (S9)."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import resource
+import socket
+import socketserver
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fdpool import _server_apps
+from fdpool._server_accept import Acceptor, Reserve
+from fdpool._server_handoff import Laden, choose
+from fdpool._server_listeners import Listeners
+from fdpool._server_progress import Progress, Seen, SeenPage
+from fdpool._server_steering import queued, steer
+from fdpool._server_watch import judge
+
+# -- kinds of applications -------------------------------------------------------------------------------
+
+
+class AsgiObject:
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None: ...
+
+
+class WsgiObject:
+    def __call__(self, environ: Any, start_response: Any) -> Any: ...
+
+
+async def asgi_function(scope: Any, receive: Any, send: Any) -> None: ...
+
+
+def kinds() -> Iterator[tuple[Any, str]]:
+    yield AsgiObject(), "asgi"
+    yield asgi_function, "asgi"
+    yield WsgiObject(), "wsgi"
+    yield lambda environ, start_response: [], "wsgi"
+    yield lambda env, start_response: [], "wsgi"
+    yield lambda connection, address: None, "handler"
+    yield lambda connection, address, log=None: None, "handler"
+    yield socketserver.StreamRequestHandler, "socketserver"
+    yield lambda listeners: None, "listeners"
+    yield lambda sockets, worker: None, "listeners"
+
+
+@pytest.mark.parametrize(("app", "kind"), list(kinds()))
+def test_the_kind_of_an_application_is_told_by_its_parameters(app: Any, kind: str) -> None:
+    assert _server_apps.interface_of(app) == kind
+
+
+@pytest.mark.parametrize("target", ["", ":", "a:", ":b", "a b:c", "a:b()()", "a:b(1)", "a/b:c", "a:b-c"])
+def test_a_name_that_is_none_is_refused(target: str) -> None:
+    with pytest.raises(ValueError, match="module:attribute"):
+        _server_apps.check_target(target)
+
+
+def test_a_named_application_is_found_and_a_factory_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "found_here.py").write_text("class outer:\n    inner = 7\ndef make():\n    return 8\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert _server_apps.load("found_here:outer.inner") == 7
+    assert _server_apps.load("found_here:make()") == 8
+    with pytest.raises(AttributeError, match=r"no 'missing', which 'found_here:outer.missing' asks for"):
+        _server_apps.load("found_here:outer.missing")
+
+
+# -- accepting ---------------------------------------------------------------------------------------------
+
+
+class Moody(socket.socket):
+    """A listener whose accept(2) fails as it is told, and then does not."""
+
+    moods: list[int]
+
+    def accept(self) -> Any:
+        if self.moods:
+            number = self.moods.pop(0)
+            raise OSError(number, os.strerror(number))
+        return super().accept()
+
+
+@pytest.fixture
+def moody() -> Iterator[Moody]:
+    with Moody(socket.AF_INET, socket.SOCK_STREAM) as listener:
+        listener.moods = []
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        listener.setblocking(False)
+        yield listener
+
+
+@pytest.mark.parametrize("number", [errno.ECONNABORTED, errno.EPROTO, errno.EAGAIN, errno.ENETUNREACH])
+def test_what_befalls_one_connection_is_no_error(moody: Moody, number: int) -> None:
+    """S9."""
+    acceptor = Acceptor()
+    moody.moods = [number]
+    with socket.create_connection(moody.getsockname()):
+        assert acceptor.accept(moody) is None
+        connection = acceptor.accept(moody)
+        assert connection is not None
+        connection.close()
+    acceptor.close()
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM])
+def test_where_nothing_is_left_it_pauses_ever_longer_and_recovers(
+    moody: Moody, number: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """S9."""
+    acceptor = Acceptor()
+    moody.moods = [number] * 6
+    with socket.create_connection(moody.getsockname()):
+        pauses = []
+        for _ in range(3):
+            before = acceptor.paused_until
+            assert acceptor.accept(moody) is None
+            pauses.append(acceptor.paused_until - before)
+        assert pauses[1] < pauses[2]
+        assert len(caplog.records) == 1
+        connection = acceptor.accept(moody)
+        assert connection is not None
+        connection.close()
+        acceptor.replenish()
+        assert acceptor.paused_until == 0
+    acceptor.close()
+
+
+def test_an_error_that_is_nobodys_fault_but_ours_is_raised(moody: Moody) -> None:
+    acceptor = Acceptor()
+    moody.moods = [errno.EINVAL]
+    with pytest.raises(OSError, match="Invalid argument"):
+        acceptor.accept(moody)
+    acceptor.close()
+
+
+def test_at_the_limit_the_reserve_lets_one_more_in(moody: Moody) -> None:
+    """S9: with the real limit."""
+    acceptor = Acceptor()
+    with socket.create_connection(moody.getsockname()), socket.create_connection(moody.getsockname()):
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        highest = max(int(name) for name in os.listdir("/proc/self/fd"))
+        filler = []
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 1, hard))
+            with pytest.raises(OSError, match="Too many open files"):
+                while True:
+                    filler.append(os.open(os.devnull, os.O_RDONLY))
+            first = acceptor.accept(moody)
+            assert first is not None
+            assert acceptor.accept(moody) is None
+            first.close()
+            acceptor.replenish()
+            second = acceptor.accept(moody)
+            assert second is not None
+            second.close()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            for fd in filler:
+                os.close(fd)
+    acceptor.close()
+
+
+def test_a_reserve_that_is_closed_is_not_filled_again() -> None:
+    reserve = Reserve()
+    assert reserve.give()
+    assert not reserve.give()
+    assert reserve.fill()
+    reserve.close()
+    assert not reserve.fill()
+
+
+def test_two_workers_at_a_listener_that_blocks_do_not_wait_in_accept() -> None:
+    """M17: a POSIX lock on the listener itself; only its holder accepts, and only what is there."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        acceptor = Acceptor()
+        assert acceptor.accept(listener) is None  # nothing is there, and it does not wait
+        with socket.create_connection(listener.getsockname()):
+            reading, writing = os.pipe()
+            child = os.fork()
+            if child == 0:
+                import fcntl
+
+                fcntl.lockf(listener, fcntl.LOCK_EX)
+                os.close(reading)
+                os.write(writing, b"x")
+                __import__("signal").pause()
+            os.close(writing)
+            os.read(reading, 1)
+            assert acceptor.accept(listener) is None  # it is another's turn
+            os.kill(child, 9)
+            os.waitpid(child, 0)
+            connection = acceptor.accept(listener)  # its lock is gone with it
+            assert connection is not None
+            connection.close()
+            os.close(reading)
+        assert listener.getblocking()
+        assert os.get_blocking(listener.fileno())
+        acceptor.close()
+
+
+# -- listeners ----------------------------------------------------------------------------------------------
+
+
+def test_listeners_apart_are_chosen_among_by_the_kernel_as_it_is_told() -> None:
+    listeners = Listeners("127.0.0.1:0", 100, reuseport=True, slots=4)
+    try:
+        assert listeners.steer(2)
+        address = listeners.of(0)[0].getsockname()
+        clients = [socket.create_connection(address) for _ in range(40)]
+        lengths = [queued(listeners.of(slot)[0]) for slot in range(4)]
+        assert sum(lengths) == 40
+        assert lengths[2:] == [0, 0]
+        assert min(lengths[:2]) > 5
+        assert listeners.queued_above(1) == lengths[1]
+        for client in clients:
+            client.close()
+    finally:
+        listeners.close()
+
+
+def test_what_cannot_be_steered_says_so() -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        assert not steer(listener, 2)
+
+
+def test_listeners_that_are_handed_on_are_found_by_what_they_were_bound_for(tmp_path: Path) -> None:
+    binds = ["127.0.0.1:0", f"unix:{tmp_path}/a.sock", f"unix:{tmp_path}/b.sock"]
+    first = Listeners(binds, 10, reuseport=False, slots=1)
+    handed: dict[str, list[tuple[int, str]]] = {}
+    for key, slot, listener in first.all():
+        handed.setdefault(key, []).append((slot, listener.handover(listener.socket.fileno())))
+    again = Listeners(binds[:2], 10, reuseport=False, slots=1, inherited=handed)
+    assert [each.address for each in again.first] == [each.address for each in first.first[:2]]
+    first.close(keep_path=True)
+    assert (tmp_path / "a.sock").exists()
+    assert not (tmp_path / "b.sock").exists()  # nobody listens there any more
+    again.close()
+    assert not (tmp_path / "a.sock").exists()
+
+
+# -- handing over --------------------------------------------------------------------------------------------
+
+
+def laden(number: int, waiting: int = 0, open: int = 0, most: int = 3, slow: bool = False) -> Laden:  # noqa: A002
+    return Laden(number, waiting, open, most, slow)
+
+
+def test_the_least_laden_is_handed_the_next() -> None:
+    assert choose([laden(1, open=2), laden(2, waiting=1), laden(3, open=1, waiting=1)], 0) == 2
+    assert choose([laden(1, open=1), laden(2)], 2) == 2
+
+
+def test_equals_take_turns() -> None:
+    last, order = 0, []
+    for _ in range(6):
+        found = choose([laden(1), laden(2), laden(3)], last)
+        assert found is not None
+        last = found
+        order.append(last)
+    assert order == [1, 2, 3, 1, 2, 3]
+
+
+def test_nobody_is_handed_one_who_is_full_or_stands_still() -> None:
+    assert choose([laden(1, open=3), laden(2, slow=True)], 0) is None
+    assert choose([], 0) is None
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_whoever_is_chosen_has_room_and_nobody_has_less(seed: int) -> None:
+    chance = random.Random(seed)
+    for _ in range(200):
+        crew = [
+            laden(
+                number,
+                chance.randrange(3),
+                chance.randrange(3),
+                chance.randrange(1, 5),
+                chance.random() < 0.2,
+            )
+            for number in range(chance.randrange(5))
+        ]
+        able = [each for each in crew if not each.slow and each.load < each.most]
+        found = choose(crew, chance.randrange(5))
+        assert (found is None) == (not able)
+        if found is not None:
+            assert next(each for each in able if each.number == found).load == min(each.load for each in able)
+
+
+# -- progress --------------------------------------------------------------------------------------------------
+
+
+def test_the_server_sees_what_a_worker_tells() -> None:
+    page = SeenPage()
+    progress = Progress(page.fd)
+    assert page.see() == Seen(0, 0, None, None)
+    first, second = progress.begin(), progress.begin()
+    seen = page.see()
+    assert (seen.begun, seen.in_flight) == (2, 2)
+    oldest = seen.oldest
+    assert oldest is not None
+    progress.touch(first)
+    assert page.see().oldest > oldest  # type: ignore[operator]
+    assert progress.end(second) == 1
+    assert progress.end(first) == 2
+    progress.beat()
+    progress.took()
+    progress.has_open(1)
+    seen = page.see()
+    assert (seen.in_flight, seen.oldest, seen.taken, seen.open) == (0, None, 1, 1)
+    assert seen.beat is not None
+    assert not progress.waited_for
+    page.wait_for_end(True)
+    assert progress.waited_for
+    progress.close()
+    page.close()
+
+
+@pytest.mark.parametrize(
+    ("seen", "limit", "stuck"),
+    [
+        (Seen(1, 0, 90.0, None), 5.0, True),
+        (Seen(1, 0, 96.0, None), 5.0, False),
+        (Seen(0, 0, None, None), 5.0, False),
+        (Seen(0, 0, None, 90.0), 5.0, True),
+        (Seen(1, 0, 90.0, None), None, False),
+        (Seen(1, 0, 99.0, 90.0), 5.0, True),
+    ],
+)
+def test_a_worker_is_stuck_if_its_oldest_request_or_its_loop_has_not_moved_on(
+    seen: Seen, limit: float | None, stuck: bool
+) -> None:
+    assert (judge(seen, 100.0, limit) is not None) is stuck
