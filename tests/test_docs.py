@@ -7,10 +7,12 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import fdpool
+from fdpool import _server_states
 from fdpool._slots import TABLE, Event, State
 
 ROOT = Path(__file__).parents[1]
@@ -21,9 +23,14 @@ WITH_CODE = [page for page in PAGES if "```python" in page.read_text()]
 
 def slot_table() -> str:
     """`_slots.TABLE` in Markdown."""
-    rows = [["", *(event.value for event in Event)], ["---"] * (len(Event) + 1)]
-    for state in State:
-        cells = (TABLE[state, event] for event in Event)
+    return table_of(State, Event, TABLE)
+
+
+def table_of(states: Any, events: Any, table: Any) -> str:
+    """A table of states and events in Markdown; a dash where it is a defect of the caller."""
+    rows = [["", *(event.value for event in events)], ["---"] * (len(events) + 1)]
+    for state in states:
+        cells = (table[state, event] for event in events)
         rows.append([f"**{state.value}**", *("—" if cell is None else cell.value for cell in cells)])
     return "".join(f"|{'|'.join(f' {cell} ' if cell != '---' else cell for cell in row)}|\n" for row in rows)
 
@@ -36,7 +43,12 @@ def layers() -> str:
     return "".join(["```\n", *(f" {rank}\n" for rank in ranks), "```\n"])
 
 
-GENERATED = {"slot table": slot_table, "layers": layers}
+def server_table() -> str:
+    """`_server_states.TABLE` in Markdown."""
+    return table_of(_server_states.State, _server_states.Event, _server_states.TABLE)
+
+
+GENERATED = {"slot table": slot_table, "layers": layers, "server table": server_table}
 
 
 def regenerate(text: str) -> str:
