@@ -6,11 +6,11 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from . import __version__, _serve_check, _serve_log, _serve_options
+from . import __version__, _serve_check, _serve_log, _serve_options, _server_upgrade
 from ._serve_options import Options
 from ._serve_pid_file import PidFile, PidFileRefused
 from ._serve_watch import Watcher
@@ -44,10 +44,17 @@ def serve(options: Options) -> int:
     Raises:
         FdpoolError, ValueError, TypeError, ImportError: it cannot begin; nothing is left.
     """
-    server = server_of(options)
     with contextlib.ExitStack() as until_the_end:
-        if options.pid_file is not None:
-            until_the_end.callback(PidFile(options.pid_file).close)
+
+        def hold_pid_file(replace: bool = False) -> None:
+            if options.pid_file is not None:
+                until_the_end.callback(PidFile(options.pid_file, replace=replace).close)
+
+        # A successor that never serves must leave the file to the server that goes on.
+        takes_over = _server_upgrade.is_successor()
+        server = server_of(options, partial(hold_pid_file, replace=True) if takes_over else None)
+        if not takes_over:
+            hold_pid_file()
         if options.reload_on_change:
             until_the_end.callback(Watcher(options.reload_dirs, partial(_reload, server)).close)
         _LOG.info(
@@ -67,7 +74,7 @@ def serve(options: Options) -> int:
         return server.run()
 
 
-def server_of(options: Options) -> Server:
+def server_of(options: Options, on_ready: Callable[[], object] | None) -> Server:
     """The server that the options ask for; nothing is opened yet.
 
     Raises:
@@ -91,6 +98,7 @@ def server_of(options: Options) -> Server:
         interface=options.interface,  # type: ignore[arg-type]  # one of the choices
         dispatch=options.dispatch,  # type: ignore[arg-type]
         preload=options.preload,
+        on_ready=on_ready,
         on_worker_start=partial(_serve_log.configure_worker, options.log_json, options.log_level),
         **{name: value for name, value in chosen.items() if value is not None},
     )

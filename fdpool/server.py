@@ -8,6 +8,7 @@ It is a client of `Pool`, and nothing here forks, reaps or kills: each server wo
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 __all__ = ["Server", "ServerStats", "ServerWorker", "WorkerStats", "current_worker"]
 
 Dispatch = Literal["shared", "handoff", "reuseport"]
+_LOG = logging.getLogger("fdpool.server")
+
 WorkerHook = Callable[[ServerWorker], object]
 
 
@@ -118,6 +121,8 @@ class Server:
         start_method: as for `Pool`.
         backlog: connections that the kernel keeps waiting.
         options: more arguments for what speaks HTTP: `uvicorn.Config`, waitress's `Adjustments`.
+        on_ready: called here, in the server's thread, once as many workers serve as are wanted. A successor calls it
+            before the process that it replaces is told.
         on_worker_start: called with the `ServerWorker`, in the worker, before the application is loaded.
         on_worker_exit: the same when it has drained.
         on_reload: called with the new generation's number, here, before a reload begins; if it raises, there is none.
@@ -152,6 +157,7 @@ class Server:
         start_method: StartMethod | None = None,
         backlog: int = _bind.BACKLOG,
         options: Mapping[str, Any] | None = None,
+        on_ready: Callable[[], object] | None = None,
         on_worker_start: WorkerHook | None = None,
         on_worker_exit: WorkerHook | None = None,
         on_reload: Callable[[int], object] | None = None,
@@ -200,6 +206,7 @@ class Server:
         payload.dumps(
             self._pickled
         ).close()  # what cannot travel is to be known here, and not by a worker's failure
+        self._on_ready = on_ready
         self._on_reload = on_reload
         self._loop: Loop | None = None
         self._listeners: Listeners | None = None
@@ -264,6 +271,11 @@ class Server:
 
             def tell(event: str) -> None:
                 on_event(event)
+                if event == "started" and self._on_ready is not None:
+                    try:
+                        self._on_ready()
+                    except Exception:
+                        _LOG.exception("on_ready failed", extra={"event": "hook_failed"})
                 if predecessor is not None:
                     predecessor.tell_ready() if event == "started" else predecessor.abandon()
 

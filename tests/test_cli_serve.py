@@ -52,7 +52,12 @@ def serve(app_dir: Path, *arguments: str, target: str = "shop:handle") -> Any:
 
 def answer(address: str) -> str:
     """What a GET of / gives."""
-    connection = http.client.HTTPConnection(address.removeprefix("tcp://"), timeout=10)
+    if address.startswith("unix:"):
+        connection = http.client.HTTPConnection("localhost", timeout=10)
+        connection.sock = socket.socket(socket.AF_UNIX)
+        connection.sock.connect(address.removeprefix("unix:"))
+    else:
+        connection = http.client.HTTPConnection(address.removeprefix("tcp://"), timeout=10)
     try:
         connection.request("GET", "/")
         response = connection.getresponse()
@@ -192,6 +197,50 @@ def test_a_file_that_changes_reloads_and_broken_code_does_not_get_in(app_dir: Pa
         (app_dir / "shop.py").write_text(HANDLER.replace("first", "mended"))
         server.wait_for("reloaded", since)
         assert answer(server.address).startswith("mended ")
+
+
+# -- upgrading -------------------------------------------------------------------------------------
+
+
+def upgraded(server: Served) -> None:
+    """Send SIGUSR2, and wait until another process has taken the place of this one, which leaves with status 0."""
+    before = server.pid
+    since = server.tell(signal.SIGUSR2)
+    wait_until(lambda: any(each.get("event") == "started" for each in server.events[since:]), 30.0)
+    server.pid = next(each["pid"] for each in server.events[since:] if each.get("event") == "started")
+    assert server.process.wait(30) == 0
+    assert server.pid != before
+
+
+@pytest.mark.parametrize("bind", ["127.0.0.1:0", "unix:{app_dir}/s"])
+def test_an_upgrade_is_another_process_with_new_code_on_the_same_socket(bind: str, app_dir: Path) -> None:
+    """The pid file and the path of the socket are the successor's, and go with that."""
+    pid_file = app_dir / "pid"
+    given = ["-b", bind.format(app_dir=app_dir), "-w", "1", "--pid-file", str(pid_file)]
+    with served("--app-dir", str(app_dir), *given, "shop:handle") as server:
+        assert answer(server.address).startswith("first ")
+        (app_dir / "shop.py").write_text(HANDLER.replace("first", "second"))
+        upgraded(server)
+        assert answer(server.address).startswith("second ")
+        assert int(pid_file.read_text()) == server.pid
+        upgraded_again = server.pid
+        server.stop()
+        assert not is_alive(upgraded_again)
+    assert not pid_file.exists()
+    assert not (app_dir / "s").exists()
+
+
+def test_an_upgrade_that_does_not_come_to_serve_changes_nothing(app_dir: Path) -> None:
+    pid_file = app_dir / "pid"
+    with serve(app_dir, "--pid-file", str(pid_file)) as server:
+        since = len(server.events)
+        (app_dir / "shop.py").write_text("this is no Python")
+        server.tell(signal.SIGUSR2)
+        server.wait_for("upgrade_failed", since)
+        assert answer(server.address).startswith("first ")
+        assert int(pid_file.read_text()) == server.pid
+        assert server.stop() == 0
+    assert not pid_file.exists()
 
 
 # -- exit status -----------------------------------------------------------------------------------
