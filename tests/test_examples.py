@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,8 +19,16 @@ EXAMPLES = sorted(FOLDER.glob("*.py"))
 LETS_GO = {"open_in_worker"}
 
 
+def needs(example: Path) -> list[str]:
+    """The packages that an example uses beside fdpool, as it says in a line of its own: `Needs: flask, waitress`."""
+    said = re.search("^Needs: (.+)$", example.read_text(), re.MULTILINE)
+    return said[1].split(", ") if said else []
+
+
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 def test_the_example_prints_what_is_kept_beside_it(example: Path, tmp_path: Path) -> None:
+    if missing := [name for name in needs(example) if importlib.util.find_spec(name) is None]:
+        pytest.skip(f"it needs {', '.join(missing)}")
     flags = ["-W", "error"]
     if example.stem in LETS_GO:
         flags += ["-W", "ignore::ResourceWarning"]
@@ -45,3 +56,17 @@ def test_every_example_has_its_output_and_every_output_its_example() -> None:
 def test_the_example_begins_by_saying_what_it_shows(example: Path) -> None:
     assert example.read_text().startswith('"""')
     assert example.stem in (FOLDER.parent / "docs" / "index.md").read_text()
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="it comes with systemd")
+def test_systemd_takes_the_units(tmp_path: Path) -> None:
+    """As they are, but for the program, which is looked for."""
+    for unit in (FOLDER / "systemd").iterdir():
+        text = unit.read_text().replace("/srv/shop/venv/bin/fdpool", "/bin/true").replace("/srv/shop", "/")
+        (tmp_path / unit.name).write_text(text)
+    units = sorted(map(str, tmp_path.iterdir()))
+    done = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", *units], capture_output=True, text=True, check=False
+    )
+    assert not [line for line in done.stderr.splitlines() if "shop" in line]
+    assert done.returncode == 0, done.stderr
