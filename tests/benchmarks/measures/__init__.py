@@ -17,6 +17,7 @@ FAMILIES = (
     "workers",
     "programs",
     "servers",
+    "fixtures",
 )
 
 
