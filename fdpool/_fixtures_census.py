@@ -14,6 +14,9 @@ from typing import NamedTuple
 
 from ._fixtures_holdings import MEMORY, Holdings, holdings_of, live_pools
 
+#: Set in the process of the tests, and so in what these start: the same test may be running elsewhere as well.
+MARK = "FDPOOL_TESTS"
+
 _SHM = "/dev/shm"
 
 # Kernel: in the middle of an execve(2), and of zombies and kernel threads at any time, the environment is empty.
@@ -204,7 +207,9 @@ def _is_of_test(pid: int, test: str) -> bool:
         except OSError:
             return False
         if found:
-            return f"\0PYTEST_CURRENT_TEST={test} (".encode() in b"\0" + found
+            variables = b"\0" + found
+            is_ours = f"\0{MARK}={os.environ.get(MARK, '')}\0".encode() in variables
+            return is_ours and f"\0PYTEST_CURRENT_TEST={test} (".encode() in variables
         time.sleep(0.001)
     return False
 

@@ -150,7 +150,7 @@ class FunctionRun:
     def describe_end(self) -> str:
         error = self.future.exception()
         if error is None:
-            return "has returned"
+            return "has ended at SIGTERM" if self.future.result() else "has returned"
         if isinstance(error, SystemExit):
             return f"exited with {error.code!r}"
         if isinstance(error, WorkerLost):

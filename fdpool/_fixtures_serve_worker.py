@@ -26,8 +26,11 @@ def serve(
     log: Fd,
     link: Fd,
     measured: dict[str, Any] | None,
-) -> None:
+) -> bool:
     """Call `fn(listening, *args)`, with `ready=` if it takes such; a coroutine is run to its end.
+
+    Returns:
+        True if SIGTERM ended it.
 
     Args:
         log: where standard output and error go.
@@ -43,11 +46,21 @@ def serve(
     owned.close()
     options = {"ready": lambda: told.send({"ready": True})} if takes_ready(fn) else {}
     with _fixtures_coverage.measuring(measured):
-        result = fn(listening, *args, **options)
-        if inspect.iscoroutine(result):
-            import asyncio
+        try:
+            result = fn(listening, *args, **options)
+            if inspect.iscoroutine(result):
+                import asyncio
 
-            asyncio.run(result)
+                asyncio.run(result)
+        except (
+            _Stopped
+        ):  # the usual end; as an error it would travel with a traceback, which takes milliseconds
+            return True
+    return False
+
+
+class _Stopped(SystemExit):
+    """What SIGTERM raises in the function; to it, and to what it calls, an exit as any other."""
 
 
 def takes_ready(fn: Callable[..., Any]) -> bool:
@@ -59,7 +72,7 @@ def takes_ready(fn: Callable[..., Any]) -> bool:
 
 
 def _leave(_number: int, _frame: object) -> NoReturn:
-    raise SystemExit(0)
+    raise _Stopped(0)
 
 
 def _redirect(log: Fd) -> None:

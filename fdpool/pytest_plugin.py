@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ _MODE = pytest.StashKey[str]()
 _SERVE = pytest.StashKey["Serve"]()
 
 _NAME = "fdpool.pytest_plugin"
+_MARK = "FDPOOL_TESTS"  # as `_fixtures_census` knows it
 _MODES = ("off", "warn", "fail")
 
 
@@ -92,6 +94,7 @@ def pytest_configure(config: pytest.Config) -> None:
         "run_isolated(timeout=, max_memory=): run the body of this test in a worker forked from the test process",
     )
     config.stash[_MODE] = _mode(config)
+    _mark_processes(config)
     _seconds(config, "fdpool_leaks_patience")
     if config.getoption("--fdpool-trace"):
         from . import _fixtures_trace
@@ -105,6 +108,19 @@ def _mode(config: pytest.Config) -> str:
     if mode not in _MODES:
         raise pytest.UsageError(f"fdpool_leaks must be one of {', '.join(_MODES)}, not {mode!r}")
     return str(mode)
+
+
+def _mark_processes(config: pytest.Config) -> None:
+    """Have all that descends from here carry a mark in its environment; a run inside a run has one of its own."""
+    before = os.environ.get(_MARK)
+
+    def restore() -> None:
+        os.environ.pop(_MARK, None)
+        if before is not None:
+            os.environ[_MARK] = before
+
+    os.environ[_MARK] = f"{os.getpid()}.{time.time_ns()}"
+    config.add_cleanup(restore)
 
 
 def _seconds(config: pytest.Config, name: str) -> float:
@@ -248,6 +264,15 @@ def shared_worker_pool(_fdpool_shared_pool: SharedPool, request: pytest.FixtureR
 
 #: Servers at a time in one process of tests. Nothing is made for those that there are not.
 _MOST_SERVERS = 256
+
+# Each server has a fresh worker, which would import these for itself: 20 ms, where the rest of its start takes 5.
+_PRELOADED = (
+    "cloudpickle",
+    "json",
+    "fdpool.commands",
+    "fdpool._fixtures_serve_worker",
+    "fdpool._fixtures_apps",
+)
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import threading
@@ -238,6 +239,25 @@ def test_a_process_of_a_thread_is_found_as_well() -> None:
         thread.join()
         started[0].kill()
         started[0].wait()
+
+
+def test_the_same_test_of_another_run_is_not_taken_for_this(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check = LeakCheck(request.node.nodeid)
+    pids = []
+    for mark in (os.environ[census.MARK], "another run"):
+        monkeypatch.setenv(census.MARK, mark)
+        orphan = subprocess.run(
+            "setsid sleep 30 >/dev/null 2>&1 & echo $!", shell=True, capture_output=True, check=True
+        )
+        pids.append(int(orphan.stdout))
+    monkeypatch.undo()
+    try:
+        assert [leak.number for leak in check.now()] == pids[:1]
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
 
 
 def test_a_socket_is_described_by_its_address(tmp_path: Path) -> None:
