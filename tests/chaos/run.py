@@ -147,8 +147,8 @@ class Chaos:
 
 def _lacks_descriptors(error: BaseException | None) -> bool:
     """True if it is for want of descriptors, as the errors that it was raised from say."""
-    if error is None:
-        return False
+    if error is None or isinstance(error, fdpool.PoolBroken):
+        return False  # the want passes; a pool that has broken for it does not come back
     if isinstance(error, fdpool.FdTransferError) or (
         isinstance(error, OSError) and error.errno == errno.EMFILE
     ):
