@@ -41,7 +41,8 @@ class Board:
         self.fd = fds.above_stdio(_platform.anonymous_file("fdpool-board"))
         try:
             os.ftruncate(self.fd, slots * AREA_BYTES)
-            self._areas = mmap.mmap(self.fd, slots * AREA_BYTES, mmap.MAP_SHARED, mmap.PROT_READ)
+            with fds.standard_numbers_taken():  # the mapping has a duplicate of its own
+                self._areas = mmap.mmap(self.fd, slots * AREA_BYTES, mmap.MAP_SHARED, mmap.PROT_READ)
         except BaseException:
             os.close(self.fd)
             raise

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from . import _messages, _platform, _process, _spawn
+from . import _messages, _platform, _process, _spawn, fds
 from .errors import FdTransferError
 from .payload import Payload
 from .sockets import StreamSocket
@@ -50,7 +50,8 @@ class ControlLink:
         finally:
             theirs.close()
         self.socket = mine
-        self._pidfd = _platform.open_pidfd(self.pid)
+        pidfd = _platform.open_pidfd(self.pid)
+        self._pidfd = None if pidfd is None else fds.above_stdio(pidfd)
         numbers = initializer.fds.numbers if initializer is not None and initializer.fds else []
         try:
             if not fork:

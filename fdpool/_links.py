@@ -60,7 +60,7 @@ class SlotLink:
 
     def began(self, pid: int, pidfds: list[int]) -> None:
         """A worker runs; its pidfd, if the kernel has such, is owned from now on."""
-        self._pidfd = pidfds[0] if pidfds else None
+        self._pidfd = fds.above_stdio(pidfds[0]) if pidfds else None
         self.pid = pid
         self.starting = False  # last: another thread that ends the pool must not find it dead in between
 

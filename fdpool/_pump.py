@@ -12,7 +12,7 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
-from . import _messages, _spill
+from . import _messages, _spill, fds
 from ._broken import PoolBroken, describe_status
 from ._critical import Mask, block_signals, put_back
 from ._links import Exit, SlotLink, Waker
@@ -36,7 +36,8 @@ class Pump:
         thread = threading.Thread(target=self._run, name="fdpool-pump", daemon=True)
         self._thread: threading.Thread | None = thread
         self._callbacks: deque[TaskFuture[Any]] = deque()
-        self._selector = selectors.DefaultSelector()
+        with fds.standard_numbers_taken():
+            self._selector = selectors.DefaultSelector()
         try:
             self._waker = Waker()
         except BaseException:

@@ -29,7 +29,7 @@ from ._slots import State
 from ._spin import Spin
 from ._tasks import UNDONE, ChunkFuture, TaskFuture
 from .errors import WireError
-from .fds import SCM_MAX_FD, close_all
+from .fds import SCM_MAX_FD, close_all, standard_numbers_taken
 
 if TYPE_CHECKING:
     from ._client import Client
@@ -83,7 +83,8 @@ class Receiver:
         self._outer: Any = None
         if hasattr(select, "epoll") and _platform.has("epoll"):
             try:
-                self._inner, self._outer = select.epoll(), select.epoll()
+                with standard_numbers_taken():
+                    self._inner, self._outer = select.epoll(), select.epoll()
                 self._inner.register(self._waker, select.EPOLLIN)
                 self._outer.register(self._inner, select.EPOLLIN)
             except OSError:

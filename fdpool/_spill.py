@@ -18,7 +18,7 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 from . import _platform
-from .fds import above_stdio
+from .fds import above_stdio, standard_numbers_taken
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -164,7 +164,8 @@ def _map(fd: int, length: int, writable: bool) -> mmap.mmap:
     options: dict[str, Any] = {"flags": mmap.MAP_PRIVATE, "prot": protection}
     if sys.version_info >= (3, 13):
         options["trackfd"] = False  # no duplicate of fd: a kept array then pins memory, and no descriptor
-    mapping = mmap.mmap(fd, length, **options)
+    with standard_numbers_taken():
+        mapping = mmap.mmap(fd, length, **options)
     if writable:  # else it is a shared object's, which the task's own memory must not be taken for
         _latest.mapping, _latest.forks = weakref.ref(mapping), _forks
     return mapping

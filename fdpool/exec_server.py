@@ -33,7 +33,7 @@ from ._exec_session import Decided, Decision, Deny, Escalate, Finished, Gone, Ov
 from ._frames import encode_json
 from ._links import Waker
 from .errors import FdpoolError, FdTransferError, PayloadTooLarge, WireError
-from .fds import OwnedFds
+from .fds import OwnedFds, standard_numbers_taken
 from .pool import Pool
 from .running import RunningCommand
 from .sockets import DatagramSocket, StreamSocket
@@ -96,7 +96,8 @@ class ExecServer:
         # A datagram of one byte is all that is ever received here; what is longer is garbage.
         self._door, self._client_end = DatagramSocket.pair(max_bytes=1, max_fds=1)
         self._waker = Waker()
-        self._selector = selectors.DefaultSelector()
+        with standard_numbers_taken():
+            self._selector = selectors.DefaultSelector()
         self._selector.register(self._door, selectors.EVENT_READ)
         self._selector.register(self._waker, selectors.EVENT_READ)
         self._thread = threading.Thread(target=self._serve, name="fdpool-exec", daemon=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import NoReturn, Protocol, runtime_checkable
 
 #: Most descriptors that one message can carry: the kernel's SCM_MAX_FD (unix(7)). 254 give EINVAL.
@@ -167,6 +168,25 @@ def above_stdio(fd: int) -> int:
     moved = duplicate(fd)
     os.close(fd)
     return moved
+
+
+@contextmanager
+def standard_numbers_taken() -> Iterator[None]:
+    """Whatever is opened meanwhile gets a number above the standard streams: for what cannot be moved afterwards.
+
+    Raises:
+        OSError: no descriptor is left (EMFILE).
+    """
+    taken: list[int] = []
+    try:
+        for number in range(3):
+            try:
+                fcntl.fcntl(number, fcntl.F_GETFD)
+            except OSError:
+                taken.append(os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC))
+        yield
+    finally:
+        close_all(taken)
 
 
 def close_all(fds: Iterable[int]) -> None:
