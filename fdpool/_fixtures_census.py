@@ -6,11 +6,12 @@ A census costs a tenth of a millisecond, so that one before and one after every 
 
 from __future__ import annotations
 
+import importlib
 import os
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ._fixtures_holdings import MEMORY, Holdings, holdings_of, live_pools
 
@@ -126,12 +127,11 @@ def _names_in(folder: str) -> list[str]:
 # -- comparing -----------------------------------------------------------------------------------------
 
 
-def compare(before: Census, after: Census, test: str, alone: bool) -> list[Leak]:
+def compare(before: Census, after: Census, test: str) -> list[Leak]:
     """What `after` has and `before` had not, but for what older pools hold.
 
     Args:
         test: as PYTEST_CURRENT_TEST began, by which a process is known that has left the tree.
-        alone: no other process of the same tests makes shared memory meanwhile.
     """
     pools = after.pools
     held = Holdings(frozenset(), frozenset(), frozenset())
@@ -145,8 +145,7 @@ def compare(before: Census, after: Census, test: str, alone: bool) -> list[Leak]
         for thread in after.threads - before.threads - held.threads
         if thread.is_alive()
     ]
-    if alone:
-        leaks += [Leak("shared memory", f"{_SHM}/{name}") for name in _shared_left(before, after)]
+    leaks += [Leak("shared memory", f"{_SHM}/{name}") for name in _shared_left(before, after)]
     return leaks
 
 
@@ -179,13 +178,43 @@ def _processes_left(before: Census, after: Census, held: Holdings, test: str) ->
             yield Leak("process", f"{text} (it has left this process's tree)", pid)
 
 
-def _shared_left(before: Census, after: Census) -> Iterator[str]:
-    for name in sorted(after.shared - before.shared):
+def _shared_left(before: Census, after: Census) -> list[str]:
+    """What is new in /dev/shm and ours: made by this process, or mapped by one that descends from it. That folder is
+    the whole machine's, and who has made a file there is not written anywhere."""
+    new = after.shared - before.shared
+    if not new:
+        return []
+    ours = {name for name in new if name in _made}
+    for pid in (os.getpid(), *after.children):
         try:
-            if os.stat(f"{_SHM}/{name}").st_uid == os.getuid():
-                yield name
+            with open(f"/proc/{pid}/maps", encoding="utf-8", errors="replace") as maps:
+                text = maps.read()
         except OSError:
             continue
+        ours.update(name for name in new if f"{_SHM}/{name}\n" in text)
+    return sorted(name for name in ours if os.path.exists(f"{_SHM}/{name}"))
+
+
+_made: set[str] = set()
+
+
+def watch_shared_memory() -> None:
+    """Note the names under which this process makes shared memory from now on; safe to call again."""
+    try:
+        posix: Any = importlib.import_module("_posixshmem")  # which has no types
+    except ImportError:
+        return
+    original = posix.shm_open
+    if getattr(original, "noting", False):
+        return
+
+    def shm_open(path: str, flags: int, mode: int = 0o777) -> int:
+        if flags & os.O_CREAT:
+            _made.add(path.lstrip("/"))
+        return int(original(path, flags, mode))
+
+    shm_open.noting = True  # type: ignore[attr-defined]
+    posix.shm_open = shm_open  # multiprocessing.shared_memory looks it up there each time
 
 
 def _lasting_numbers() -> Iterable[int]:

@@ -21,13 +21,12 @@ class LeakCheck:
     Args:
         test: node id of the test, by which processes are known that have left this process's tree.
         ignored: patterns (`fnmatch`) of leaks that are none, as `allow` takes them.
-        alone: no other process of the same tests is making shared memory meanwhile.
     """
 
-    def __init__(self, test: str, ignored: Iterable[str] = (), alone: bool = True) -> None:
+    def __init__(self, test: str, ignored: Iterable[str] = ()) -> None:
         self._test = test
         self._ignored = list(ignored)
-        self._alone = alone
+        census.watch_shared_memory()
         self._before = census.take()
 
     def allow(self, pattern: str) -> None:
@@ -46,7 +45,7 @@ class LeakCheck:
 
     def now(self) -> list[Leak]:
         """What is there now and was not at the beginning. Garbage counts, as long as it is not collected."""
-        found = census.compare(self._before, census.take(), self._test, self._alone)
+        found = census.compare(self._before, census.take(), self._test)
         return [leak for leak in found if not self._is_ignored(leak)]
 
     def settled(self, patience_s: float = PATIENCE_S) -> list[Leak]:

@@ -158,9 +158,8 @@ def _checked(request: pytest.FixtureRequest, mode: str) -> Iterator[Any]:
     from . import _fixtures_leaks
 
     ignored = list(request.config.getini("fdpool_leaks_ignore"))
-    alone = "PYTEST_XDIST_WORKER" not in os.environ
     failed_before = request.session.testsfailed
-    check = _fixtures_leaks.LeakCheck(request.node.nodeid, ignored, alone)
+    check = _fixtures_leaks.LeakCheck(request.node.nodeid, ignored)
     yield check
     if request.session.testsfailed > failed_before:
         return  # the traceback holds the frames, and these what they had open

@@ -18,6 +18,7 @@ import pytest
 
 import fdpool
 from fdpool import Fd, Pool, _messages
+from fdpool._fixtures_pools import PoolFactory
 from fdpool._messages import HEADER_BYTES
 from tests.process_state import open_descriptors, wait_until
 
@@ -25,9 +26,8 @@ from . import helpers
 
 
 @pytest.fixture
-def pool() -> Any:
-    with Pool(1) as pool:
-        yield pool
+def pool(worker_pool_factory: PoolFactory) -> Pool:
+    return worker_pool_factory(1)
 
 
 def test_an_open_file_arrives_with_its_offset(pool: Pool, text_file: Path) -> None:

@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 
 from fdpool import Pool
+from fdpool._fixtures_pools import PoolFactory
 
 from . import helpers
 
 
 @pytest.fixture
-def pool() -> Any:
-    with Pool(2) as pool:
-        yield pool
+def pool(worker_pool_factory: PoolFactory) -> Pool:
+    return worker_pool_factory(2)
 
 
 @pytest.mark.parametrize("chunksize", [1, 2, 7, 1000])

@@ -16,15 +16,15 @@ import pytest
 
 import fdpool
 from fdpool import Pool
+from fdpool._fixtures_pools import PoolFactory
 from tests.process_state import wait_until
 
 from . import helpers
 
 
 @pytest.fixture
-def pool() -> Any:
-    with Pool(2) as pool:
-        yield pool
+def pool(worker_pool_factory: PoolFactory) -> Pool:
+    return worker_pool_factory(2)
 
 
 @pytest.fixture

@@ -10,20 +10,19 @@ import time
 from concurrent.futures import Future, as_completed, wait
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from fdpool import Pool
+from fdpool._fixtures_pools import PoolFactory
 from tests.process_state import wait_until
 
 from . import helpers
 
 
 @pytest.fixture
-def pool() -> Any:
-    with Pool(2) as pool:
-        yield pool
+def pool(worker_pool_factory: PoolFactory) -> Pool:
+    return worker_pool_factory(2)
 
 
 def switches(pids: list[int]) -> int:

@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import fdpool
 from fdpool import _fixtures_census as census
 from fdpool._fixtures_leaks import LeakCheck, report
 from tests.plugin.conftest import Run
+from tests.process_state import wait_until
 
 LEAKY = """
     import os, socket, subprocess, threading
@@ -258,6 +260,27 @@ def test_the_same_test_of_another_run_is_not_taken_for_this(
     finally:
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
+
+
+def test_shared_memory_of_others_is_not_ours_and_that_of_a_child_is() -> None:
+    check = LeakCheck("some test")
+    program = "import sys; from multiprocessing.shared_memory import SharedMemory as M; m = M(sys.argv[1], True, 8); input()"
+    names = [f"fdpool-test-{os.getpid()}-{number}" for number in range(2)]
+    (Path("/dev/shm") / names[0]).touch()  # as somebody else would
+    with subprocess.Popen(
+        [sys.executable, "-c", program, names[1]], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ) as child:
+        wait_until((Path("/dev/shm") / names[1]).exists)
+        wait_until(lambda: _shared(check))
+        found = _shared(check)
+        child.communicate(b"\n")
+    for name in names:
+        (Path("/dev/shm") / name).unlink(missing_ok=True)  # the child's resource tracker does it as well
+    assert found == [f"/dev/shm/{names[1]}"]
+
+
+def _shared(check: LeakCheck) -> list[str]:
+    return [leak.text for leak in check.now() if leak.kind == "shared memory"]
 
 
 def test_a_socket_is_described_by_its_address(tmp_path: Path) -> None:
