@@ -61,6 +61,8 @@ _RESTARTS_AFTER_S = (
 )
 
 
+_NEVER = -1_000_000
+_MOST_REFUSALS = 20  # with a second between two
 _ROOM_S = 10.0  # how long who submits waits for a task to let go of descriptors
 
 
@@ -123,6 +125,7 @@ class Client:
         self.limits = Limits(self)
         self.staffing = Staffing(self, staff)
         self.news = News()
+        self._refusals = _NEVER  # how often in a row no worker could be asked for, once there was one
         self.recycled = 0  # workers that have left, or were told to
         self.lost_workers = 0
         self.supervisor_restarts = 0
@@ -481,7 +484,10 @@ class Client:
         except OSError as error:
             if link is not None:
                 link.starting = False
-            if not any(other.alive for other in self.links.values()):
+            # What was enough for a worker once may be so again, but not for ever does somebody wait for it.
+            self._refusals += 1
+            others = any(other.alive for other in self.links.values())
+            if not others and (error.errno not in _budget.FULL or not 0 < self._refusals <= _MOST_REFUSALS):
                 return self.break_pool(PoolBroken(f"worker {slot} cannot be asked for: {error}"))
             self.wake()  # the pump must learn when to try again
             return self.dispatcher.refused(slot, time.monotonic())
@@ -541,6 +547,7 @@ class Client:
         """Event: the slot's worker takes tasks from now on."""
         actions = self.dispatcher.readied(slot)
         self.staffing.readied(slot)
+        self._refusals = 0
         return actions
 
     def worker_exited(self, slot: int) -> Sequence[Action]:

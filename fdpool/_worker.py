@@ -35,6 +35,8 @@ FLUSH_S = 200e-6
 
 _NONE = -1
 
+_IDLE_MS = 20  # a worker that has had nothing to do for so long has time to look at what tasks have left
+
 _FINISH_S = 2  # how long what a failed initializer leaves behind (threads, exit handlers) may delay the news
 
 
@@ -78,7 +80,7 @@ class Worker:
         ready = poll.poll
         while not upkeep.over:
             soon = spin.look(ready)
-            if not soon and upkeep.has_unseen:
+            if not soon and upkeep.has_unseen and not ready(_IDLE_MS):
                 self._tell_left(upkeep.look_closely())
                 if upkeep.over:
                     break

@@ -143,3 +143,24 @@ def test_a_pool_that_finds_no_room_for_another_worker_does_with_those_it_has(lit
         finally:
             for fd in taken:
                 os.close(fd)
+
+
+def test_a_pool_whose_only_worker_dies_while_there_is_no_room_goes_on_when_there_is() -> None:
+    """T3."""
+    with fdpool.Pool(1) as pool:
+        pool.submit(square, 1).result(timeout=20)
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit_with_room(0), hard))
+        try:
+            os.kill(pool.worker_pids()[0], signal.SIGKILL)
+            wait_until(lambda: pool.stats().lost_workers == 1)
+            taken = []
+            with pytest.raises(OSError, match="Too many open files"):
+                while True:  # what the dead one has left free
+                    taken += [os.dup(0)]
+            future = pool.submit(square, 2)
+            wait_until(lambda: pool._client._refusals > 0)
+            fdpool.fds.close_all(taken)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert future.result(timeout=20) == 4
