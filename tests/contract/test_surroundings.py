@@ -69,7 +69,7 @@ def test_a_daemon_without_standard_streams_can_use_a_pool(tmp_path: Path) -> Non
 
 
 def test_a_huge_limit_of_open_files_costs_no_time(tmp_path: Path) -> None:
-    """R3, with as many as are allowed here: closing what was inherited takes as long as there is something open, not as there might be."""
+    """R3, with as many as are allowed here: closing what was inherited takes as long as there is something open."""
     _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
     source = f"""
         import resource, sys, fdpool

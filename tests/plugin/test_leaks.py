@@ -264,7 +264,10 @@ def test_the_same_test_of_another_run_is_not_taken_for_this(
 
 def test_shared_memory_of_others_is_not_ours_and_that_of_a_child_is() -> None:
     check = LeakCheck("some test")
-    program = "import sys; from multiprocessing.shared_memory import SharedMemory as M; m = M(sys.argv[1], True, 8); input()"
+    program = (
+        "import sys; from multiprocessing.shared_memory import SharedMemory as M; "
+        "m = M(sys.argv[1], True, 8); input()"
+    )
     names = [f"fdpool-test-{os.getpid()}-{number}" for number in range(2)]
     (Path("/dev/shm") / names[0]).touch()  # as somebody else would
     with subprocess.Popen(
