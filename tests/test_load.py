@@ -141,14 +141,21 @@ def assert_good(verdict: Verdict, log: Callable[[], str]) -> None:
     assert verdict.is_good, f"{verdict.as_json()}\n{log()}"
 
 
-@pytest.mark.parametrize("dispatch", ["shared", "handoff"])
+@pytest.mark.parametrize(
+    ("dispatch", "scenarios"),
+    [
+        ("shared", ("reload", "scale", "kill", "upgrade")),
+        ("handoff", ("kill",)),
+        ("reuseport", ("scale",)),
+    ],
+)
 def test_no_reload_no_scaling_and_no_upgrade_costs_a_request_and_a_killed_worker_at_most_its_own(
-    dispatch: str,
+    dispatch: str, scenarios: tuple[str, ...]
 ) -> None:
     """S1, S8: 300 requests a second meanwhile."""
     arguments = ["-b", "127.0.0.1:0", "-w", "2", "--threads", "1", "--dispatch", dispatch]
     with served(*arguments, "tests.load.app:handler") as server:
-        for name in ("reload", "scale", "kill", "upgrade") if dispatch == "shared" else ("scale", "kill"):
+        for name in scenarios:
             verdict = play(name, server, rps=300, seconds=0.5, seed=1, times=3, work_ms=2)
             assert_good(verdict, server.tail)
 

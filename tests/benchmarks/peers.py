@@ -240,6 +240,7 @@ SUBMITTING = tuple(name for name in EVERY if PEERS[name].submits)
 ELSEWHERE = {
     "uvicorn": "uvicorn",
     "gunicorn": "gunicorn",
+    "gunicorn-threads": "gunicorn",
     "gunicorn-preload": "gunicorn",
     "gunicorn-uvicorn": "uvicorn_worker",
 }

@@ -1,6 +1,8 @@
 """Servers with two workers and the same application, and one set of verbs for all of them.
 
-Each gets its listening socket open, so that no port is guessed; and each has its access log switched off.
+Each gets its listening socket open, so that no port is guessed, but for uvicorn, which takes a socket that it is given
+for a Unix one, and does not set TCP_NODELAY. Access logs are switched off. Each is told what kind of application it is,
+as gunicorn has to be.
 """
 
 from __future__ import annotations
@@ -25,18 +27,20 @@ _BACKLOG = 2048
 _APP = "tests.load.app"
 _UVICORN = ("-m", "uvicorn", "--no-access-log", "--log-level", "error")
 _GUNICORN = ("-m", "gunicorn", "--log-level", "error")
+_FDPOOL = (
+    *("-m", "fdpool", "serve", "{app}", "--interface", "{form}"),
+    *("--workers", "{workers}", "--bind", "fd:{fd}"),
+)
 _COMMANDS: dict[str, tuple[str, ...]] = {
-    "fdpool": ("-m", "fdpool", "serve", "--workers", "{workers}", "--bind", "fd:{fd}", "{app}"),
-    "fdpool-handoff": (
-        *("-m", "fdpool", "serve", "--dispatch", "handoff"),
-        *("--workers", "{workers}", "--bind", "fd:{fd}", "{app}"),
-    ),
-    "fdpool-preload": (
-        *("-m", "fdpool", "serve", "--preload", _APP),
-        *("--workers", "{workers}", "--bind", "fd:{fd}", "{app}"),
-    ),
-    "uvicorn": (*_UVICORN, "--workers", "{workers}", "--fd", "{fd}", "{app}"),
+    "fdpool": _FDPOOL,
+    "fdpool-handoff": (*_FDPOOL, "--dispatch", "handoff"),
+    "fdpool-preload": (*_FDPOOL, "--preload", _APP),
+    "uvicorn": (*_UVICORN, "--workers", "{workers}", "--port", "{port}", "{app}"),
     "gunicorn": (*_GUNICORN, "-w", "{workers}", "-b", "fd://{fd}", "{app}"),
+    "gunicorn-threads": (
+        *(*_GUNICORN, "-k", "gthread", "--threads", "4"),
+        *("-w", "{workers}", "-b", "fd://{fd}", "{app}"),
+    ),
     "gunicorn-preload": (*_GUNICORN, "--preload", "-w", "{workers}", "-b", "fd://{fd}", "{app}"),
     "gunicorn-uvicorn": (
         *(*_GUNICORN, "-k", "uvicorn_worker.UvicornWorker"),
@@ -49,6 +53,7 @@ LABELS = {
     "fdpool-preload": "`fdpool serve --preload`",
     "uvicorn": "uvicorn --workers",
     "gunicorn": "gunicorn, sync workers",
+    "gunicorn-threads": "gunicorn, workers of 4 threads",
     "gunicorn-preload": "gunicorn --preload, sync workers",
     "gunicorn-uvicorn": "gunicorn, uvicorn workers",
 }
@@ -64,11 +69,18 @@ class Server:
 
     def __init__(self, name: str, form: str) -> None:
         with socket.create_server(("127.0.0.1", 0), backlog=_BACKLOG) as listener:
-            self.address = f"tcp://127.0.0.1:{listener.getsockname()[1]}"
-            fields = {"workers": WORKERS, "fd": listener.fileno(), "app": f"{_APP}:{form}"}
+            port = listener.getsockname()[1]
+            command = [
+                word.format(workers=WORKERS, fd=listener.fileno(), port=port, form=form, app=f"{_APP}:{form}")
+                for word in _COMMANDS[name]
+            ]
+            opens_it_itself = str(port) in command
+            if opens_it_itself:
+                listener.close()
+            self.address = f"tcp://127.0.0.1:{port}"
             self.process = subprocess.Popen(
-                [sys.executable, *(word.format(**fields) for word in _COMMANDS[name])],
-                pass_fds=[listener.fileno()],
+                [sys.executable, *command],
+                pass_fds=[] if opens_it_itself else [listener.fileno()],
                 env=os.environ | {"PYTHONPATH": os.getcwd()},
                 start_new_session=True,
             )
