@@ -12,7 +12,6 @@ from concurrent import futures
 from concurrent.futures import Executor, Future
 from enum import Enum
 from functools import partial
-from types import BuiltinFunctionType, CodeType, FunctionType, MethodDescriptorType, ModuleType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 if TYPE_CHECKING:
@@ -28,9 +27,10 @@ if TYPE_CHECKING:
 
 from . import _process, payload
 from ._budget import FULL, exhausted, near_limit
-from ._chunks import Raised, is_plain
+from ._chunks import is_plain, run_together
 from ._client import Client
 from ._cpus import usable_cpus
+from ._map import dumped_chunk, flatten, in_order, keeps_nothing
 from ._messages import Recycling
 from ._options import TaskOptions, changed, check_count, check_seconds
 from ._shared import Shared
@@ -327,9 +327,9 @@ class Pool(Executor):
         deadline = None if timeout is None else time.monotonic() + timeout
         if chunksize is None:
             together = buffersize is None and timeout is None and self._chunking and self._options is None
-            if together and iterables and _keeps_nothing(fn):
+            if together and iterables and keeps_nothing(fn):
                 chunks = deque(self._submit_chunks(fn, iterables))
-                return _in_order(chunks, iter(()), weakref.ref(self), deadline)
+                return in_order(chunks, iter(()), weakref.ref(self), deadline)
             chunksize = 1
         items = zip(*iterables)
         calls: Iterator[tuple[Callable[..., Any], tuple[Any, ...]]]
@@ -337,14 +337,14 @@ class Pool(Executor):
             calls = ((fn, item) for item in items)
         else:
             calls = (
-                (_run_chunk, (fn, chunk))
+                (run_together, (fn, chunk))
                 for chunk in iter(lambda: list(itertools.islice(items, chunksize)), [])
             )
         first = calls if buffersize is None else itertools.islice(calls, buffersize)
         pending: deque[Future[Any]] = deque(self.submit(call, *args) for call, args in first)
         # Only a weak reference: a dropped pool must not be kept by iterators that nobody reads.
-        results = _in_order(pending, calls, weakref.ref(self), deadline)
-        return results if chunksize == 1 else _flatten(results)
+        results = in_order(pending, calls, weakref.ref(self), deadline)
+        return results if chunksize == 1 else flatten(results)
 
     def _submit_chunks(
         self, fn: Callable[..., Any], iterables: tuple[Iterable[Any], ...]
@@ -360,7 +360,7 @@ class Pool(Executor):
             start += size
             # Copies of an item that can change must not be shared with others, as in one pickle they would be.
             together = len(part) > 1 and is_plain(list(itertools.chain.from_iterable(part)) if star else part)
-            chunk = _dumped_chunk(fn, part, star) if together else None
+            chunk = dumped_chunk(fn, part, star) if together else None
             if chunk is None:
                 for item in part:
                     yield self.submit(fn, *(item if star else (item,)))
@@ -672,50 +672,6 @@ def _level(level: int | str) -> int:
     return number
 
 
-def _keeps_nothing(fn: Any, seen: tuple[Any, ...] = ()) -> bool:
-    """True if it makes no difference whether `fn` travels once for many items, or once for each.
-
-    It does where it carries along what it can change: a method its object, a closure its variables, a function of
-    `__main__` its globals.
-    """
-    if type(fn) is partial:
-        values = [value for value in (*fn.args, *fn.keywords.values()) if type(value) is not Shared]
-        return is_plain(values) and _keeps_nothing(fn.func, seen)
-    if isinstance(fn, BuiltinFunctionType):
-        return fn.__self__ is None or isinstance(fn.__self__, ModuleType)
-    if isinstance(fn, (type, MethodDescriptorType)):
-        return getattr(fn, "__module__", None) != "__main__"
-    if not isinstance(fn, FunctionType):
-        return False
-    if fn.__module__ != "__main__" and "<" not in fn.__qualname__:
-        return True  # by reference: what it changes is its worker's in any case
-    if fn.__closure__ or not is_plain([*(fn.__defaults__ or ()), *(fn.__kwdefaults__ or {}).values()]):
-        return False
-    if fn in seen:
-        return True
-    found = [fn.__globals__[name] for name in _names_in(fn.__code__) if name in fn.__globals__]
-    return all(
-        isinstance(each, ModuleType) or is_plain([each]) or _keeps_nothing(each, (*seen, fn))
-        for each in found
-    )
-
-
-def _names_in(code: CodeType) -> set[str]:
-    names = set(code.co_names)
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            names |= _names_in(constant)
-    return names
-
-
-def _dumped_chunk(fn: Callable[..., Any], items: list[Any], star: bool) -> payload.Payload | None:
-    """The payload of a chunk; None if its items do not go together, and perhaps one by one."""
-    try:
-        return payload.dumps((fn, items, star))
-    except (FdpoolError, OSError):
-        return None
-
-
 def _pickled(first_call: partial[object] | None, fork: bool) -> payload.Payload | None:
     """The payload of what each worker calls first; None if there is no such call, or if it cannot be pickled and
     need not be, as workers inherit it."""
@@ -728,84 +684,3 @@ def _pickled(first_call: partial[object] | None, fork: bool) -> payload.Payload 
         return payload.dumps_call(first_call.func, first_call.args, {})
     except NotPicklable:
         return None
-
-
-def _run_chunk(fn: Callable[..., T], chunk: list[tuple[Any, ...]]) -> list[T]:
-    """Runs in: a worker. Several items of a map as one task."""
-    return [fn(*item) for item in chunk]
-
-
-def _in_order(
-    pending: deque[Future[T]],
-    calls: Iterator[tuple[Callable[..., T], tuple[Any, ...]]],
-    pool: weakref.ref[Pool],
-    deadline: float | None,
-) -> Iterator[T]:
-    """Yield results in order, submitting one more call for each that is taken, as long as there are any."""
-    try:
-        while pending:
-            executor = pool()
-            if executor is not None and (call := next(calls, None)) is not None:
-                pending.append(executor.submit(call[0], *call[1]))
-            del executor
-            timeout = None if deadline is None else deadline - time.monotonic()
-            # No name here may keep a result while its reader has it (bpo-14406).
-            if not isinstance(pending[0], ChunkFuture):
-                yield _result_or_cancel(pending.popleft(), timeout)
-                continue
-            yield from _results_of_chunk(pending, timeout)
-    finally:
-        for future in pending:
-            part: Any = future
-            while part is not None:
-                part.abandoned = True  # what a worker hands back of a chunk that it runs is not to go on
-                part.cancel()
-                part = getattr(part, "after", None)
-
-
-def _results_of_chunk(pending: deque[Future[Any]], timeout: float | None) -> Iterator[Any]:
-    """The results of the first chunk; what was parted from it is first in `pending` then."""
-    chunk = pending.popleft()
-    assert isinstance(chunk, ChunkFuture)
-    try:
-        error = chunk.exception(timeout)
-    except BaseException:
-        pending.appendleft(chunk)  # to be cancelled with the others
-        raise
-    if chunk.after is not None:
-        pending.appendleft(chunk.after)
-    results = chunk.results
-    chunk.results = []
-    results.reverse()
-    if error is not None or chunk.mixed:
-        return _results_or_errors(results, error)
-    # Each is let go of as it is yielded, and no frame of Python is entered for it: 30 nanoseconds.
-    return map(results.pop, itertools.repeat(-1, len(results)))
-
-
-def _results_or_errors(results: list[Any], error: BaseException | None) -> Iterator[Any]:
-    """The results, the last one first, as far as these are such; then `error`."""
-    while results:
-        if type(results[-1]) is Raised:
-            raise results.pop().error()
-        yield results.pop()
-    if error is not None:
-        try:
-            raise error
-        finally:
-            del error  # or it and its own traceback would keep each other
-
-
-def _result_or_cancel(future: Future[T], timeout: float | None) -> T:
-    try:
-        return future.result(timeout)
-    finally:
-        future.cancel()
-        del future  # or an exception and its own traceback would keep each other
-
-
-def _flatten(chunks: Iterator[list[T]]) -> Iterator[T]:
-    for chunk in chunks:
-        chunk.reverse()
-        while chunk:  # each item is let go of as it is yielded
-            yield chunk.pop()
