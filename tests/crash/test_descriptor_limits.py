@@ -61,7 +61,8 @@ def test_a_client_without_room_for_a_pidfd_hears_of_a_new_worker_all_the_same() 
         assert control is not None
         os.kill(control.pid, signal.SIGSTOP)
         second = pool.submit(square, 3)
-        wait_until(lambda: not control.socket.backlog)
+        # Both workers are asked for, by whoever had the lock.
+        wait_until(lambda: len(pool._client.links) == 2 and not control.socket.backlog)
         try:
             resource.setrlimit(resource.RLIMIT_NOFILE, (limit_with_room(0), hard))
             os.kill(control.pid, signal.SIGCONT)
