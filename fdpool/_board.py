@@ -41,6 +41,7 @@ class Board:
         self.fd = fds.above_stdio(_platform.anonymous_file("fdpool-board"))
         try:
             os.ftruncate(self.fd, slots * AREA_BYTES)
+            _platform.fix_size(self.fd)
             with fds.standard_numbers_taken():  # the mapping has a duplicate of its own
                 self._areas = mmap.mmap(self.fd, slots * AREA_BYTES, mmap.MAP_SHARED, mmap.PROT_READ)
         except BaseException:

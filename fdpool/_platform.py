@@ -6,9 +6,14 @@ epoll) makes a feature look absent, so that the fallbacks can be tested on a ker
 
 from __future__ import annotations
 
+import fcntl
 import os
 import sys
 from typing import Any
+
+# fcntl(2); the names are in Python's fcntl module only where it was built against new enough headers.
+_F_ADD_SEALS = 1033
+_F_SEAL_SEAL, _F_SEAL_SHRINK, _F_SEAL_GROW = 1, 2, 4
 
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 _PR_SET_CHILD_SUBREAPER = 36
@@ -34,6 +39,15 @@ def anonymous_file(name: str) -> int:
     fd, path = tempfile.mkstemp(prefix=f"{name}-", dir=folder)
     os.unlink(path)
     return fd
+
+
+def fix_size(fd: int) -> None:
+    """Let nobody change the size of an `anonymous_file` any more, where the kernel can: who cuts it would have
+    those who map it die of SIGBUS (F_ADD_SEALS in fcntl(2))."""
+    try:
+        fcntl.fcntl(fd, _F_ADD_SEALS, _F_SEAL_SEAL | _F_SEAL_SHRINK | _F_SEAL_GROW)
+    except OSError:
+        pass  # EINVAL: a plain file
 
 
 def open_pidfd(pid: int) -> int | None:
