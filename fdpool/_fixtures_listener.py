@@ -204,6 +204,28 @@ class Listener:
         )
 
 
+class ListenerFactory:
+    """Makes listeners, and closes them all: the fixture `listener_factory` is one."""
+
+    def __init__(self) -> None:
+        self._made: list[Listener] = []
+
+    def __call__(self, kind: Kind = "tcp", *, host: str | None = None, backlog: int = 128) -> Listener:
+        """A new listening socket: "tcp" on 127.0.0.1, "tcp6" on ::1, or "unix" on a path of its own.
+
+        Raises:
+            ValueError, OSError: as `Listener.open`.
+        """
+        listener = Listener.open(kind, host, backlog)
+        self._made.append(listener)
+        return listener
+
+    def close(self) -> None:
+        """Close all of them."""
+        while self._made:
+            self._made.pop().close()
+
+
 def _bound(kind: Kind, host: str) -> socket.socket:
     """A socket on a free port, which it keeps for good.
 

@@ -17,7 +17,7 @@ import pytest
 
 if TYPE_CHECKING:
     from ._fixtures_leaks import LeakCheck
-    from ._fixtures_listener import Kind, Listener
+    from ._fixtures_listener import Listener, ListenerFactory
     from ._fixtures_pools import PoolFactory, SharedPool
     from ._fixtures_serve import Serve
     from ._fixtures_service import Services
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _MODE = pytest.StashKey[str]()
 _SERVE = pytest.StashKey["Serve"]()
+_TOLD = pytest.StashKey[bool]()  # the test has failed, and it was said that its server has died
 
 _NAME = "fdpool.pytest_plugin"
 _MARK = "FDPOOL_TESTS"  # as `_fixtures_census` knows it
@@ -179,33 +180,11 @@ def _checked(request: pytest.FixtureRequest, mode: str) -> Iterator[Any]:
 # -- listeners -----------------------------------------------------------------------------------------
 
 
-class ListenerFactory:
-    """Makes listeners, and closes them all: the fixture `listener_factory` is one."""
-
-    def __init__(self) -> None:
-        self._made: list[Listener] = []
-
-    def __call__(self, kind: Kind = "tcp", *, host: str | None = None, backlog: int = 128) -> Listener:
-        """A new listening socket: "tcp" on 127.0.0.1, "tcp6" on ::1, or "unix" on a path of its own.
-
-        Raises:
-            ValueError, OSError: as `Listener.open`.
-        """
-        from ._fixtures_listener import Listener
-
-        listener = Listener.open(kind, host, backlog)
-        self._made.append(listener)
-        return listener
-
-    def close(self) -> None:
-        """Close all of them."""
-        while self._made:
-            self._made.pop().close()
-
-
 @pytest.fixture
 def listener_factory() -> Iterator[ListenerFactory]:
     """Makes listening sockets that are closed at the end of the test: `listener_factory("unix")`."""
+    from ._fixtures_listener import ListenerFactory
+
     factory = ListenerFactory()
     yield factory
     factory.close()
@@ -279,11 +258,7 @@ def _fdpool_servers(request: pytest.FixtureRequest) -> Iterator[Pool]:
     from ._fixtures_pools import end
     from .pool import Pool
 
-    preload = [
-        "fdpool._fixtures_serve_worker",
-        "fdpool._fixtures_apps",
-        *request.config.getini("fdpool_preload"),
-    ]
+    preload = [*_PRELOADED, *request.config.getini("fdpool_preload")]
     pool = Pool(_MOST_SERVERS, max_tasks_per_child=1, preload=preload)
     pool.submit(int).result()  # so that the first server does not wait for the supervisor
     yield pool
@@ -298,8 +273,9 @@ def serve(_fdpool_servers: Pool, request: pytest.FixtureRequest) -> Iterator[Ser
 
     servers = Serve(_fdpool_servers)
     request.node.stash[_SERVE] = servers
+    request.node.stash[_TOLD] = False  # a test may run again
     yield servers
-    texts = [] if request.node.stash.get(_TOLD, False) else [_death(died) for died in servers.died()]
+    texts = [] if request.node.stash[_TOLD] else [_death(died) for died in servers.died()]
     servers.close()
     if texts:
         pytest.fail("\n".join(texts), pytrace=False)
@@ -314,9 +290,6 @@ def session_service() -> Iterator[Services]:
     services = Services(os.environ.get("PYTEST_XDIST_TESTRUNUID") or str(os.getpid()))
     yield services
     services.close()
-
-
-_TOLD = pytest.StashKey[bool]()
 
 
 @pytest.hookimpl(wrapper=True)

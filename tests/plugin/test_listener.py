@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 import fdpool
-from fdpool._fixtures_listener import Kind, Listener
-from fdpool.pytest_plugin import ListenerFactory
+from fdpool._fixtures_listener import Kind, Listener, ListenerFactory
 
 KINDS: list[Kind] = ["tcp", "tcp6", "unix"]
 

@@ -20,9 +20,9 @@ import pytest
 
 import fdpool
 from fdpool._fixtures_errors import ServerDied
-from fdpool._fixtures_listener import Kind, Listener
-from fdpool._fixtures_serve import Serve, Served
-from fdpool.pytest_plugin import ListenerFactory
+from fdpool._fixtures_listener import Kind, Listener, ListenerFactory
+from fdpool._fixtures_serve import Serve
+from fdpool._fixtures_served import Served
 from tests.plugin.conftest import Run
 from tests.process_state import seconds_until_gone, wait_until
 

@@ -17,7 +17,8 @@ import pytest
 
 from fdpool._fixtures_apps import kind_of
 from fdpool._fixtures_errors import ServerDied
-from fdpool._fixtures_serve import Serve, Served
+from fdpool._fixtures_serve import Serve
+from fdpool._fixtures_served import Served
 from tests.process_state import wait_until
 
 
