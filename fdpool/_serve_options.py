@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from . import _bind_spec, _server_apps
+from . import _bind_spec, _server_apps, _server_upgrade, _systemd
 
 DEFAULT_BIND = "127.0.0.1:8000"
 DISPATCHES = ("shared", "handoff", "reuseport")
@@ -170,9 +170,12 @@ def parser() -> argparse.ArgumentParser:
     return serve
 
 
-def parse(
-    given: Sequence[str], under_systemd: Callable[[], bool] = lambda: "LISTEN_FDS" in os.environ
-) -> Options:
+def _under_systemd() -> bool:
+    """True if systemd has passed sockets, to this process or to the one that it is to replace."""
+    return _systemd.passes_sockets() or "systemd" in _server_upgrade.announced_binds()
+
+
+def parse(given: Sequence[str], under_systemd: Callable[[], bool] = _under_systemd) -> Options:
     """What the options come to; ends the process, with a message, where they contradict each other."""
     serve = parser()
     options = serve.parse_args(given)

@@ -66,6 +66,12 @@ def is_successor() -> bool:
     return _taken is not None or _announced(os.environ) is not None
 
 
+def announced_binds(environment: Mapping[str, str] = os.environ) -> list[str]:
+    """The binds for which a process that is to be replaced hands its listeners to this one."""
+    found = _announced(environment)
+    return [] if found is None else list(found["listeners"])
+
+
 def take(environment: MutableMapping[str, str] = os.environ) -> Predecessor | None:
     """The process that this one is to replace, once; None if there is none. Removes the variable."""
     global _taken

@@ -11,7 +11,7 @@ import os
 import socket
 import stat
 import time
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 
 from .errors import BindFailed
 
@@ -80,7 +80,12 @@ def _owned(number: int) -> socket.socket:
     return socket.socket(fileno=number)
 
 
-def successor_environment(environment: MutableMapping[str, str]) -> dict[str, str]:
+def passes_sockets(environment: Mapping[str, str] = os.environ) -> bool:
+    """True if `listen_sockets` would look for some: they are announced, and to this process. Changes nothing."""
+    return bool(environment.get("LISTEN_FDS")) and environment.get("LISTEN_PID") == str(os.getpid())
+
+
+def successor_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """The environment for a process that is to take this one's place under the same unit.
 
     WATCHDOG_PID names this process, and would have the successor believe that nobody watches it. Without it
@@ -103,7 +108,7 @@ class Notifier:
     come again. Thread-safe: each notification is one datagram from a socket of its own.
     """
 
-    def __init__(self, environment: MutableMapping[str, str] = os.environ) -> None:
+    def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
         self._place = environment.get("NOTIFY_SOCKET", "")
         self.watchdog_interval_s = _watchdog_interval_s(environment) if self.enabled else None
 
@@ -152,7 +157,7 @@ class Notifier:
         return True
 
 
-def _watchdog_interval_s(environment: MutableMapping[str, str]) -> float | None:
+def _watchdog_interval_s(environment: Mapping[str, str]) -> float | None:
     period, pid = environment.get("WATCHDOG_USEC", ""), environment.get("WATCHDOG_PID")
     if not (period.isascii() and period.isdigit()) or int(period) == 0:
         return None

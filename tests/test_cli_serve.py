@@ -342,6 +342,13 @@ def test_curl_is_answered_over_tcp_and_a_unix_socket(app_dir: Path) -> None:
     assert not os.path.exists(path)
 
 
+def ask_as_soon_as_it_listens(path: str) -> None:
+    with socket.socket(socket.AF_UNIX) as client:
+        wait_until(lambda: client.connect_ex(path) == 0)
+        client.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        assert client.recv(65536).startswith(b"HTTP/1.1 200 OK")
+
+
 @contextlib.contextmanager
 def killed_at_last(program: subprocess.Popen[Any]) -> Iterator[subprocess.Popen[Any]]:
     """A process that does not outlive the test, whatever becomes of that."""
@@ -382,11 +389,7 @@ def test_under_systemd_it_takes_the_sockets_and_tells_its_states(app_dir: Path, 
     command += ["-E", f"NOTIFY_SOCKET={app_dir}/notify", "-E", "WATCHDOG_USEC=200000"]
     command += [sys.executable, "-m", "fdpool", "serve", "--app-dir", str(app_dir), "-w", "1", "shop:handle"]
     with killed_at_last(subprocess.Popen(command, stderr=subprocess.DEVNULL)) as program:
-        wait_until(lambda: os.path.exists(f"{app_dir}/s"))
-        with socket.socket(socket.AF_UNIX) as client:
-            wait_until(lambda: client.connect_ex(f"{app_dir}/s") == 0)
-            client.sendall(b"GET / HTTP/1.1\r\n\r\n")
-            assert client.recv(65536).startswith(b"HTTP/1.1 200 OK")
+        ask_as_soon_as_it_listens(f"{app_dir}/s")
         wait_until(lambda: "READY=1" in told and "WATCHDOG=1" in told)
         program.send_signal(signal.SIGHUP)
         wait_until(lambda: "RELOADING=1" in told and "READY=1" in told[told.index("RELOADING=1") :])
@@ -397,15 +400,36 @@ def test_under_systemd_it_takes_the_sockets_and_tells_its_states(app_dir: Path, 
     assert os.path.exists(f"{app_dir}/s")  # it is systemd's
 
 
+@pytest.mark.skipif(shutil.which("systemd-socket-activate") is None, reason="it comes with systemd")
+def test_under_systemd_an_upgrade_goes_on_with_its_sockets_and_says_who_is_the_main_process(
+    app_dir: Path, told: list[str]
+) -> None:
+    """LISTEN_PID named the process before, and so did WATCHDOG_PID."""
+    pid_file = app_dir / "pid"
+    command = ["systemd-socket-activate", "-l", f"{app_dir}/s", "-E", f"PYTHONPATH={ROOT}"]
+    command += ["-E", f"NOTIFY_SOCKET={app_dir}/notify", sys.executable, "-m", "fdpool", "serve"]
+    command += ["--app-dir", str(app_dir), "-w", "1", "--pid-file", str(pid_file), "shop:handle"]
+    with killed_at_last(subprocess.Popen(command, stderr=subprocess.DEVNULL)) as program:
+        ask_as_soon_as_it_listens(f"{app_dir}/s")
+        wait_until(lambda: "READY=1" in told)
+        program.send_signal(signal.SIGUSR2)
+        assert program.wait(30) == 0
+        successor = int(pid_file.read_text())
+        try:
+            assert successor != program.pid
+            wait_until(lambda: f"MAINPID={successor}" in told)
+            assert answer(f"unix:{app_dir}/s").startswith("first ")
+        finally:
+            os.kill(successor, signal.SIGTERM)
+            wait_until(lambda: not is_alive(successor), 30.0)
+
+
 @pytest.mark.parametrize("closed", ["<&-", "<&- >&- 2>&-"])
 def test_closed_standard_streams_are_never_mistaken_for_sockets(closed: str, app_dir: Path) -> None:
     """R2."""
     line = f"exec {sys.executable} -m fdpool serve --app-dir {app_dir} -b unix:{app_dir}/s -w 1 shop:handle {closed}"
     with killed_at_last(subprocess.Popen(["sh", "-c", line], cwd=ROOT)) as program:
-        with socket.socket(socket.AF_UNIX) as client:
-            wait_until(lambda: client.connect_ex(f"{app_dir}/s") == 0)
-            client.sendall(b"GET / HTTP/1.1\r\n\r\n")
-            assert client.recv(65536).startswith(b"HTTP/1.1 200 OK")
+        ask_as_soon_as_it_listens(f"{app_dir}/s")
         for each in [psutil.Process(program.pid), *psutil.Process(program.pid).children(recursive=True)]:
             for fd in (0, 1, 2):
                 assert "socket" not in os.readlink(f"/proc/{each.pid}/fd/{fd}")

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from fdpool import BindFailed
-from fdpool._systemd import Notifier, listen_sockets, successor_environment
+from fdpool._systemd import Notifier, listen_sockets, passes_sockets, successor_environment
 from tests.process_state import wait_until
 
 # A child that finds the descriptors of its parent from 3 on; what it says at the end is what it found.
@@ -227,6 +227,24 @@ def test_the_name_that_a_bind_asks_for_must_be_there(monkeypatch: pytest.MonkeyP
     with pytest.raises(BindFailed, match="no socket named 'admin'; what is left of them: web"):
         open_listeners("systemd:admin")
     assert given.fileno() == -1
+
+
+@pytest.mark.parametrize(
+    ("variables", "passes"),
+    [
+        ({"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": "1"}, True),
+        ({"LISTEN_PID": "1", "LISTEN_FDS": "1"}, False),
+        ({"LISTEN_FDS": "1"}, False),
+        ({"LISTEN_PID": str(os.getpid())}, False),
+        ({}, False),
+    ],
+)
+def test_whether_sockets_are_passed_is_told_without_taking_them(
+    variables: dict[str, str], passes: bool
+) -> None:
+    given = dict(variables)
+    assert passes_sockets(given) is passes
+    assert given == variables
 
 
 # -- notifications ---------------------------------------------------------------------------------
