@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import sys
 import time
 from typing import Any
 
@@ -46,7 +45,7 @@ class Json(logging.Formatter):
         return json.dumps(said, default=str)
 
 
-class _Stderr(logging.StreamHandler[Any]):
+class _Stderr(logging.Handler):
     """Writes each record in one piece, so that lines of several processes do not mix; nobody reading is no error."""
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -65,7 +64,7 @@ def configure(as_json: bool, level: str) -> None:
     logger.propagate = False
     for old in [each for each in logger.handlers if isinstance(each, _Stderr)]:
         logger.removeHandler(old)
-    handler = _Stderr(sys.stderr)
+    handler = _Stderr()
     handler.setFormatter(Json() if as_json else Lines())
     logger.addHandler(handler)
 
