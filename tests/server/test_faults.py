@@ -77,13 +77,13 @@ def test_workers_killed_under_load_cost_no_connection_that_they_had_not_begun(di
     """S8: one connection at a time is in a worker's hands, so each death costs one at most."""
     with Server(echo_pid, ANY_PORT, workers=2, dispatch=dispatch) as server:
         with Load(lambda: ask(server)) as load:
-            for _ in range(3):
+            for _ in range(2):
                 load.go_on(10) if not load.failed else None
                 victim = next(iter(pids(server)), None)
                 if victim is not None:
                     os.kill(victim, signal.SIGKILL)
                 wait_until(lambda gone=victim: gone not in pids(server) and len(pids(server)) == 2)  # type: ignore[misc]
-        assert len(load.failed) <= 3, load.failed
+        assert len(load.failed) <= 2, load.failed
 
 
 @pytest.mark.parametrize(
@@ -298,8 +298,7 @@ def test_workers_are_replaced_at_an_age_and_at_a_size() -> None:
     with Server(grow, ANY_PORT, workers=1, max_memory=120_000_000) as server:
         first, _ = ask(server, b"no")
         assert ask(server, b"grow")[0] == first
-        wait_until(lambda: pids(server) not in ([first], []))
-        assert ask(server, b"no")[0] != first
+        wait_until(lambda: ask(server, b"no")[0] != first)
     with Server(echo_pid, ANY_PORT, workers=1, max_age=0.5) as server:
         first, _ = ask(server)
         wait_until(lambda: pids(server) not in ([first], []))

@@ -135,7 +135,7 @@ def test_usr1_opens_log_files_anew_here_and_in_the_workers(tmp_path: Path) -> No
         ask_port(port)
         assert (tmp_path / "worker.old").read_text().count("served") == 2
         wait_until(lambda: (tmp_path / "worker.log").read_text().count("served") == 1)
-        assert "anew" in (tmp_path / "server.log").read_text()
+        wait_until(lambda: "anew" in (tmp_path / "server.log").read_text())
 
 
 # -- upgrades ------------------------------------------------------------------------------------------
