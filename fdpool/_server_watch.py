@@ -93,7 +93,7 @@ def resident_bytes(pid: int | None) -> int | None:
 
     try:
         return None if pid is None else int(psutil.Process(pid).memory_info().rss)
-    except psutil.Error:
+    except (psutil.Error, OSError):  # OSError: no descriptor is left to look with
         return None
 
 
@@ -103,5 +103,5 @@ def is_stopped(pid: int | None) -> bool:
 
     try:
         return pid is not None and psutil.Process(pid).status() == psutil.STATUS_STOPPED
-    except psutil.Error:
+    except (psutil.Error, OSError):
         return False
