@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from . import _server_worker
 from ._broken import WorkerLost
+from ._frames import encode_json
 from ._server_progress import Seen, SeenPage
 from .errors import FdTransferError, WireError
 from .fds import Fd, close_all
@@ -110,7 +111,7 @@ class WorkerLink:
         """Send a message; never waits. A worker that does not listen any more is about to be reported dead."""
         try:
             if not self.control.closed:
-                self.control.queue_bytes(_encoded(message))
+                self.control.queue_bytes(encode_json(message))
                 self.control.flush()
         except OSError:
             pass
@@ -153,12 +154,6 @@ class WorkerLink:
         self.control.close()
         self._theirs.close()
         self._page.close()
-
-
-def _encoded(message: object) -> bytes:
-    from ._frames import encode_json
-
-    return encode_json(message)
 
 
 def _reason(done: Future[str]) -> str:

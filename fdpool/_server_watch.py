@@ -10,6 +10,8 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+import psutil  # here, and not where it is first needed: there may be no descriptor left to import it with
+
 from ._server_progress import Seen
 
 if TYPE_CHECKING:
@@ -89,8 +91,6 @@ class Watch:
 
 def resident_bytes(pid: int | None) -> int | None:
     """The resident memory of a process, what it shares with others included; None if it has gone."""
-    import psutil
-
     try:
         return None if pid is None else int(psutil.Process(pid).memory_info().rss)
     except (psutil.Error, OSError):  # OSError: no descriptor is left to look with
@@ -99,8 +99,6 @@ def resident_bytes(pid: int | None) -> int | None:
 
 def is_stopped(pid: int | None) -> bool:
     """True if a process is stopped by a signal."""
-    import psutil
-
     try:
         return pid is not None and psutil.Process(pid).status() == psutil.STATUS_STOPPED
     except (psutil.Error, OSError):
