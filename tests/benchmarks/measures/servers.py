@@ -67,10 +67,13 @@ def reload(name: str, form: str, settings: Settings) -> Iterator[Round]:
 
 @contextmanager
 def recovery(name: str, form: str, _settings: Settings) -> Iterator[Round]:
-    """From `kill -9` of one of two workers until another answers in its place, under load."""
-    with servers.serving(name, form) as server:
+    """From `kill -9` of one of two workers until another answers in its place, under load.
 
-        def one_round() -> Outcome:
+    Of a new server each time: one whose workers die again and again may well take its time.
+    """
+
+    def one_round() -> Outcome:
+        with servers.serving(name, form) as server:
             before = server.wait_for(lambda pids: len(pids) == servers.WORKERS)
             client = Client(server.address, connections=8, keep_alive=0.0)
             thread = threading.Thread(target=client.run, args=(3600,))
@@ -87,7 +90,7 @@ def recovery(name: str, form: str, _settings: Settings) -> Iterator[Round]:
                 client.stop()
                 thread.join()
 
-        yield one_round
+    yield one_round
 
 
 @contextmanager
