@@ -91,6 +91,7 @@ def server_of(options: Options, on_ready: Callable[[], object] | None) -> Server
         "max_age": options.max_age,
         "max_memory": options.max_memory,
         "reload_batch": options.reload_batch,
+        "options": options.settings,
     }
     return Server(
         options.target,

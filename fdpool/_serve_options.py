@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import re
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from . import _bind_spec, _server_apps, _server_upgrade, _systemd
 
@@ -51,6 +52,7 @@ class Options(NamedTuple):
     workers: int | None
     threads: int | None
     dispatch: str
+    settings: dict[str, Any]
     preload: tuple[str, ...]
     max_requests: int | None
     max_age: float | None
@@ -89,6 +91,15 @@ def parser() -> argparse.ArgumentParser:
         help="what TARGET is, if its parameters do not tell",
     )
     app.add_argument("--app-dir", default=".", metavar="DIR", help="where its module is looked for first (.)")
+    app.add_argument(
+        "--option",
+        type=_setting,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="of what speaks HTTP, uvicorn or waitress, such as root_path=/shop or timeout_keep_alive=20; may be "
+        "repeated",
+    )
     app.add_argument(
         "--preload",
         action="append",
@@ -200,6 +211,7 @@ def parse(given: Sequence[str], under_systemd: Callable[[], bool] = _under_syste
         workers=options.workers,
         threads=options.threads,
         dispatch=options.dispatch,
+        settings=dict(options.option),
         preload=tuple(options.preload),
         max_requests=options.max_requests,
         max_age=options.max_age,
@@ -215,6 +227,17 @@ def parse(given: Sequence[str], under_systemd: Callable[[], bool] = _under_syste
         log_level=options.log_level.upper(),
         check=options.check,
     )
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    """A name and its value: as in JSON (5, true, "5"), or else the text as it is."""
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise argparse.ArgumentTypeError(f"it must be NAME=VALUE, not {text!r}")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
 
 
 def _whole(text: str) -> int:

@@ -466,11 +466,13 @@ def make():
 def test_an_asgi_application_is_served_and_connections_are_kept(app_dir: Path) -> None:
     pytest.importorskip("uvicorn")
     (app_dir / "shop.py").write_text(ASGI)
-    with serve(app_dir, target="shop:app") as server:
+    with serve(app_dir, "--option", "server_header=false", target="shop:app") as server:
         connection = http.client.HTTPConnection(server.address.removeprefix("tcp://"), timeout=10)
         for _ in range(3):
             connection.request("GET", "/")
-            assert connection.getresponse().read() == b"hello"
+            response = connection.getresponse()
+            assert response.read() == b"hello"
+            assert response.getheader("server") is None  # as uvicorn was told
         connection.close()
 
 

@@ -49,6 +49,26 @@ def test_what_is_given_arrives_in_the_servers_units(tmp_path: Path) -> None:
     assert options.log_level == "DEBUG"
 
 
+def test_options_of_what_speaks_http_are_read_as_json_or_else_as_text() -> None:
+    given = [
+        "root_path=/shop",
+        "timeout_keep_alive=20",
+        "proxy_headers=false",
+        'server_header="5"',
+        "h11=",
+        "eq=a=b",
+    ]
+    options = parse(*(word for each in given for word in ("--option", each)), "app:app")
+    assert options.settings == {
+        "root_path": "/shop",
+        "timeout_keep_alive": 20,
+        "proxy_headers": False,
+        "server_header": "5",
+        "h11": "",
+        "eq": "a=b",
+    }
+
+
 @pytest.mark.parametrize(
     ("given", "reason"),
     [
@@ -69,6 +89,8 @@ def test_what_is_given_arrives_in_the_servers_units(tmp_path: Path) -> None:
         ("--app-dir /no/such app:app", "there is no folder '/no/such'"),
         ("--reload-dir . app:app", "--reload-on-change"),
         ("--work 2 app:app", "unrecognized arguments"),
+        ("--option timeout app:app", "it must be NAME=VALUE, not 'timeout'"),
+        ("--option a-b=1 app:app", "it must be NAME=VALUE, not 'a-b=1'"),
     ],
 )
 def test_bad_usage_is_said_at_once_with_status_2(
