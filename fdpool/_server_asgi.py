@@ -35,6 +35,7 @@ Message = MutableMapping[str, Any]
 Application = Callable[[Any, Any, Any], Awaitable[None]]
 
 _LOG = logging.getLogger("fdpool.server")
+_TAKEN_AT_ONCE = 8  # connections taken from the inbox before those that are open have their turn
 _CLOSE = (b"connection", b"close")
 
 
@@ -158,13 +159,15 @@ class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may no
             self._serving_loop.remove_reader(fileno)
             self._serving_loop.call_later(pause_s, self._look_again, fileno)
             return
-        connection = self._door.take(fileno)
-        if connection is not None:
+        for _ in range(_TAKEN_AT_ONCE):
+            connection = self._door.take(fileno)
+            if connection is None:
+                break
             self._adopting += 1
-            self._count_open()
             connection.setblocking(False)
             task = self._serving_loop.create_task(self._adopt(connection))
             task.add_done_callback(_log_failure)
+        self._count_open()
 
     def _look_again(self, fileno: int) -> None:
         if self._door is not None and self._serving_loop is not None and fileno in self._door.filenos():

@@ -224,7 +224,8 @@ class Handoff:
 
     def _accept(self, listener: socket.socket) -> None:
         for _ in range(_BATCH):
-            if self._who() is None:
+            number = None if self._held else self._who()
+            if number is None:
                 break
             connection = self._acceptor.accept(listener)
             if connection is None:
@@ -234,8 +235,11 @@ class Handoff:
                     self._turns.later(pause_s, self._pump)
                     return
                 break
-            self._held.append(connection)
-            self._pump()
+            if not self._hand_over(self._seats[number], connection):
+                self._held.append(connection)
+                break
+            connection.close()
+            self._acceptor.replenish()
         self._pump()
 
     def _watch(self, wanted: bool) -> None:

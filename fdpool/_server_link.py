@@ -86,7 +86,7 @@ class WorkerLink:
         )
         self._future = future
         self._theirs.close()
-        future.add_done_callback(lambda done: on_end(_reason(done)))
+        future.add_done_callback(lambda done: on_end(reason_of(done)))
 
     def receive(self) -> dict[str, object] | None:
         """The next message that has come, or None. The end of the stream is no news: the future tells of it.
@@ -156,7 +156,8 @@ class WorkerLink:
         self._page.close()
 
 
-def _reason(done: Future[str]) -> str:
+def reason_of(done: Future[str]) -> str:
+    """Why a worker has ended, by its task's settled future; in words about a server, not about a task."""
     if done.cancelled():
         return "it was not started any more"
     error = done.exception()
@@ -167,6 +168,8 @@ def _reason(done: Future[str]) -> str:
         how = (
             f"was killed by {_name(error.signal)}" if error.signal else f"exited with code {error.exit_code}"
         )
+        if error.signal == signal.SIGKILL and "out-of-memory killer" in str(error):
+            how += " by the kernel's out-of-memory killer, as its control group counts"
         said = error.stderr.strip().splitlines()
         return f"it {how}" + (f"; the last that it wrote to stderr: {said[-1]}" if said else "")
     return f"{type(error).__name__}: {error}"
