@@ -160,7 +160,7 @@ class Load:
         """How many requests were answered."""
         return self.answered.total()
 
-    def go_on(self, requests: int = 20) -> None:
+    def go_on(self, requests: int = 12) -> None:
         """Return when so many more were answered."""
         until = self.count + requests
         wait_until(lambda: self.count >= until or self.failed)
