@@ -20,6 +20,7 @@ from .pool import Pool
 GRACE_S = 1.0
 
 _GONE_S = 10.0
+_TIDY_S = 0.3  # how long a worker may take to tidy up after its last task
 
 
 class PoolFactory:
@@ -113,6 +114,13 @@ class SharedPool:
         return [f"{label} was still running, and was killed" for label in labels]
 
     def _changed(self, pid: int) -> list[str]:
+        """What a worker has for good that it had not; it may be tidying up just now, and open something for that."""
+        deadline = time.monotonic() + _TIDY_S
+        while (changed := self._changed_now(pid)) and time.monotonic() < deadline:
+            time.sleep(0.005)
+        return changed
+
+    def _changed_now(self, pid: int) -> list[str]:
         clean, now = self._clean, profile(pid)
         if clean is None or now is None:
             return []

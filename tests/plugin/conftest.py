@@ -68,7 +68,7 @@ def run_pytest(tmp_path: Path) -> Run:
                 env=environment(env),
                 **{"stdin": subprocess.DEVNULL, "capture_output": True, **options},
                 text=True,
-                timeout=60,
+                timeout=110,
                 check=False,
             )
         )

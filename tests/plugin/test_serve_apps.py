@@ -100,7 +100,7 @@ def test_an_application_is_found_by_its_name(
 
 def test_with_options_of_a_server_it_is_that_which_serves(serve: Serve) -> None:
     served = serve(pids, workers=2, threads=1)
-    with served.listener.connect() as first, served.listener.connect() as second:
+    with served.listener.connect(60) as first, served.listener.connect(60) as second:
         found = {int(each.recv(20)) for each in (first, second)}
     assert len(found) == 2
     assert served.pid not in found

@@ -62,7 +62,8 @@ def test_a_holder_that_is_killed_lets_go(tmp_path: Path) -> None:
         "import os, sys, time\n"
         "from fdpool._fixtures_service import Services\n"
         "from tests.plugin.test_service import tell_pid\n"
-        "print(Services(sys.argv[1])('pids', tell_pid).pid, flush=True)\n"
+        "services = Services(sys.argv[1])\n"
+        "print(services('pids', tell_pid).pid, flush=True)\n"
         "time.sleep(60)\n"
     )
     with subprocess.Popen(
