@@ -233,6 +233,9 @@ class Worker:
     def _run_call(self, body: bytes, fds: list[int], spilled: bool) -> tuple[Payload, int]:
         try:
             self.in_task = True
+            if self._page.is_to_stop():  # the signal came before that
+                close_all(fds)
+                raise TaskTerminated
             fn, args, kwargs = payload.loads(body, fds, spilled)
             self._name = _name_of(fn)
             if spilled:

@@ -27,6 +27,22 @@ def test_an_exception_ends_a_task_and_its_worker_lives(tmp_path: Path) -> None:
         assert pool.submit(os.getpid).result(timeout=20) == int(noted.read_text())
 
 
+def test_a_task_that_is_just_about_to_begin_costs_no_worker() -> None:
+    """It counts as running from the moment that its worker has it; the signal may come before its first line."""
+    read, write = os.pipe()
+    os.close(write)
+    with Pool(1) as pool, open(read) as empty:
+        pool.submit(helpers.square, 2).result(timeout=20)
+        for _ in range(40):
+            future = pool.submit(helpers.spin_with, 60.0, empty)
+            wait_until(lambda future=future: future.running())  # type: ignore[misc]
+            assert future.terminate(grace=30)
+            with pytest.raises(CancelledError):
+                future.result(timeout=20)
+        assert pool.stats().lost_workers == 0
+        assert pool.submit(helpers.open_numbers).result(timeout=20).keys() <= set(range(20))
+
+
 def test_a_task_that_cannot_be_interrupted_goes_with_its_worker(tmp_path: Path) -> None:
     noted = tmp_path / "pid"
     with Pool(1) as pool:
