@@ -48,7 +48,9 @@ class Upkeep:
         self._unseen += tasks
         if self._tasks_left is not None:
             self._tasks_left -= tasks
-            self.over = self.over or self._tasks_left <= 0
+            if self._tasks_left <= 0:
+                self.over = True
+                return None  # whatever was changed or left goes with it
         reason = self._surroundings.put_back()
         if reason or busy_s >= _CLOSE_LOOK_S:
             return self.look_closely(reason)

@@ -201,6 +201,14 @@ def test_what_a_task_leaves_is_named(leave: Callable[[], None], text: str, kind:
         wait_until(lambda: told in [str(each.message) for each in caught])
 
 
+def test_what_the_last_task_of_a_worker_leaves_is_no_news() -> None:
+    with Pool(1, max_tasks_per_child=1) as pool:
+        for _ in range(3):
+            pool.submit(leave_descriptor).result(timeout=20)
+    assert pool.stats().recycled == 3
+    assert not pool.stats().left.latest
+
+
 def test_a_warning_that_is_an_error_does_not_hurt_the_pool(caplog: pytest.LogCaptureFixture) -> None:
     with Pool(1) as pool:
         pool.submit(leave_descriptor).result(timeout=20)
