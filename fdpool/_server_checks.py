@@ -23,6 +23,9 @@ _FACES = {
 _PER_WORKER = {"shared": 6, "reuseport": 7, "handoff": 8}
 _BESIDES = 48
 
+#: Most workers of a server. As many again may drain at the same time.
+MOST_WORKERS = 512
+
 
 def check_counts(optional: bool = False, **counts: int | None) -> None:
     """Raise TypeError or ValueError unless each is an integer above 0."""
@@ -116,8 +119,11 @@ def handed_at_most(interface: str, threads: int | None) -> int:
 
 
 def check_descriptors(workers: int, dispatch: str) -> None:
-    """Raise ServerFailed if this process may not have as many descriptors as so many workers take."""
+    """Raise ServerFailed if there are too many of them, or this process may not have the descriptors that they take."""
     import resource
+
+    if workers > MOST_WORKERS:
+        raise ServerFailed(f"a server has {MOST_WORKERS} workers at most, not {workers}")
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _BESIDES + workers * _PER_WORKER[dispatch]

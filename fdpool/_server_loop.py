@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -80,6 +80,7 @@ class Loop:
         self.exit_code = 0
         self.started: Future[None] = Future()
         self._failure = ""
+        self._asked: set[Future[int]] = set()
         self._reloads: dict[int, Future[int]] = {}
         self._over = False
         self.is_running = True
@@ -109,7 +110,12 @@ class Loop:
     def reload(self) -> Future[int]:
         """Replace every worker by one of a new generation; the future is of its number."""
         future: Future[int] = Future()
-        if not self.turns.post(partial(self._reload, future)):
+        # Remembered first, looked at again last: the loop's end does it the other way round, so one of the two sees
+        # that nobody will do it any more.
+        self._asked.add(future)
+        future.add_done_callback(self._asked.discard)
+        self.turns.post(partial(self._reload, future))
+        if not self.is_running:
             _fail(future, "the server has ended")
         return future
 
@@ -201,6 +207,8 @@ class Loop:
         finally:
             self._clean_up()
             self.is_running = False
+            for future in list(self._asked):
+                _fail(future, "the server has ended")
             self._on_event("ended")
 
     def _wanted_at(self) -> float | None:
@@ -220,8 +228,6 @@ class Loop:
         self.crew.close()
         self.turns.close()
         self._task.app.close()
-        for future in self._reloads.values():
-            _fail(future, "the server has ended")
         if not self.started.done():
             reason = self._failure or "the server was stopped before it had started"
             self.started.set_exception(ServerFailed(reason))
@@ -388,8 +394,10 @@ class Loop:
 
 
 def _fail(future: Future[int], why: str) -> None:
-    if not future.done():
+    try:
         future.set_exception(ReloadFailed(why))
+    except InvalidStateError:
+        pass  # it is settled
 
 
 def _pass_on(older: Future[int], newer: Future[int]) -> None:

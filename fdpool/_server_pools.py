@@ -20,7 +20,7 @@ class Pools:
     """
 
     #: Most workers of one generation at a time, the draining ones included. A slot costs nothing before it is used.
-    MOST_WORKERS = 1024
+    MOST_WORKERS = 2 * _server_checks.MOST_WORKERS
 
     def __init__(
         self, interface: str | None, preload: Sequence[str], start_method: StartMethod | None

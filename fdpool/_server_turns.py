@@ -74,7 +74,7 @@ class Turns:
         return max(0.0, min(moments) - time.monotonic()) if moments else None
 
     def close(self) -> None:
-        """No more turns are taken. Returns what was posted too late to be done, to nobody."""
+        """No more turns are taken; what was posted too late is not done."""
         self.is_over = True
         self._selector.close()
         self._waker.close()

@@ -307,8 +307,7 @@ class Server:
         if self._loop is None:
             return
         self._loop.stop(self._grace_s if grace is None else max(0.0, grace))
-        if wait:
-            self._loop.wait()
+        if wait and self._loop.wait():
             self._close_listeners()
 
     def wait(self, timeout: float | None = None) -> bool:
@@ -352,8 +351,10 @@ class Server:
 
         Raises:
             ValueError: less than one.
+            ServerFailed: this process may not have as many descriptors as so many workers take.
         """
         _server_checks.check_counts(workers=workers)
+        _server_checks.check_descriptors(workers, self._dispatch)
         self._running().scale(lambda _: workers)
 
     def upgrade(self) -> None:

@@ -261,6 +261,8 @@ def test_a_stop_during_a_reload_ends_both() -> None:
         server.stop()
         with pytest.raises(ReloadFailed):
             reload.result(0)
+        with pytest.raises(ReloadFailed, match="has ended"):
+            server.reload().result(0)
 
 
 def test_workers_that_came_and_went_leave_nothing_open() -> None:

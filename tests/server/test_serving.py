@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from fdpool import ServerFailed
 from fdpool.server import Server, ServerWorker, current_worker
 from tests.process_state import wait_until
 from tests.server.helpers import (
@@ -217,6 +218,14 @@ def test_a_server_serves_once() -> None:
     with pytest.raises(RuntimeError, match="started before"):
         server.start()
     server.stop()
+
+
+def test_more_workers_than_a_server_can_have_are_refused() -> None:
+    with Server(echo_pid, ANY_PORT, workers=1) as server:
+        for count, error in ((0, ValueError), (10_000, ServerFailed)):
+            with pytest.raises(error):
+                server.scale(count)
+        assert server.stats().wanted == 1
 
 
 def test_it_serves_in_an_event_loop() -> None:
