@@ -259,7 +259,8 @@ def _fdpool_servers(request: pytest.FixtureRequest) -> Iterator[Pool]:
     from .pool import Pool
 
     preload = [*_PRELOADED, *request.config.getini("fdpool_preload")]
-    pool = Pool(_MOST_SERVERS, max_tasks_per_child=1, preload=preload)
+    # One worker more than most tests need: it is forked while the test before goes on.
+    pool = Pool(_MOST_SERVERS, max_tasks_per_child=1, min_workers=2, preload=preload)
     pool.submit(int).result()  # so that the first server does not wait for the supervisor
     yield pool
     end(pool)
