@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import resource
@@ -41,6 +42,9 @@ class Assassin:
                 self._disturb(pid, self._dice.random())
             except (ProcessLookupError, psutil.NoSuchProcess):
                 continue
+            except OSError as error:
+                if error.errno != errno.EMFILE:  # it lacks what the thief has taken, too
+                    raise
 
     def _disturb(self, pid: int, what: float) -> None:
         if what < 0.6:
