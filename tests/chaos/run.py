@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures as cf
 import errno
 import gc
 import random
@@ -123,7 +124,7 @@ class Chaos:
             attempt()
         except fdpool.WorkerLost:
             self._note("WorkerLost")
-        except TimeoutError:
+        except cf.TimeoutError:
             return "it hangs"
         except BaseException as error:
             if self.thief and _lacks_descriptors(error):

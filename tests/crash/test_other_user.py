@@ -6,6 +6,7 @@ interpreter. So the pools in it are forked, too.
 
 from __future__ import annotations
 
+import concurrent.futures as cf
 import errno
 import faulthandler
 import importlib
@@ -210,7 +211,7 @@ def test_a_result_waits_while_another_process_of_the_user_fills_the_kernel(as_ot
                 wait_until(
                     lambda: pool._client.board is not None and pool._client.board.begun(0) == future._task
                 )
-                with pytest.raises(TimeoutError):
+                with pytest.raises(cf.TimeoutError):
                     future.result(3 * _inboxes.RETRY_S)
             files = future.result(20)
             assert len(files) == 10

@@ -6,6 +6,7 @@ has lost nothing.
 
 from __future__ import annotations
 
+import concurrent.futures as cf
 import logging
 import os
 import random
@@ -235,7 +236,7 @@ class Client(Live):
             elif held is not None:
                 for _ in held:
                     pass
-        except TimeoutError:
+        except cf.TimeoutError:
             raise
         except Exception:
             pass  # an error that it was given
