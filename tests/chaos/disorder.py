@@ -9,13 +9,16 @@ import resource
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import psutil
 
 import fdpool
+from fdpool._slots import State
 
 _FATAL = (signal.SIGKILL, signal.SIGKILL, signal.SIGSEGV, signal.SIGTERM)
+#: Faults of workers that boot break a pool, three in a row; what comes from outside only does so after twelve.
+_FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM)
 
 
 class Assassin:
@@ -34,21 +37,29 @@ class Assassin:
     def act(self, stop: threading.Event) -> None:
         """Runs in: a thread, until `stop`."""
         while not stop.wait(self._dice.uniform(*self._pauses)):
-            pids = self._pool.worker_pids()
+            booting = self._dice.random() < 0.1
+            pids = self._pids(booting)
             if not pids:
                 continue
             pid = self._dice.choice(pids)
             try:
-                self._disturb(pid, self._dice.random())
+                self._disturb(pid, self._dice.random(), _FROM_OUTSIDE if booting else _FATAL)
             except (ProcessLookupError, psutil.NoSuchProcess):
                 continue
             except OSError as error:
                 if error.errno != errno.EMFILE:  # it lacks what the thief has taken, too
                     raise
 
-    def _disturb(self, pid: int, what: float) -> None:
+    def _pids(self, booting: bool) -> list[int]:
+        """Of workers that take tasks; with `booting`, of those that do not yet, too."""
+        client = self._pool._client
+        links = list(client.links.values())
+        ready = [link for link in links if booting or client.dispatcher.state(link.slot) is State.READY]
+        return [pid for link in ready if (pid := link.pid) is not None]
+
+    def _disturb(self, pid: int, what: float, signals: Sequence[int]) -> None:
         if what < 0.6:
-            os.kill(pid, self._dice.choice(_FATAL))
+            os.kill(pid, self._dice.choice(signals))
             self.kills += 1
         elif what < 0.85:
             os.kill(pid, signal.SIGSTOP)
