@@ -16,7 +16,7 @@ from . import _messages, _spill, fds
 from ._broken import PoolBroken, describe_status
 from ._critical import Mask, block_signals, put_back
 from ._links import Exit, SlotLink, Waker
-from ._receiver import Receiver
+from ._receiver import LONGEST_POLL_S, Receiver
 from ._tasks import TaskFuture
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ class Pump:
         if answers is not None:
             self._selector.register(answers, selectors.EVENT_READ, self.receiver)
         self._ticks_at: float | None = None
+        self._limits_at: float | None = None
         self._look_again = False  # touched by the thread alone
 
     def start(self) -> None:
@@ -144,8 +145,7 @@ class Pump:
         looks_at = client.inboxes.looks_at
         if looks_at is not None and looks_at <= time.monotonic():
             client.critical.post(client.inboxes.look_after)
-        limits_at = client.limits.next_look()
-        if limits_at is not None and limits_at <= time.monotonic():
+        if self._limits_at is not None and self._limits_at <= time.monotonic():
             client.critical.post(client.limits.look)
         _spill.expire(time.monotonic())
         client.critical.drain()
@@ -159,12 +159,13 @@ class Pump:
         with client.critical:
             deadline = client.wanted_at()
             self._ticks_at = client.dispatcher.next_deadline()
+            self._limits_at = client.limits.next_look()
         if client.critical.pending or self.receiver.pending or self._callbacks or client.news:
             return 0.0
         look = self.receiver.next_look()
         if deadline is None:
             return look
-        remaining_s = max(0.0, deadline - time.monotonic())
+        remaining_s = min(max(0.0, deadline - time.monotonic()), LONGEST_POLL_S)
         return remaining_s if look is None else min(look, remaining_s)
 
     def _crash(self, error: Exception) -> None:

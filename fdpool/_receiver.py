@@ -49,6 +49,9 @@ _OF_ONE_TASK = frozenset(
     (_messages.DONE, _messages.FAILED, _messages.REFUSED, _messages.PIECE, _messages.CUT)
 )
 
+#: Longest that the kernel is asked to wait: epoll_wait(2) counts milliseconds in an int, 24 days.
+LONGEST_POLL_S = 86_400.0
+
 _CLOSE_S = 5.0  # how long who waits may take to notice the end: it may be loading a result
 _EVENTS = 256  # most slots looked at in one go
 
@@ -222,6 +225,7 @@ class Receiver:
         remaining = -1.0
         if deadline is not None and (remaining := deadline - time.monotonic()) <= 0:
             return []
+        remaining = min(remaining, LONGEST_POLL_S)
         events: list[tuple[int, int]]
         try:
             put_back(mask)
@@ -230,7 +234,7 @@ class Receiver:
             if not events and self._kept:
                 self._kept = False  # the pump need not look for the end of this
                 if deadline is not None:
-                    remaining = max(0.0, deadline - time.monotonic())
+                    remaining = min(max(0.0, deadline - time.monotonic()), LONGEST_POLL_S)
                 events = self._inner.poll(remaining, _EVENTS)
         finally:
             if mask is not None:

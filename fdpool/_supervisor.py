@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 
 _IDLE_MS = 20.0  # nothing asked for so long is an idle moment
+_LONGEST_POLL_MS = 86_400_000.0  # poll(2) takes an int
 
 
 class _Child:
@@ -107,7 +108,11 @@ class Supervisor:
         if self._children and not self._warm:
             return _IDLE_MS
         deadline = min((due for child in self._endings if (due := _due(child)) is not None), default=None)
-        return None if deadline is None else max(0.0, (deadline - time.monotonic()) * 1000 + 1)
+        return (
+            None
+            if deadline is None
+            else min(max(0.0, (deadline - time.monotonic()) * 1000 + 1), _LONGEST_POLL_MS)
+        )
 
     def _warm_up(self) -> None:
         """Import, in an idle moment, what each worker would otherwise import for itself.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ import psutil
 import pytest
 
 import fdpool
-from fdpool import MemoryLimitExceeded, PoisonTask, Pool, TaskTimeout, WorkerLost
+from fdpool import MemoryLimitExceeded, PoisonTask, Pool, PoolShutDown, TaskTimeout, WorkerLost
+from fdpool._board import Board, Page
 from tests.contract import helpers
 from tests.process_state import seconds_until_gone, wait_until
 
@@ -254,3 +256,24 @@ def test_limits_cost_an_idle_pool_nothing() -> None:
     with Pool(1) as pool:
         pool.with_options(timeout=0.2, max_memory=1 << 40).submit(helpers.square, 3).result(timeout=20)
         wait_until(lambda: pool._client.limits.next_look() is None)
+
+
+def test_a_limit_may_be_longer_than_the_kernel_can_be_asked_to_wait() -> None:
+    """As epoll_wait(2) counts milliseconds in an int: 24 days."""
+    with Pool(1, max_age=3e6, idle_timeout=3e7) as pool:
+        view = pool.with_options(timeout=3e6, queue_timeout=3e6, grace=3e6)
+        assert view.submit(helpers.spin, 0.2).result(timeout=3e6)
+        assert view.submit(helpers.square, 3).result(timeout=20) == 9
+
+
+def test_many_tasks_with_waiting_times_of_their_own_do_not_hurt_the_pool() -> None:
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # so that the pool's thread looks at them in the midst of a submit
+    try:
+        with Pool(1) as pool:
+            futures = [
+                pool.with_options(queue_timeout=100 + n).submit(helpers.square, n) for n in range(1500)
+            ]
+            assert [future.result(timeout=60) for future in futures] == [n * n for n in range(1500)]
+    finally:
+        sys.setswitchinterval(before)
