@@ -93,6 +93,12 @@ class Board:
         """
         self._leave_word(slot, _RECALL, begun)
 
+    def clear(self, slot: int) -> None:
+        """A worker is about to be started for the slot: nothing has begun there. One that is tried again has the number
+        that it had, and must not be taken for what the last worker died of."""
+        for index in (_STARTED, _BEGUN):
+            self._leave_word(slot, index, 0)
+
     def close(self) -> None:
         """Close file and mapping; safe to call again."""
         if self.fd >= 0:
@@ -136,16 +142,16 @@ class Page:
     def begin(self, task: int) -> None:
         """Say that `task` begins now."""
         words = self._words
-        words[_STARTED] = (
-            time.monotonic_ns()
-        )  # before the task, or its time would be taken for that of the one before
+        words[_STARTED] = 0  # in this order: in between nothing runs, least of all the task before
         words[_BEGUN] = task
+        words[_STARTED] = time.monotonic_ns()
 
     def may_begin(self, task: int, previous: int) -> bool:
         """Say that `task` begins now, unless the client wants nothing begun after the `previous` one."""
         words = self._words
-        words[_STARTED] = time.monotonic_ns()
+        words[_STARTED] = 0  # as in begin
         words[_BEGUN] = task
+        words[_STARTED] = time.monotonic_ns()
         return words[_RECALL] != previous  # in this order: see `Board.recall`
 
     def end(self) -> None:
@@ -188,4 +194,5 @@ class Page:
 
     def is_to_stop(self) -> bool:
         """True if the client has asked for the end of the task that runs now."""
-        return self._words[_BEGUN] == self._words[_STOP]
+        task = self._words[_STOP]
+        return task != 0 and task == self._words[_BEGUN]

@@ -290,17 +290,17 @@ class Client:
         Raises:
             DescriptorsExhausted: none did for so long, or this thread must not wait: it runs callbacks or a finalizer.
         """
-        holder = next(filter(_holds_descriptors, list(self.tasks.values())), None)
-        if holder is None:
+        holders = list(filter(_holds_descriptors, list(self.tasks.values())))
+        if not holders:
             return False
         pump = self._pump
         may_wait = pump is not None and not pump.is_current and not self.critical.is_mine
         deadline = time.monotonic() + (_ROOM_S if may_wait else 0.0)
-        while _holds_descriptors(holder):
+        while all(map(_holds_descriptors, holders)):
             if time.monotonic() >= deadline:
                 held = sum(map(_holds_descriptors, list(self.tasks.values())))
                 raise _budget.exhausted(label, held, _ROOM_S if may_wait else 0.0)
-            self.wait_for(holder, 0.01)
+            self.wait_for(holders[0], 0.01)
         return True
 
     def withdraw(self, task: int) -> bool:
@@ -444,6 +444,11 @@ class Client:
         self.shut_down(cancel=True)
         self.critical.post(self.break_pool, PoolBroken(reason), grace_s)
 
+    @property
+    def may_wait(self) -> bool:
+        """True unless this thread is the pump, which runs callbacks: nothing would go on."""
+        return self._pump is None or not self._pump.is_current
+
     def join(self) -> None:
         """Wait until nothing of the pool is left; from a callback in the pump's own thread it returns at once."""
         if self._pump is not None and self.phase is not Phase.FORKED:
@@ -480,6 +485,8 @@ class Client:
                 assert self._pump is not None
                 self._pump.watch(link)
             link.starting = True
+            assert self.board is not None
+            self.board.clear(slot)
             self.tell(_messages.StartWorker(slot, generation), [link.theirs.fileno()])
         except OSError as error:
             if link is not None:
@@ -516,7 +523,7 @@ class Client:
 
     def _try_again(self, task: int, record: TaskFuture[Any], error: BaseException) -> bool:
         """Have a lost task tried again, if it may be."""
-        if record.call is None or record.options is None or not record.may_retry:
+        if record.call is None or record.options is None or not record.may_retry or record.done():
             return False
         if record.cut_short is CutShort.TERMINATED or self.dropping or not self.runs_tasks:
             return False

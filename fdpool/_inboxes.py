@@ -69,7 +69,9 @@ class Inboxes:
 
         Then it is forgotten by the dispatcher; its future has its payload again.
         """
-        found = self.receive(slot)
+        found = self._emptied(slot)
+        if found is None:
+            return ()
         if task not in found:
             found = self._recall(slot, found) + found
         return self._dispatcher.taken_back(slot, found, dropping=[task] if task in found else [])
@@ -148,8 +150,12 @@ class Inboxes:
 
         Nothing, if there may be no room for the descriptors that are in there: the kernel would drop them.
         """
+        return self._emptied(slot) or []
+
+    def _emptied(self, slot: int) -> list[int] | None:
+        """As `receive`; None if there may be no room, so that the inbox may hold anything."""
         if not self.has_room_for(slot):
-            return []
+            return None
         found = []
         while (received := wire.try_receive(self._links[slot].theirs, MAX_DATAGRAM, SCM_MAX_FD)) is not None:
             try:
@@ -179,8 +185,9 @@ class Inboxes:
 
     def has_room_for(self, slot: int) -> bool:
         """True if `receive` would not lose descriptors."""
-        tasks = self._tasks
-        carried = [tasks[task].carried for task in self._dispatcher.given(slot) if task in tasks]
+        tasks, begun = self._tasks, self._board.begun(slot)  # that one is in there no more
+        given = self._dispatcher.given(slot)
+        carried = [tasks[task].carried for task in given if task in tasks and task != begun]
         return not any(carried) or _budget.has_room_for(sum(carried))
 
     def received_not_begun(self, slot: int, unread: list[int]) -> list[int]:
@@ -213,8 +220,9 @@ class Inboxes:
             else:
                 self._client.receiver.take_log(slot, self._board)
                 if self._dispatcher.wanted:
-                    inbox = self.receive(slot)
-                    actions += self._dispatcher.taken_back(slot, self._recall(slot, inbox) + inbox)
+                    inbox = self._emptied(slot)
+                    if inbox is not None:  # else nobody can tell what lies in there from what was received
+                        actions += self._dispatcher.taken_back(slot, self._recall(slot, inbox) + inbox)
         self.looks_at = time.monotonic() + _LOOK_S if self._batched else None
         return actions
 
@@ -249,12 +257,15 @@ class Inboxes:
         self._recalled.setdefault(slot, set()).update(free)
         return free
 
-    def pin(self, slot: int, task: int) -> tuple[bool, list[int]]:
+    def pin(self, slot: int, task: int) -> tuple[bool, list[int]] | None:
         """Make sure that the slot's worker runs `task`, and will begin nothing behind it.
 
-        Returns whether it does, and what it has not begun of what it was given, to be told to the dispatcher.
+        Returns whether it does, and what it has not begun of what it was given, to be told to the dispatcher; None if
+        that cannot be now, as there may be no room for the descriptors in its inbox.
         """
-        others = self.receive(slot)
+        others = self._emptied(slot)
+        if others is None:
+            return None
         self._board.recall(slot, task)
         time.sleep(SETTLE_S)
         # One that has ended its task says so before it receives the next: that one would have descriptors that

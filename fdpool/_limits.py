@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from ._dispatch import Action
 from ._tasks import CutShort
-from .errors import TaskTimeout
+from .errors import TaskTerminated, TaskTimeout
 
 if TYPE_CHECKING:
     from ._client import Client
@@ -29,6 +29,8 @@ _MEMORY_LOOK_S = 0.05
 #: How long a task that is to end may take from the moment when its worker should be dead, before the client itself
 #: kills it: the supervisor is stopped, or has much to do.
 _OVERDUE_S = 5.0
+#: How often a task is looked at that is to be terminated and has not begun, but is in a worker's hands.
+_STUBBORN_LOOK_S = 0.1
 
 
 class Limits:
@@ -84,23 +86,27 @@ class Limits:
     def look(self) -> Sequence[Action]:
         """Event: something is due."""
         now = time.monotonic()
-        actions: list[Action] = []
+        # Each an event of its own: what one decides is done before the next looks.
+        leave = self._client.critical.leave
         while self._timers and self._timers[0][0] <= now:
             _, _, event, arguments = heapq.heappop(self._timers)
-            actions += event(*arguments)
+            leave((event, *arguments))
         for seconds, tasks in list(self._waiting.items()):
             while tasks and (tasks[0][0] <= now or tasks[0][1] not in self._tasks):
-                self._give_up_waiting(tasks.popleft()[1], seconds)
+                leave((self._give_up_waiting, tasks.popleft()[1], seconds))
             if not tasks:
                 del self._waiting[seconds]
         for slot in [slot for slot, moment in self._looks.items() if moment <= now]:
             del self._looks[slot]
-            actions += self._look_at(slot, now)
-        return actions
+            leave((self._look_at, slot))
+        return ()
 
-    def _give_up_waiting(self, task: int, seconds: float) -> None:
+    def _give_up_waiting(self, task: int, seconds: float) -> Sequence[Action]:
+        """Event: the task must have begun by now. One that is to be tried again has."""
         record = self._tasks.get(task)
-        if record is not None and not self._dispatcher.has_begun(task) and self._client.take_out(task):
+        if record is None or record.attempts or self._dispatcher.has_begun(task):
+            return ()
+        if self._client.take_out(task):
             error = TaskTimeout(
                 f"{record.label} had not begun {seconds:g} seconds after it was submitted (queue_timeout): it was "
                 "taken out of the queue, and has not run",
@@ -108,9 +114,11 @@ class Limits:
             )
             error.may_have_run = False
             self._client.fail(task, error)
+        return ()
 
-    def _look_at(self, slot: int, now: float) -> Sequence[Action]:
-        """End the slot's task if it has taken too much, and work out when to look again."""
+    def _look_at(self, slot: int) -> Sequence[Action]:
+        """Event: end the slot's task if it has taken too much, and work out when to look again."""
+        now = time.monotonic()
         limited = {
             task: record.options
             for task in self._dispatcher.given(slot)
@@ -125,6 +133,8 @@ class Limits:
             if options.timeout is not None:
                 overdue_at = (began if task == running else now) + options.timeout
                 if task == running and overdue_at <= now:
+                    # Again soon: it may just have ended, and the next one, which nobody looks after, have begun.
+                    self._looks[slot] = now + _MEMORY_LOOK_S
                     return self.cut_short(slot, task, CutShort.TIMED_OUT)
                 moments.append(overdue_at)
             if options.max_memory is not None:
@@ -132,6 +142,7 @@ class Limits:
                     used = self._client.links[slot].memory_bytes()
                     if used > options.max_memory:
                         self._tasks[task].used_memory = used
+                        self._looks[slot] = now + _MEMORY_LOOK_S
                         return self.cut_short(slot, task, CutShort.TOOK_TOO_MUCH)
                 moments.append(now + _MEMORY_LOOK_S)
         if moments:
@@ -147,13 +158,19 @@ class Limits:
             return
         self._client.board.ask_to_stop(slot, task)
         self._client.links[slot].wake_worker()
-        self.at(time.monotonic() + grace_s, self._end_stubborn, slot, task)
+        self.at(time.monotonic() + grace_s, self._end_stubborn, task)
 
-    def _end_stubborn(self, slot: int, task: int) -> Sequence[Action]:
-        """Event: a task that was interrupted has had its time."""
-        if self._dispatcher.slot_of(task) != slot:
-            return ()
-        return self.cut_short(slot, task, CutShort.TERMINATED)
+    def _end_stubborn(self, task: int) -> Sequence[Action]:
+        """Event: a task that was interrupted has had its time. Or it was not in a task's code just then: it had been
+        received and not begun, and may be in another place now."""
+        slot = self._dispatcher.slot_of(task)
+        if slot is not None and self._client.running(slot)[0] == task:
+            return self.cut_short(slot, task, CutShort.TERMINATED)
+        if self._client.take_out(task):
+            self._client.fail(task, TaskTerminated("before it had begun"))
+        elif self._dispatcher.slot_of(task) is not None:
+            self.terminate(task, _STUBBORN_LOOK_S)
+        return ()
 
     def cut_short(self, slot: int, task: int, why: CutShort) -> Sequence[Action]:
         """End the slot's worker for the sake of the task that it runs; nothing if it does not run that any more.
@@ -163,17 +180,24 @@ class Limits:
         record = self._tasks.get(task)
         if record is None:
             return ()
-        runs, others = self._client.inboxes.pin(slot, task)
+        pinned = self._client.inboxes.pin(slot, task)
+        if pinned is None:
+            if why is CutShort.TERMINATED:  # of the others `_look_at` takes care
+                self.at(time.monotonic() + _STUBBORN_LOOK_S, self._end_stubborn, task)
+            return ()
+        runs, others = pinned
         if not runs:
             return self._dispatcher.taken_back(slot, others)
         record.cut_short = why
         grace_s = record.grace_s
         self._client.end_worker(slot, grace_s, stacks=why is not CutShort.TERMINATED)
-        self.at(time.monotonic() + grace_s + _OVERDUE_S, self._kill, slot, task)
+        generation = self._dispatcher.generation(slot)
+        self.at(time.monotonic() + grace_s + _OVERDUE_S, self._kill, slot, generation, task)
         return self._dispatcher.doomed(slot, others)
 
-    def _kill(self, slot: int, task: int) -> Sequence[Action]:
+    def _kill(self, slot: int, generation: int, task: int) -> Sequence[Action]:
         """Event: a worker that should be dead is not, as far as the supervisor says."""
-        if self._dispatcher.slot_of(task) == slot:
+        # The next one may be at the next attempt.
+        if self._dispatcher.generation(slot) == generation and self._dispatcher.slot_of(task) == slot:
             self._client.links[slot].signal_tree()
         return ()

@@ -277,3 +277,128 @@ def test_many_tasks_with_waiting_times_of_their_own_do_not_hurt_the_pool() -> No
             assert [future.result(timeout=60) for future in futures] == [n * n for n in range(1500)]
     finally:
         sys.setswitchinterval(before)
+
+
+def test_a_next_attempt_is_not_taken_for_the_one_that_was_ended(
+    ledger: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def at_first_too_long(path: str) -> str:
+        with open(path, "a") as file:
+            file.write("x")
+        time.sleep(1000 if os.stat(path).st_size == 1 else 1.0)
+        return "done"
+
+    monkeypatch.setattr("fdpool._limits._OVERDUE_S", 0.5)  # it is killed by force that long after
+    with Pool(1) as pool:
+        view = pool.with_options(timeout=2, grace=0, retries=1, retry_delay=0)
+        assert view.submit(at_first_too_long, str(ledger)).result(timeout=20) == "done"
+
+
+def test_a_next_attempt_is_not_overdue_while_its_worker_is_still_to_start(ledger: Path) -> None:
+    """The slot's last worker has died of the same task, which it had begun long ago."""
+    with Pool(1) as pool:
+        view = pool.with_options(timeout=0.5, retries=1, retry_delay=0.3)
+        future = view.submit(helpers.count_and_die_before, str(ledger), 2)
+        wait_until(lambda: pool.stats().postponed)
+        assert pool._client.control is not None
+        supervisor = psutil.Process(pool._client.control.pid)
+        supervisor.suspend()
+        try:
+            wait_until(lambda: [worker.state for worker in pool.stats().workers] == ["starting"])
+            looked = time.monotonic() + 0.7
+            wait_until(lambda: time.monotonic() > looked)
+        finally:
+            supervisor.resume()
+        assert future.result(timeout=20) == 2
+        assert [worker.generation for worker in pool.stats().workers] == [2]
+
+
+def test_a_task_that_is_tried_again_has_begun_in_time(ledger: Path) -> None:
+    with Pool(1) as pool:
+        view = pool.with_options(queue_timeout=1000, retries=1, retry_delay=2)
+        future = view.submit(helpers.count_and_die_before, str(ledger), 2)
+        wait_until(lambda: pool.stats().postponed)
+        # As if these 1000 seconds were over.
+        pool._client.critical.post(pool._client.limits._give_up_waiting, future._task, 1000.0)
+        assert future.result(timeout=20) == 2
+
+
+def test_a_program_that_was_cancelled_is_not_tried_again(ledger: Path) -> None:
+    with Pool(1) as pool:
+        script = f"trap '' TERM; echo $$ >> {ledger}; while :; do sleep 0.1; done"
+        future = pool.with_options(retries=1, retry_delay=0).run(["sh", "-c", script], grace=60)
+        wait_until(lambda: pids(ledger))
+        assert future.cancel()
+        os.kill(pool.worker_pids()[0], signal.SIGKILL)
+    assert len(pids(ledger)) == 1
+
+
+def test_nothing_behind_a_late_task_is_lost_or_run_twice_where_descriptors_are_short(
+    ledger: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its worker's inbox cannot be emptied then: the kernel would drop what is in there."""
+    answers = iter([False] * 3)
+    monkeypatch.setattr("fdpool._budget.has_room_for", lambda _count: next(answers, True))
+    with Pool(1) as pool, open(os.devnull) as null:
+        noted = ledger.with_name("noted")
+        noted.touch()
+        late = pool.with_options(timeout=0.3, grace=0).submit(helpers.stuck, str(ledger))
+        wait_until(lambda: pids(ledger))
+        behind = [pool.submit(helpers.note, str(noted), 1), pool.submit(helpers.read_all, null)]
+        behind.append(pool.submit(helpers.note, str(noted), 2))
+        for future in behind:
+            future.result(timeout=20)
+        assert isinstance(late.exception(timeout=20), TaskTimeout)
+    assert next(answers, None) is None
+    assert sorted(noted.read_text().split()) == ["1", "2"]
+
+
+def test_who_submits_at_the_limit_of_descriptors_waits_for_any_task_to_let_go_of_some(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def hold(file: Any, seconds: float) -> str:
+        time.sleep(seconds)
+        return "held"
+
+    with Pool(2) as pool, open(os.devnull) as null:
+        view = pool.with_options(retries=1)  # which keeps them
+        longest = view.submit(hold, null, 1000)
+        try:
+            shorter = view.submit(hold, null, 0.3)
+            monkeypatch.setattr("fdpool.pool.near_limit", lambda _numbers: True)
+            assert view.submit(hold, null, 0).result(timeout=20) == "held"
+            assert shorter.done()
+        finally:
+            longest.terminate(grace=0)
+
+
+def test_the_board_never_names_the_task_before_as_the_one_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At whatever point a worker is interrupted between two tasks."""
+    monkeypatch.setattr("fdpool._board.here", None)
+    board = Board(1)
+    page = Page(board.fd, 0)
+    seen = []
+
+    class Words:
+        def __init__(self, words: Any) -> None:
+            self.words = words
+
+        def __getitem__(self, index: int) -> int:
+            return int(self.words[index])
+
+        def __setitem__(self, index: int, value: int) -> None:
+            self.words[index] = value
+            seen.append(board.running(0)[0])
+
+    page.begin(1)
+    page.end()
+    words, page._words = page._words, Words(page._words)  # type: ignore[assignment]
+    page.may_begin(2, 1)
+    assert set(seen) == {0, 2}
+    page.end()
+    seen.clear()
+    page.begin(3)
+    assert set(seen) == {0, 3}
+    words.release()
+    page._area.close()
+    board.close()

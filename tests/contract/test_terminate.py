@@ -148,3 +148,22 @@ def test_terminate_storms_lose_nothing_else(tmp_path: Path) -> None:
                     future.result(timeout=20)
                 except CancelledError:
                     pass
+
+
+def test_a_task_that_a_worker_has_received_and_not_begun_is_ended_too(tmp_path: Path) -> None:
+    """It carries a descriptor, so nobody can fetch it back, and its worker has not come to it yet."""
+    noted = tmp_path / "noted"
+    noted.touch()
+    with Pool(1) as pool:
+        pid = pool.submit(os.getpid).result(timeout=20)
+        with open(os.devnull) as null:
+            worker = psutil.Process(pid)
+            worker.suspend()  # which looks as if it took its time
+            try:
+                future = pool.submit(helpers.note_at_last, null, str(noted))
+                assert future.terminate(grace=0.1)
+            finally:
+                worker.resume()
+        wait([future], timeout=20)
+        assert future.cancelled()
+    assert noted.read_text() == ""
