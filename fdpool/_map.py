@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import time
-import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
@@ -67,7 +66,7 @@ def dumped_chunk(fn: Callable[..., Any], items: list[Any], star: bool) -> payloa
 def in_order(
     pending: deque[Future[T]],
     calls: Iterator[tuple[Callable[..., T], tuple[Any, ...]]],
-    pool: weakref.ref[Executor],
+    pool: Callable[[], Executor | None],
     deadline: float | None,
 ) -> Iterator[T]:
     """Yield results in order, submitting one more call for each that is taken, as long as there are any."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import threading
 import time
 import weakref
 from collections import deque
@@ -329,7 +330,7 @@ class Pool(Executor):
             together = buffersize is None and timeout is None and self._chunking and self._options is None
             if together and iterables and keeps_nothing(fn):
                 chunks = deque(self._submit_chunks(fn, iterables))
-                return in_order(chunks, iter(()), weakref.ref(self), deadline)
+                return in_order(chunks, iter(()), self._reference(), deadline)
             chunksize = 1
         items = zip(*iterables)
         calls: Iterator[tuple[Callable[..., Any], tuple[Any, ...]]]
@@ -343,8 +344,12 @@ class Pool(Executor):
         first = calls if buffersize is None else itertools.islice(calls, buffersize)
         pending: deque[Future[Any]] = deque(self.submit(call, *args) for call, args in first)
         # Only a weak reference: a dropped pool must not be kept by iterators that nobody reads.
-        results = in_order(pending, calls, weakref.ref(self), deadline)
+        results = in_order(pending, calls, self._reference(), deadline)
         return results if chunksize == 1 else flatten(results)
+
+    def _reference(self) -> Callable[[], Pool | None]:
+        """What returns this pool as long as it is not dropped, and does not keep it."""
+        return weakref.ref(self)
 
     def _submit_chunks(
         self, fn: Callable[..., Any], iterables: tuple[Iterable[Any], ...]
@@ -622,13 +627,13 @@ class Pool(Executor):
 class _View(Pool):
     """A pool whose tasks have options, on the workers of another."""
 
-    def __init__(self, pool: Pool, options: TaskOptions) -> None:
+    def __init__(self, pool: Pool, options: TaskOptions, closed: threading.Event | None = None) -> None:
         self._pool = pool  # which must not be taken for dropped
         self._client = pool._client
         self._max_workers = pool._max_workers
         self._chunking = pool._chunking
         self._options = options
-        self._closed = False
+        self._closed = closed or threading.Event()
 
     def _submit(
         self,
@@ -638,18 +643,31 @@ class _View(Pool):
         label: str,
         future: TaskFuture[T],
     ) -> TaskFuture[T]:
-        if self._closed:
+        if self._closed.is_set():
             raise PoolShutDown("cannot schedule new futures after shutdown of this view of a pool")
         return super()._submit(fn, args, kwargs, label, future)
 
+    def _reference(self) -> Callable[[], Pool | None]:
+        # Of the pool: most views are dropped as soon as something was submitted.
+        pool, options, closed = self._pool._reference(), self._options, self._closed
+
+        def again() -> Pool | None:
+            parent = pool()
+            return None if parent is None or options is None else _View(parent, options, closed)
+
+        return again
+
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Take no more tasks through this view, and wait for those that were; the pool goes on."""
-        self._closed = True
+        """Take no more tasks through this view, and wait for those that were; the pool goes on.
+
+        From a callback it returns at once, as a pool's does.
+        """
+        self._closed.set()
         mine = self._client.tasks_with(self._options)
         if cancel_futures:
             for future in reversed(mine):
-                future.cancel()
-        if wait:
+                future.withdraw(running=False)  # a program that runs shall finish
+        if wait and self._client.may_wait:
             futures.wait(mine)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

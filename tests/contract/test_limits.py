@@ -402,3 +402,35 @@ def test_the_board_never_names_the_task_before_as_the_one_that_runs(monkeypatch:
     words.release()
     page._area.close()
     board.close()
+
+
+def test_a_view_waits_for_running_programs_and_does_not_end_them(ledger: Path) -> None:
+    with Pool(1) as pool:
+        view = pool.with_options(name="here")
+        running = view.run(["sh", "-c", f"echo $$ > {ledger}; sleep 0.5; exit 3"])
+        wait_until(lambda: pids(ledger))
+        queued = view.submit(helpers.square, 3)
+        view.shutdown(cancel_futures=True)
+        assert queued.cancelled()
+        assert running.result(timeout=0).returncode == 3
+
+
+def test_a_callback_may_shut_a_view_down() -> None:
+    with Pool(1) as pool:
+        view = pool.with_options(name="here")
+        called = []
+        gate = view.submit(helpers.spin, 0.2)
+        behind = view.submit(helpers.spin, 0.2)
+        gate.add_done_callback(lambda _: called.append(view.shutdown()))
+        assert behind.result(timeout=20)
+        wait_until(lambda: called == [None])
+
+
+def test_a_view_that_was_dropped_goes_on_with_its_map() -> None:
+    with Pool(1) as pool:
+        results = pool.with_options(retries=1).map(helpers.square, range(20), buffersize=2)
+        assert list(results) == [n * n for n in range(20)]
+        with pool.with_options(retries=1) as view:
+            results = view.map(helpers.square, range(20), buffersize=2)
+        with pytest.raises(PoolShutDown):
+            list(results)
