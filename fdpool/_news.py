@@ -56,10 +56,10 @@ class News:
                     from . import _logs
 
                     _logs.handle(body)
-            except Exception:
+            except BaseException:
                 import logging
 
-                # Among others, a warning that somebody has made an error.
+                # Among others, a warning that somebody has made an error; and SystemExit would end the pump.
                 logging.getLogger("fdpool").warning("a worker's news could not be told", exc_info=True)
 
     def _tell_left(self, left: Leftovers) -> None:

@@ -179,3 +179,23 @@ class _Keeper(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self._records.append(record)
+
+
+def test_a_handler_that_wants_the_program_to_end_does_not_end_the_pools_thread(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Exits(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            raise SystemExit
+
+    exits = Exits()
+    logger = logging.getLogger("fdpool.test.exits")
+    logger.addHandler(exits)
+    logger.setLevel(logging.INFO)
+    try:
+        with Pool(1, log_level="INFO") as pool:
+            pool.submit(log_numbers, logger.name, 1).result(timeout=20)
+            wait_until(lambda: "could not be told" in caplog.text)
+            assert pool.submit(helpers.square, 3).result(timeout=20) == 9
+    finally:
+        logger.removeHandler(exits)
