@@ -10,6 +10,9 @@ import os
 import sys
 from typing import NamedTuple
 
+_TOLD = 10  # of each kind: texts that are sent
+_LONGEST = 300  # characters of such a text
+
 
 class Leftovers(NamedTuple):
     """What one look has found that the one before had not.
@@ -17,7 +20,7 @@ class Leftovers(NamedTuple):
     Attributes:
         task: the name of the task, or of the last one if there were several.
         tasks: how many there were since the look before.
-        descriptors, threads, children: each in words.
+        descriptors, threads, children: each in words, which may be "" for those after the first few.
         reason: why the worker leaves, if it does for that.
     """
 
@@ -46,17 +49,19 @@ class Leftovers(NamedTuple):
 
 
 def encode(leftovers: Leftovers) -> bytes:
-    """As the body of a message."""
+    """As the body of a message: of what is more than can be told only the number, so that it fits into one."""
     import json  # 2 ms, and most workers never need it
 
-    return json.dumps(leftovers).encode()
+    task, tasks, *found, reason = leftovers
+    short = [(len(each), [text[:_LONGEST] for text in each[:_TOLD]]) for each in found]
+    return json.dumps((task[:_LONGEST], tasks, *short, reason[:_LONGEST])).encode()
 
 
 def decode(body: bytes) -> Leftovers:
     """What `encode` made.
 
     Raises:
-        ValueError: it is something else.
+        ValueError, TypeError: it is something else.
     """
     import json
 
@@ -64,7 +69,10 @@ def decode(body: bytes) -> Leftovers:
     if not isinstance(fields, list) or len(fields) != len(Leftovers._fields):
         raise ValueError("no leftovers")
     task, tasks, descriptors, threads, children, reason = fields
-    found = [tuple(map(str, each)) for each in (descriptors, threads, children)]
+    found = [
+        (*map(str, texts), *[""] * (int(count) - len(texts)))
+        for count, texts in (descriptors, threads, children)
+    ]
     return Leftovers(str(task), int(tasks), found[0], found[1], found[2], str(reason))
 
 
@@ -72,7 +80,7 @@ class Watch:
     """Remembers what was there, so that what is new can be named."""
 
     def __init__(self) -> None:
-        self._descriptors = _descriptors()
+        self._descriptors = _descriptors() or set()
         self._at_first = len(self._descriptors)
         self._threads = _threads()
         self._children = _children()
@@ -85,6 +93,8 @@ class Watch:
     def look(self, task: str, tasks: int) -> Leftovers | None:
         """What is new since the last look, or None. 35 microseconds where there is nothing."""
         descriptors, threads, children = _descriptors(), _threads(), _children()
+        if descriptors is None:
+            descriptors = self._descriptors
         new_descriptors = sorted(descriptors - self._descriptors)
         new_threads = threads.keys() - self._threads.keys()
         new_children = sorted(children - self._children)
@@ -100,14 +110,15 @@ class Watch:
         )
 
 
-def _descriptors() -> set[int]:
+def _descriptors() -> set[int] | None:
+    """All that are open; None if none is left to look with."""
     try:
         found = {int(entry) for entry in os.listdir("/dev/fd")}
         # The one that read the folder is among them. It is free again, so it is what the next one gets; and a file that
         # a task opens may get it later.
         reader = os.dup(0)
     except OSError:
-        return set()
+        return None
     os.close(reader)
     found.discard(reader)
     return found

@@ -40,7 +40,10 @@ class Surroundings:
         os.umask(self._umask)
         self._handlers = [_signal.getsignal(number) for number in _NUMBERS]
         self._mask = _signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        # Whether they run: then the initializer has set them, and they are its business.
+        self._timers = {timer: any(_signal.getitimer(timer)) for timer in (signal.ITIMER_REAL, *_SLOW_TIMERS)}
         self._streams = [getattr(sys, name) for name in _STREAMS]
+        self._environ = os.environ
         self._environment = dict(os.environ._data)  # type: ignore[attr-defined]  # bytes: to compare, none is decoded
         self._locale = _locale.setlocale(_locale.LC_ALL)
         self._modules = len(sys.modules)
@@ -52,13 +55,15 @@ class Surroundings:
     def put_back(self) -> str:
         """Undo what can be undone; returns what cannot, in words, or ""."""
         os.umask(self._umask)
-        _signal.setitimer(signal.ITIMER_REAL, 0)
+        if not self._timers[signal.ITIMER_REAL]:
+            _signal.setitimer(signal.ITIMER_REAL, 0)
         if [_signal.getsignal(number) for number in _NUMBERS] != self._handlers:
             self._put_handlers_back()
         if _signal.pthread_sigmask(signal.SIG_BLOCK, ()) != self._mask:
             _signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
         imported = len(sys.modules) != self._modules
         self._modules = len(sys.modules)
+        os.environ = self._environ  # noqa: B003 - the object itself, not its contents
         if os.environ._data != self._environment:  # type: ignore[attr-defined]
             self._put_environment_back(imported)
         for name, stream in zip(_STREAMS, self._streams):
@@ -70,7 +75,8 @@ class Surroundings:
     def look_closely(self) -> str:
         """As `put_back`, for the rest."""
         for timer in _SLOW_TIMERS:
-            _signal.setitimer(timer, 0)
+            if not self._timers[timer]:
+                _signal.setitimer(timer, 0)
         if _locale.setlocale(_locale.LC_ALL) != self._locale:
             _locale.setlocale(_locale.LC_ALL, self._locale)
         if _standard_files() != self._files:

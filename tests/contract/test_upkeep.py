@@ -5,6 +5,7 @@ Rows P6, P7, P8 and P15 of the hazards.
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import signal
@@ -315,3 +316,57 @@ def test_the_least_number_of_workers_is_there_with_the_first_task() -> None:
 def test_a_rule_of_no_use_is_refused_at_once(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         Pool(2, **wrong)
+
+
+def replace_environment() -> None:
+    os.environ = {"FDPOOL_TEST": "a plain dict"}  # type: ignore[assignment]  # noqa: B003
+
+
+def test_the_environment_is_undone_where_a_task_has_put_something_else_in_its_place() -> None:
+    with Pool(1) as pool:
+        before = pool.submit(state).result(timeout=20)
+        pool.submit(replace_environment).result(timeout=20)
+        assert pool.submit(state).result(timeout=20) == before
+
+
+def ring_every_second() -> None:
+    signal.signal(signal.SIGALRM, signal.SIG_IGN)
+    signal.setitimer(signal.ITIMER_REAL, 1, 1)
+
+
+def test_a_timer_of_the_initializers_goes_on() -> None:
+    with Pool(1, initializer=ring_every_second) as pool:
+        pool.submit(helpers.square, 3).result(timeout=20)
+        assert pool.submit(state).result(timeout=20)["alarm"]
+
+
+def leave_many(folder: str) -> None:
+    sys._fdpool_left = [open(f"{folder}/{'x' * 200}") for _ in range(800)]  # type: ignore[attr-defined]
+
+
+def test_what_a_task_leaves_is_counted_where_it_is_too_much_to_be_told(tmp_path: Path) -> None:
+    folder = tmp_path.joinpath(*["y" * 200] * 3)
+    folder.mkdir(parents=True)
+    (folder / ("x" * 200)).touch()
+    with warnings.catch_warnings(), Pool(1) as pool:
+        warnings.simplefilter("ignore", ResourceWarning)
+        pid = pool.submit(os.getpid).result(timeout=20)
+        pool.submit(leave_many, str(folder)).result(timeout=20)
+        wait_until(lambda: pool.stats().left.descriptors)
+        assert pool.stats().left.descriptors == 800
+        assert "left 800 descriptors" in pool.stats().left.latest[-1]
+        assert pool.submit(os.getpid).result(timeout=20) == pid
+
+
+def test_a_look_for_which_no_descriptor_was_left_blames_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fdpool import _leftovers
+
+    watch = _leftovers.Watch()
+    with monkeypatch.context() as short:
+        short.setattr(os, "listdir", _full)
+        assert watch.look("task", 1) is None
+    assert watch.look("task", 1) is None
+
+
+def _full(_path: str) -> list[str]:
+    raise OSError(errno.EMFILE, "Too many open files")
