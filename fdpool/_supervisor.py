@@ -155,18 +155,17 @@ class Supervisor:
 
     def _configure(self, message: Configure, numbers: list[int]) -> None:
         import gc
-        import importlib
 
         self._configuration = message
         self._board_fd, *self._initializer_fds = numbers
         sys.argv[:] = message.argv
         sys.path[:] = message.path
-        for module in message.preload:
-            try:
-                importlib.import_module(module)
-            except BaseException as error:
-                reason = f"{type(error).__name__}: {error}"
-                self._tell(_messages.PreloadFailed(module, reason))
+        if message.preload:
+            from . import _preload
+
+            failed = _preload.load(message.preload, self._client_pidfd)
+            if failed is not None:
+                self._tell(_messages.PreloadFailed(*failed))
                 self._configuration = None
                 return
         # What is shared copy-on-write stays shared only if the collector does not touch it

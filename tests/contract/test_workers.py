@@ -374,3 +374,19 @@ def test_the_pool_works_without_what_only_linux_has(without: str, monkeypatch: p
         with pytest.raises(fdpool.WorkerLost):
             pool.submit(helpers.die, signal.SIGKILL).result()
         assert pool.submit(helpers.square, 3).result() == 9
+
+
+def test_a_supervisor_that_hangs_in_an_import_does_not_outlive_its_client(tmp_path: Path) -> None:
+    (tmp_path / "hangs.py").write_text(
+        "import threading\nopen('importing', 'w').close()\nthreading.Event().wait()\n"
+    )
+    source = "import fdpool; fdpool.Pool(1, preload=['hangs']).submit(print).result()"
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    with subprocess.Popen([sys.executable, "-c", source], cwd=tmp_path, env=environment) as program:
+        try:
+            wait_until((tmp_path / "importing").exists)
+            tree = psutil.Process(program.pid).children(recursive=True)
+            assert tree
+        finally:
+            program.kill()
+    assert seconds_until_gone(tree) < 1.0

@@ -1,0 +1,63 @@
+"""Importing modules in the supervisor before it forks: it must not outlive its client meanwhile, whatever they do.
+
+Runs in: the supervisor. Its loop does not turn while it imports, so a thread looks after the client. That has ended
+before the first fork, as nothing may be forked beside a thread.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import select
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+from . import _trees
+
+_LOOK_MS = 500  # where there is no pidfd
+
+
+def load(modules: Iterable[str], client_pidfd: int | None) -> tuple[str, str] | None:
+    """Import `modules`; returns the first that cannot be, and why, or None.
+
+    Args:
+        client_pidfd: readable once the client is dead, or None where there is no such thing; borrowed.
+    """
+    with _ending_with(client_pidfd):
+        for module in modules:
+            try:
+                importlib.import_module(module)
+            except BaseException as error:
+                return module, f"{type(error).__name__}: {error}"
+    return None
+
+
+@contextmanager
+def _ending_with(client_pidfd: int | None) -> Iterator[None]:
+    """End this process, and all that descends from it, if the client dies."""
+    import threading
+
+    parent = os.getppid()
+    read, write = os.pipe()
+
+    def watch() -> None:
+        poll = select.poll()
+        poll.register(read, select.POLLIN)
+        if client_pidfd is not None:
+            poll.register(client_pidfd, select.POLLIN)
+        while True:
+            ready = {fd for fd, _ in poll.poll(None if client_pidfd is not None else _LOOK_MS)}
+            if read in ready:
+                return
+            if ready or os.getppid() != parent:
+                _trees.kill_descendants()
+                os._exit(1)
+
+    thread = threading.Thread(target=watch, name="fdpool-preload", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        os.close(write)
+        thread.join()
+        os.close(read)
