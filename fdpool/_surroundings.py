@@ -27,6 +27,7 @@ _SLOW_TIMERS = (
     signal.ITIMER_VIRTUAL,
     signal.ITIMER_PROF,
 )  # they count processor time, so they are not due soon
+_FROM_OUTSIDE = {signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT}
 _STREAMS = ("stdin", "stdout", "stderr")
 _LIMITS = sorted({value for name, value in vars(resource).items() if name.startswith("RLIMIT_")})
 
@@ -57,9 +58,14 @@ class Surroundings:
         os.umask(self._umask)
         if not self._timers[signal.ITIMER_REAL]:
             _signal.setitimer(signal.ITIMER_REAL, 0)
+        mask = _signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        if mask != self._mask:
+            # What the task has kept waiting was its own, and would end the worker; but who wants that end is obeyed.
+            for number in (_signal.sigpending() & set(_NUMBERS)) - self._mask - _FROM_OUTSIDE:
+                signal.signal(number, signal.SIG_IGN)  # drops it
         if [_signal.getsignal(number) for number in _NUMBERS] != self._handlers:
             self._put_handlers_back()
-        if _signal.pthread_sigmask(signal.SIG_BLOCK, ()) != self._mask:
+        if mask != self._mask:
             _signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
         imported = len(sys.modules) != self._modules
         self._modules = len(sys.modules)

@@ -370,3 +370,15 @@ def test_a_look_for_which_no_descriptor_was_left_blames_nobody(monkeypatch: pyte
 
 def _full(_path: str) -> list[str]:
     raise OSError(errno.EMFILE, "Too many open files")
+
+
+def keep_signal_waiting() -> None:
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+    os.kill(os.getpid(), signal.SIGUSR1)
+
+
+def test_a_signal_that_a_task_has_blocked_does_not_end_its_worker_afterwards() -> None:
+    with Pool(1) as pool:
+        before = pool.submit(state).result(timeout=20)
+        pool.submit(keep_signal_waiting).result(timeout=20)
+        assert pool.submit(state).result(timeout=20) == before
