@@ -107,19 +107,24 @@ class SlotLink:
         total = 0
         try:
             worker = psutil.Process(self.pid)
-            for process in (worker, *worker.children(recursive=True)):
+            processes = [worker, *worker.children(recursive=True)]
+        except psutil.Error:
+            return 0
+        for process in processes:
+            try:
                 total += process.memory_info().rss
-        except psutil.NoSuchProcess:
-            pass
+            except psutil.Error:
+                continue  # it has died meanwhile, or is another user's: the others count all the same
         return total
 
     def wake_worker(self) -> None:
         """Make the worker's poll(2) return, if its task waits for that; SIGURG does nothing to any other."""
+        pidfd, pid = self._pidfd, self.pid  # another thread may just learn of its death
         try:
-            if self._pidfd is not None:
-                signal.pidfd_send_signal(self._pidfd, signal.SIGURG)
-            elif self.pid is not None:
-                os.kill(self.pid, signal.SIGURG)
+            if pidfd is not None:
+                signal.pidfd_send_signal(pidfd, signal.SIGURG)
+            elif pid is not None:
+                os.kill(pid, signal.SIGURG)
         except OSError:
             pass  # it has died
 

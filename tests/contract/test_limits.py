@@ -16,6 +16,7 @@ import pytest
 import fdpool
 from fdpool import MemoryLimitExceeded, PoisonTask, Pool, PoolShutDown, TaskTimeout, WorkerLost
 from fdpool._board import Board, Page
+from fdpool._links import SlotLink
 from tests.contract import helpers
 from tests.process_state import seconds_until_gone, wait_until
 
@@ -434,3 +435,24 @@ def test_a_view_that_was_dropped_goes_on_with_its_map() -> None:
             results = view.map(helpers.square, range(20), buffersize=2)
         with pytest.raises(PoolShutDown):
             list(results)
+
+
+def test_memory_counts_also_where_some_process_below_dies_while_it_is_looked_at(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    link = SlotLink(0)
+    link.pid = os.getpid()
+
+    class Gone:
+        def memory_info(self) -> Any:
+            raise psutil.NoSuchProcess(1)
+
+    class Forbidden:
+        def memory_info(self) -> Any:
+            raise psutil.AccessDenied(1)
+
+    me = psutil.Process()
+    monkeypatch.setattr(psutil.Process, "children", lambda *_, **__: [Gone(), Forbidden(), me])
+    assert link.memory_bytes() > 1.5 * me.memory_info().rss
+    link.pid = None
+    link.close()
