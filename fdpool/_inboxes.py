@@ -108,7 +108,7 @@ class Inboxes:
         if not sent:
             return self._inbox_full(slot, tasks)
         if record.options is not None and record.options.is_watched:
-            self._client.limits.sent(slot, task)
+            self._client.limits.sent(slot, record.options)
         if numbers and call.carries_fds and not record.may_retry:
             # A copy kept here would hide from a reader that the task has closed its end.
             record.call = None
@@ -187,7 +187,11 @@ class Inboxes:
         """True if `receive` would not lose descriptors."""
         tasks, begun = self._tasks, self._board.begun(slot)  # that one is in there no more
         given = self._dispatcher.given(slot)
-        carried = [tasks[task].carried for task in given if task in tasks and task != begun]
+        carried = [
+            record.carried
+            for task in given
+            if task != begun and (record := tasks.get(task)) is not None  # who waits may just have settled it
+        ]
         return not any(carried) or _budget.has_room_for(sum(carried))
 
     def received_not_begun(self, slot: int, unread: list[int]) -> list[int]:
@@ -243,7 +247,8 @@ class Inboxes:
             for task in self._dispatcher.given(slot)
             if task not in inbox
             # What carries descriptors is not: see `Worker._may_begin`.
-            and (call := self._tasks[task].call if task in self._tasks else None) is not None
+            and (record := self._tasks.get(task)) is not None
+            and (call := record.call) is not None
             and call.fds is None
         ]
         begun = self._board.begun(slot)

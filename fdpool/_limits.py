@@ -22,6 +22,7 @@ from .errors import TaskTerminated, TaskTimeout
 
 if TYPE_CHECKING:
     from ._client import Client
+    from ._options import TaskOptions
 
 #: How often the memory of a worker is looked at whose task has a limit of it. A look takes 0.1 to 0.3 ms, more if it
 #: has descendants; at 8 GiB/s a task gets 400 MiB between two.
@@ -70,10 +71,8 @@ class Limits:
             self._client.wake()
         return ()
 
-    def sent(self, slot: int, task: int) -> None:
-        """A task with limits has been put in the slot's inbox."""
-        options = self._tasks[task].options
-        assert options is not None
+    def sent(self, slot: int, options: TaskOptions) -> None:
+        """A task with limits has been put in the slot's inbox; it may have ended by now."""
         moment = time.monotonic() + (_MEMORY_LOOK_S if options.timeout is None else options.timeout)
         if options.max_memory is not None:
             moment = min(moment, time.monotonic() + _MEMORY_LOOK_S)
@@ -120,7 +119,7 @@ class Limits:
         """Event: end the slot's task if it has taken too much, and work out when to look again."""
         now = time.monotonic()
         limited = {
-            task: record.options
+            task: record
             for task in self._dispatcher.given(slot)
             if (record := self._tasks.get(task)) is not None
             and record.options is not None
@@ -129,7 +128,9 @@ class Limits:
         }
         running, began = self._client.running(slot)
         moments = []
-        for task, options in limited.items():
+        for task, record in limited.items():
+            options = record.options
+            assert options is not None
             if options.timeout is not None:
                 overdue_at = (began if task == running else now) + options.timeout
                 if task == running and overdue_at <= now:
@@ -141,7 +142,7 @@ class Limits:
                 if task == running:
                     used = self._client.links[slot].memory_bytes()
                     if used > options.max_memory:
-                        self._tasks[task].used_memory = used
+                        record.used_memory = used
                         self._looks[slot] = now + _MEMORY_LOOK_S
                         return self.cut_short(slot, task, CutShort.TOOK_TOO_MUCH)
                 moments.append(now + _MEMORY_LOOK_S)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import signal
 import sys
+import threading
 import time
+from concurrent.futures import CancelledError, Future
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ import psutil
 import pytest
 
 import fdpool
-from fdpool import MemoryLimitExceeded, PoisonTask, Pool, PoolShutDown, TaskTimeout, WorkerLost
+from fdpool import MemoryLimitExceeded, PoisonTask, Pool, PoolShutDown, TaskTimeout, WorkerLost, wire
 from fdpool._board import Board, Page
 from fdpool._links import SlotLink
 from tests.contract import helpers
@@ -456,3 +459,34 @@ def test_memory_counts_also_where_some_process_below_dies_while_it_is_looked_at(
     assert link.memory_bytes() > 1.5 * me.memory_info().rss
     link.pid = None
     link.close()
+
+
+def wait_quietly(future: Future[Any]) -> None:
+    with contextlib.suppress(CancelledError):
+        future.exception()
+
+
+def test_a_task_with_limits_may_have_ended_before_its_sender_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Pool(2) as pool:
+        awaited = pool.submit(time.sleep, 1000)
+        # Who waits receives the answers of others, too, and needs no lock for that.
+        waiter = threading.Thread(target=wait_quietly, args=(awaited,))
+        waiter.start()
+        try:
+            wait_until(lambda: pool._client.receiver._awaited is awaited)
+            send = wire.try_send
+
+            def send_and_wait(*arguments: Any) -> bool:
+                sent = send(*arguments)
+                wait_until(lambda: len(pool._client.tasks) == 1)
+                return sent
+
+            view = pool.with_options(timeout=60)
+            with monkeypatch.context() as slow:
+                slow.setattr(wire, "try_send", send_and_wait)
+                ended = view.submit(helpers.square, 3)
+            assert ended.result(timeout=20) == 9
+            assert view.submit(helpers.square, 4).result(timeout=20) == 16
+        finally:
+            awaited.terminate(grace=0.1)
+            waiter.join()
