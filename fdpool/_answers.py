@@ -96,10 +96,11 @@ def _worker_lost(record: TaskFuture[Any], slot: int, death: Exit, begun: bool) -
         if begun
         else f"just before it began {record.label}: the task has not run, but its descriptors are gone"
     )
+    # One that died before its start was reported has no pid that is known here.
+    who = f"worker {death.pid} (slot {slot})" if death.pid else f"the worker of slot {slot}"
     lost = PoisonTask if record.attempts and begun and not record.may_retry else WorkerLost
     error = lost(
-        f"worker {death.pid} (slot {slot}) {describe_status(status)}{hint} {what}{_again(record)}; no other task is "
-        f"affected{_remains(death)}",
+        f"{who} {describe_status(status)}{hint} {what}{_again(record)}; no other task is affected{_remains(death)}",
         pid=death.pid,
         slot=slot,
         signal=os.WTERMSIG(status) if status is not None and os.WIFSIGNALED(status) else None,
