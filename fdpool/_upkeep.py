@@ -2,13 +2,14 @@
 the worker has had its time.
 
 Runs in: a worker. The answer has been sent by then, so nobody waits for it. After each message 10 microseconds; a
-closer look, of 60 to 100, where the message took a millisecond, or when there is nothing to do.
+closer look, of 60 to 100, where the message took a millisecond, when there is nothing to do, and four times a second.
 """
 
 from __future__ import annotations
 
 import resource
 import sys
+import time
 
 from ._leftovers import Leftovers, Watch
 from ._messages import Recycling
@@ -16,6 +17,8 @@ from ._surroundings import Surroundings
 
 #: A message that took so long is followed by a closer look: 6 to 10 % of its time at most.
 _CLOSE_LOOK_S = 0.001
+#: A worker that short tasks keep busy without a pause takes a closer look so often.
+_LOOK_EVERY_S = 0.25
 
 #: What getrusage(2) counts the most memory in that a process has had.
 _PEAK_UNIT = 1 if sys.platform == "darwin" else 1024
@@ -36,6 +39,7 @@ class Upkeep:
         self._tasks_left = rules.max_tasks
         self._name = ""
         self._unseen = 0  # tasks since the last closer look
+        self._looked_at = time.monotonic()
 
     @property
     def has_unseen(self) -> bool:
@@ -52,7 +56,7 @@ class Upkeep:
                 self.over = True
                 return None  # whatever was changed or left goes with it
         reason = self._surroundings.put_back()
-        if reason or busy_s >= _CLOSE_LOOK_S:
+        if reason or busy_s >= _CLOSE_LOOK_S or time.monotonic() - self._looked_at > _LOOK_EVERY_S:
             return self.look_closely(reason)
         return None
 
@@ -70,6 +74,7 @@ class Upkeep:
             left = (left or Leftovers(self._name, self._unseen))._replace(reason=reason)
         self.over = self.over or bool(reason) or self._is_too_large()
         self._unseen = 0
+        self._looked_at = time.monotonic()
         return left
 
     def _is_too_large(self) -> bool:
