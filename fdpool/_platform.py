@@ -60,6 +60,18 @@ def open_pidfd(pid: int) -> int | None:
         return None
 
 
+def child_pids() -> set[int] | None:
+    """The children of this process, if the kernel lists them at no cost (proc(5)); else None.
+
+    Those that its main thread has forked, which is where workers and the supervisor fork.
+    """
+    try:
+        with open(f"/proc/self/task/{os.getpid()}/children", "rb", buffering=0) as listing:
+            return {int(pid) for pid in listing.read().split()}
+    except OSError:
+        return None
+
+
 def become_subreaper(wanted: bool = True) -> bool:
     """Let orphaned descendants become this process's children instead of init's, or no longer; True if done."""
     return has("subreaper") and _prctl(_PR_SET_CHILD_SUBREAPER, int(wanted))

@@ -30,7 +30,7 @@ class Progeny:
         self.leaders: list[int] = []
         self._unreaped: set[int] = set()
         self._groups: set[int] = set()
-        self._before = _children()
+        self._before = _platform.child_pids()
         _platform.become_subreaper()
         _reap_adopted()
 
@@ -111,19 +111,10 @@ class Progeny:
         """Adopt no more. What the programs left running is reaped when it has died, some time."""
         _platform.become_subreaper(False)
         if self._before is not None:
-            now = _children() or set()
+            now = _platform.child_pids() or set()
             # A program that could not be killed stays a child of ours as well.
             _adopted.update(now - self._before)
         _reap_adopted()
-
-
-def _children() -> set[int] | None:
-    """The children of this process, if the kernel lists them at no cost (proc(5)); else None."""
-    try:
-        with open(f"/proc/self/task/{os.getpid()}/children", "rb", buffering=0) as listing:
-            return {int(pid) for pid in listing.read().split()}
-    except OSError:
-        return None
 
 
 def _reap_adopted() -> None:

@@ -12,6 +12,8 @@ import signal
 import time
 from typing import TYPE_CHECKING
 
+from . import _platform
+
 if TYPE_CHECKING:
     import psutil
 
@@ -156,15 +158,14 @@ def kill_marked(supervisor: int, limit_s: float = _SWEEP_S) -> bool:
         psutil.wait_procs(found, timeout=0.05)
 
 
-def direct_children() -> list[int]:
+def direct_children() -> set[int]:
     """Process ids of this process's children; one small read where the kernel lists them (proc(5))."""
-    try:
-        with open(f"/proc/self/task/{os.getpid()}/children", encoding="ascii") as listing:
-            return [int(pid) for pid in listing.read().split()]
-    except OSError:
-        import psutil
+    found = _platform.child_pids()
+    if found is not None:
+        return found
+    import psutil
 
-        return [child.pid for child in psutil.Process().children()]
+    return {child.pid for child in psutil.Process().children()}
 
 
 def end_with_parent(parent: int) -> None:
