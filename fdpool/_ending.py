@@ -58,10 +58,8 @@ class Ending:
         if not self._told and self._grace_s > 0:
             self._told = True
             self._add_descendants()
-            _trees.signal_all(self._processes, signal.SIGTERM)
-            _trees.signal_all(
-                self._processes, signal.SIGCONT
-            )  # what is stopped does not die before it goes on
+            for number in _trees.TERMINATE:
+                _trees.signal_all(self._processes, number)
             self.due = now + self._grace_s
             return
         self._add_descendants()  # with what they have forked since

@@ -11,7 +11,6 @@ nor the number of the process group that it leads.
 from __future__ import annotations
 
 import os
-import signal
 from typing import TYPE_CHECKING
 
 from . import _platform, _trees
@@ -140,6 +139,3 @@ def ended(pid: int) -> bool:
         return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
     except ChildProcessError:
         return True
-
-
-TERMINATE = (signal.SIGTERM, signal.SIGCONT)  # a stopped process does not die of SIGTERM before it goes on

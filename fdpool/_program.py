@@ -20,7 +20,7 @@ from enum import Enum
 from types import TracebackType
 from typing import Any, NamedTuple
 
-from . import _platform, _progeny
+from . import _platform, _progeny, _trees
 from ._capture import Feeder, Sink
 from ._launch import Launch, start
 from ._progeny import Progeny
@@ -206,7 +206,7 @@ class Run:
         self._look_at = time.monotonic()
         self._kill_at = self._look_at + grace_s
         if grace_s > 0:
-            for number in _progeny.TERMINATE:
+            for number in _trees.TERMINATE:
                 self.progeny.signal(number)
 
     def _turn(self, ms: float | None) -> bool:

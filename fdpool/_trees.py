@@ -24,6 +24,8 @@ WORKER_MARK = "FDPOOL_WORKER"
 #: From SIGTERM to SIGKILL, where a program's end has not been given a time of its own.
 GRACE_S = 1.0
 
+TERMINATE = (signal.SIGTERM, signal.SIGCONT)  # a stopped process does not die of SIGTERM before it goes on
+
 _SWEEP_S = 5.0
 
 
