@@ -38,7 +38,7 @@ from ._staffing import Staff, Staffing
 from ._tasks import ChunkFuture, CutShort, TaskFuture
 from .errors import ForkedPool, PoolShutDown
 from .payload import Payload
-from .stats import LeftStats, PoolStats, PoolWorkerStats
+from .stats import PoolStats, PoolWorkerStats
 
 T = TypeVar("T")
 
@@ -205,7 +205,6 @@ class Client:
         )
 
     def _stats(self, workers: Sequence[PoolWorkerStats]) -> PoolStats:
-        left = self.news.left
         return PoolStats(
             tuple(workers),
             submitted=self.newest,
@@ -216,7 +215,7 @@ class Client:
             lost_workers=self.lost_workers,
             recycled=self.recycled,
             supervisor_restarts=self.supervisor_restarts,
-            left=LeftStats(left.descriptors, left.threads, left.children, tuple(self.news.latest)),
+            left=self.news.left,
         )
 
     def check_usable(self) -> None:

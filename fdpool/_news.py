@@ -7,35 +7,24 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
-from dataclasses import dataclass
 
 from . import _leftovers, _messages
 from ._leftovers import Leftovers
+from .stats import LeftStats
 
 _KEPT = 100  # of the latest, for `stats`
-
-
-@dataclass
-class LeftCounts:
-    """How much was left so far."""
-
-    descriptors: int = 0
-    threads: int = 0
-    children: int = 0
 
 
 class News:
     """Of one pool's workers.
 
     Attributes:
-        left: what was left in all.
-        latest: what was left most recently, in words, oldest first.
+        left: what was left so far.
     """
 
     def __init__(self) -> None:
         self._waiting: deque[tuple[int, bytes]] = deque()
-        self.left = LeftCounts()
-        self.latest: deque[str] = deque(maxlen=_KEPT)
+        self.left = LeftStats(0, 0, 0, ())
 
     def __bool__(self) -> bool:
         """True if there is something to tell."""
@@ -64,8 +53,11 @@ class News:
 
     def _tell_left(self, left: Leftovers) -> None:
         text = left.describe()
-        self.latest.append(text)
-        self.left.descriptors += len(left.descriptors)
-        self.left.threads += len(left.threads)
-        self.left.children += len(left.children)
+        so_far = self.left
+        self.left = LeftStats(
+            so_far.descriptors + len(left.descriptors),
+            so_far.threads + len(left.threads),
+            so_far.children + len(left.children),
+            (*so_far.latest, text)[-_KEPT:],
+        )
         warnings.warn(text, ResourceWarning, stacklevel=2)
