@@ -211,7 +211,7 @@ class Pool(Executor):
         future: TaskFuture[T],
     ) -> TaskFuture[T]:
         """Pickle a call and hand it on; `label` is what errors call it."""
-        self._client.check_usable()
+        self._check_open()
         try:
             call = payload.dumps_call(fn, args, kwargs)
             if call.fds is not None and near_limit(call.fds.numbers):
@@ -229,6 +229,10 @@ class Pool(Executor):
             future.options, future.grace_s = self._options, self._options.grace
             label = self._options.name or label
         return self._client.submit(call, label, future)
+
+    def _check_open(self) -> None:
+        """Raise what `submit` does of a pool that takes no tasks."""
+        self._client.check_usable()
 
     def with_options(
         self,
@@ -635,17 +639,10 @@ class _View(Pool):
         self._options = options
         self._closed = closed or threading.Event()
 
-    def _submit(
-        self,
-        fn: Callable[..., T],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        label: str,
-        future: TaskFuture[T],
-    ) -> TaskFuture[T]:
+    def _check_open(self) -> None:
         if self._closed.is_set():
             raise PoolShutDown("cannot schedule new futures after shutdown of this view of a pool")
-        return super()._submit(fn, args, kwargs, label, future)
+        super()._check_open()
 
     def _reference(self) -> Callable[[], Pool | None]:
         # Of the pool: most views are dropped as soon as something was submitted.
