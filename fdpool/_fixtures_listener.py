@@ -204,6 +204,26 @@ class Listener:
         )
 
 
+class Reachable:
+    """Something that serves on a listener.
+
+    Attributes:
+        listener: that one.
+    """
+
+    listener: Listener
+
+    @property
+    def url(self) -> str:
+        """As `Listener.url`."""
+        return self.listener.url
+
+    @property
+    def address(self) -> Any:
+        """As `Listener.address`."""
+        return self.listener.address
+
+
 class ListenerFactory:
     """Makes listeners, and closes them all: the fixture `listener_factory` is one."""
 

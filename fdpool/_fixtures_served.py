@@ -10,11 +10,11 @@ import time
 from collections.abc import Callable
 from concurrent.futures import CancelledError
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from . import _platform
 from ._fixtures_errors import ServerDied
-from ._fixtures_listener import Listener
+from ._fixtures_listener import Listener, Reachable
 from ._fixtures_runs import FunctionRun, Run
 
 READY_S = 10.0
@@ -27,7 +27,7 @@ _ENDING = {signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGKILL, signal
 IsReady = Callable[["Served"], object]
 
 
-class Served:
+class Served(Reachable):
     """A server that runs in a worker, or has run there.
 
     Attributes:
@@ -50,16 +50,6 @@ class Served:
         self._seen = False  # the test has been told of the death
 
     # -- where it is --------------------------------------------------------------------------------------
-
-    @property
-    def url(self) -> str:
-        """As `Listener.url`."""
-        return self.listener.url
-
-    @property
-    def address(self) -> Any:
-        """As `Listener.address`."""
-        return self.listener.address
 
     @property
     def pid(self) -> int:

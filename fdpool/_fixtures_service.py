@@ -19,14 +19,14 @@ from typing import Any
 from . import _fixtures_keeper, _platform
 from ._fixtures_errors import ServerDied
 from ._fixtures_keeper import Order
-from ._fixtures_listener import Listener
+from ._fixtures_listener import Listener, Reachable
 from ._fixtures_runs import pickled_for_others
 from .sockets import StreamSocket
 
 _ATTEMPTS = 10
 
 
-class Service:
+class Service(Reachable):
     """A server that all processes of the test run share. It ends when none of them holds it.
 
     Attributes:
@@ -41,16 +41,6 @@ class Service:
         self.pid = pid
         self._hold = hold
         self._log_fd = log_fd
-
-    @property
-    def url(self) -> str:
-        """As `Listener.url`."""
-        return self.listener.url
-
-    @property
-    def address(self) -> Any:
-        """As `Listener.address`."""
-        return self.listener.address
 
     @property
     def logs(self) -> str:
