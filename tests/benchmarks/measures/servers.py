@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import psutil
 
@@ -118,147 +119,115 @@ def private_memory(name: str, form: str, settings: Settings) -> Iterator[Round]:
         yield one_round
 
 
+def _measure(name: str, title: str, sides: dict[str, Side], **rest: Any) -> Measure:
+    return Measure(name, "Servers", title, sides, labels=servers.LABELS, **rest)
+
+
 def _sides(side: object, *given: object, names: tuple[str, ...]) -> dict[str, Side]:
     return {name: partial(side, name, *given) for name in names}  # type: ignore[operator]
 
 
 _ASGI = ("fdpool", "uvicorn", "gunicorn-uvicorn")
 _WSGI = ("fdpool", "gunicorn")
+_AHEAD = (ahead_of("uvicorn", 1), ahead_of("gunicorn-uvicorn", 1))
+
+# What measures of one kind have in common.
+_REQUESTS: dict[str, Any] = {"size": 2000, "quick_size": 300, "rounds": 7}
+_RELOADS: dict[str, Any] = {
+    "size": 5,
+    "quick_size": 1,
+    "rounds": 5,
+    "quick_rounds": 1,
+    "warm_up": False,
+    "unit": "requests",
+    "scale": 1,
+    "goals": (at_most(0),),
+}
+_RECOVERIES: dict[str, Any] = {
+    "size": 1,
+    "quick_size": 1,
+    "rounds": 7,
+    "quick_rounds": 1,
+    "warm_up": False,
+    "unit": "ms",
+    "scale": 1e3,
+}
+_MEMORY: dict[str, Any] = {
+    "size": 1000,
+    "quick_size": 200,
+    "rounds": 3,
+    "quick_rounds": 1,
+    "unit": "MiB",
+    "scale": 1 / 2**20,
+}
 
 MEASURES = (
-    Measure(
+    _measure(
         "serve-asgi",
-        "Servers",
         "a request to an ASGI application, on 32 kept connections",
         _sides(throughput, "asgi", 1.0, names=_ASGI),
-        size=2000,
-        quick_size=300,
-        rounds=7,
-        goals=(ahead_of("uvicorn", 1), ahead_of("gunicorn-uvicorn", 1)),
-        labels=servers.LABELS,
+        goals=_AHEAD,
+        **_REQUESTS,
     ),
-    Measure(
+    _measure(
         "serve-asgi-close",
-        "Servers",
         "a request to an ASGI application, each on a connection of its own, 32 at a time",
         _sides(throughput, "asgi", 0.0, names=(*_ASGI, "fdpool-handoff")),
-        size=2000,
-        quick_size=300,
-        rounds=7,
-        goals=(ahead_of("uvicorn", 1), ahead_of("gunicorn-uvicorn", 1)),
-        labels=servers.LABELS,
+        goals=_AHEAD,
+        **_REQUESTS,
     ),
-    Measure(
+    _measure(
         "serve-wsgi",
-        "Servers",
         "a request to a WSGI application, each on a connection of its own, 32 at a time",
         _sides(throughput, "wsgi", 0.0, names=(*_WSGI, "gunicorn-threads")),
-        size=2000,
-        quick_size=300,
-        rounds=7,
         goals=(ahead_of("gunicorn", 1),),
-        labels=servers.LABELS,
+        **_REQUESTS,
     ),
-    Measure(
+    _measure(
         "serve-reload",
-        "Servers",
         "requests lost in a reload (ASGI), at 300 a second, half of them on kept connections",
         _sides(reload, "asgi", names=_ASGI),
-        size=5,
-        quick_size=1,
-        rounds=5,
-        quick_rounds=1,
-        warm_up=False,
-        unit="requests",
-        scale=1,
-        goals=(at_most(0),),
-        labels=servers.LABELS,
+        **_RELOADS,
     ),
-    Measure(
+    _measure(
         "serve-reload-wsgi",
-        "Servers",
         "requests lost in a reload (WSGI), at 300 a second, half of them on kept connections",
         _sides(reload, "wsgi", names=_WSGI),
-        size=5,
-        quick_size=1,
-        rounds=5,
-        quick_rounds=1,
-        warm_up=False,
-        unit="requests",
-        scale=1,
-        goals=(at_most(0),),
-        labels=servers.LABELS,
+        **_RELOADS,
     ),
-    Measure(
+    _measure(
         "serve-recovery",
-        "Servers",
         "from `kill -9` of one of two workers (ASGI) to the first answer of another in its place",
         _sides(recovery, "asgi", names=_ASGI),
-        size=1,
-        quick_size=1,
-        rounds=7,
-        quick_rounds=1,
-        warm_up=False,
-        unit="ms",
-        scale=1e3,
-        goals=(ahead_of("uvicorn", 1), ahead_of("gunicorn-uvicorn", 1)),
-        labels=servers.LABELS,
+        goals=_AHEAD,
+        **_RECOVERIES,
     ),
-    Measure(
+    _measure(
         "serve-recovery-wsgi",
-        "Servers",
         "from `kill -9` of one of two workers (WSGI) to the first answer of another in its place",
         _sides(recovery, "wsgi", names=_WSGI),
-        size=1,
-        quick_size=1,
-        rounds=7,
-        quick_rounds=1,
-        warm_up=False,
-        unit="ms",
-        scale=1e3,
         goals=(ahead_of("gunicorn", 1),),
-        labels=servers.LABELS,
+        **_RECOVERIES,
     ),
-    Measure(
+    _measure(
         "serve-memory",
-        "Servers",
         "memory of an ASGI worker with its share of what it shares (PSS)",
         _sides(memory, "asgi", names=(*_ASGI, "fdpool-preload")),
-        size=1000,
-        quick_size=200,
-        rounds=3,
-        quick_rounds=1,
-        unit="MiB",
-        scale=1 / 2**20,
-        goals=(ahead_of("uvicorn", 1), ahead_of("gunicorn-uvicorn", 1)),
-        labels=servers.LABELS,
+        goals=_AHEAD,
+        **_MEMORY,
     ),
-    Measure(
+    _measure(
         "serve-memory-own",
-        "Servers",
         "memory that is an ASGI worker's alone (USS)",
         _sides(private_memory, "asgi", names=(*_ASGI, "fdpool-preload")),
-        size=1000,
-        quick_size=200,
-        rounds=3,
-        quick_rounds=1,
-        unit="MiB",
-        scale=1 / 2**20,
-        goals=(ahead_of("uvicorn", 1), ahead_of("gunicorn-uvicorn", 1)),
-        labels=servers.LABELS,
+        goals=_AHEAD,
+        **_MEMORY,
     ),
-    Measure(
+    _measure(
         "serve-memory-wsgi",
-        "Servers",
         "memory of a WSGI worker with its share of what it shares (PSS)",
         _sides(memory, "wsgi", names=(*_WSGI, "gunicorn-threads", "fdpool-preload", "gunicorn-preload")),
-        size=1000,
-        quick_size=200,
-        rounds=3,
-        quick_rounds=1,
-        unit="MiB",
-        scale=1 / 2**20,
         goals=(ahead_of("gunicorn", 1), ahead_of("gunicorn-threads", 1)),
-        labels=servers.LABELS,
+        **_MEMORY,
     ),
 )
