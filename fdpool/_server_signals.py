@@ -5,6 +5,7 @@ Runs in: the main thread. A handler only posts to the loop, so nothing can happe
 
 from __future__ import annotations
 
+import itertools
 import select
 import signal
 import threading
@@ -40,7 +41,7 @@ class Signals:
         self._notifier = Notifier()
         self._loop: Loop | None = None
         self._early: list[int] = []
-        self._quick = False
+        self._quick_ends = itertools.count()
         self._before: dict[int, Handler] = {}
         self._waker = Waker()
         self._wakeup_before = -1
@@ -72,7 +73,7 @@ class Signals:
         """The loop runs: what has come meanwhile is done now."""
         self._loop = loop
         if self._notifier.watchdog_interval_s is not None:
-            pause_s = self._notifier.watchdog_interval_s / 2
+            pause_s = self._notifier.watchdog_interval_s
             loop.turns.post(lambda: loop.turns.every(pause_s, self._notifier.watchdog))
         while self._early:
             self._do(loop, self._early.pop(0))
@@ -113,8 +114,8 @@ class Signals:
         if number == signal.SIGTERM:
             loop.stop()
         elif number in (signal.SIGINT, signal.SIGQUIT):
-            loop.stop(0.0 if self._quick else _QUICK_S)
-            self._quick = True
+            # Counted in one step: the second one may come while the handler of the first is still here.
+            loop.stop(0.0 if next(self._quick_ends) else _QUICK_S)
         elif number == signal.SIGHUP:
             loop.reload()
         elif number == signal.SIGTTIN:

@@ -8,10 +8,12 @@ import socket
 import threading
 import time
 from pathlib import Path
+from typing import Any, ClassVar, cast
 
 import psutil
 import pytest
 
+from fdpool._server_signals import Signals
 from tests.process_state import seconds_until_gone, wait_until
 from tests.server.helpers import Load, read_all
 from tests.server.programs import ask_port, port_in, program
@@ -59,6 +61,23 @@ def test_a_quick_signal_cuts_off_after_a_second_and_the_second_one_at_once(
             assert "at once" in server.expect("worker_exited")["reason"]
             assert server.wait() == 0
         assert seconds_until_gone(tree) < 2
+
+
+def test_a_second_quick_signal_counts_also_while_the_first_is_being_handled() -> None:
+    """W1: a handler may begin anywhere in another one."""
+
+    class Loop:
+        graces: ClassVar[list[float]] = []
+
+        def stop(self, grace_s: float) -> None:
+            self.graces.append(grace_s)
+            if len(self.graces) == 1:
+                signal.raise_signal(signal.SIGINT)
+
+    with Signals(cast("Any", None)) as signals:
+        signals.begin(cast("Any", Loop()))
+        signal.raise_signal(signal.SIGINT)
+    assert Loop.graces == [1.0, 0.0]
 
 
 def test_one_quick_signal_leaves_a_second_for_what_is_in_flight(tmp_path: Path) -> None:
