@@ -25,19 +25,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return cli_exec.main(given[1:])
     try:
         if given[:1] == ["serve"]:
-            from . import _serve
+            from ._serve import command
 
             _fill_standard_descriptors()
-            return _serve.main(given[1:])
+            return command.main(given[1:])
         return _run(given)
     except KeyboardInterrupt:
         return _INTERRUPTED
 
 
 def _run(given: list[str]) -> int:
-    from . import _run_options
-    from ._run_loop import run_all
-    from ._run_names import Names
+    from ._run import options
+    from ._run.loop import run_all
+    from ._run.names import Names
 
     _fill_standard_descriptors()
     parser = argparse.ArgumentParser(
@@ -45,19 +45,19 @@ def _run(given: list[str]) -> int:
     )
     parser.add_argument("--version", action="version", version=f"fdpool {__version__}")
     verbs = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
-    run = _run_options.add_parser(verbs)
+    run = options.add_parser(verbs)
     verbs.add_parser("serve", help="serve an application with several processes", add_help=False)
     verbs.add_parser("exec", help="run a command here, or have it run outside", add_help=False)
     names: list[str] | None = None
-    if _run_options.SEPARATOR in given:
-        cut = given.index(_run_options.SEPARATOR)
+    if options.SEPARATOR in given:
+        cut = given.index(options.SEPARATOR)
         given, names = given[:cut], given[cut + 1 :]
     program: list[str] = []
     if given[:1] == ["run"]:
-        ours, program = _run_options.split(run, given[1:])
+        ours, program = options.split(run, given[1:])
         given = ["run", *ours]
-    options = _run_options.check(run, parser.parse_args(given), program, names is not None)
-    return run_all(options, Names(names, options.separator, options.at_once))
+    chosen = options.check(run, parser.parse_args(given), program, names is not None)
+    return run_all(chosen, Names(names, chosen.separator, chosen.at_once))
 
 
 def _fill_standard_descriptors() -> None:

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from ._fixtures_leaks import LeakCheck
-    from ._fixtures_listener import Listener, ListenerFactory
-    from ._fixtures_pools import PoolFactory, SharedPool
-    from ._fixtures_serve import Serve
-    from ._fixtures_service import Services
+    from ._fixtures.leaks import LeakCheck
+    from ._fixtures.listener import Listener, ListenerFactory
+    from ._fixtures.pools import PoolFactory, SharedPool
+    from ._fixtures.serve import Serve
+    from ._fixtures.service import Services
     from .pool import Pool
 
 _MODE = pytest.StashKey[str]()
@@ -28,7 +28,7 @@ _SERVE = pytest.StashKey["Serve"]()
 _TOLD = pytest.StashKey[bool]()  # the test has failed, and it was said that its server has died
 
 _NAME = "fdpool.pytest_plugin"
-_MARK = "FDPOOL_TESTS"  # as `_fixtures_census` knows it
+_MARK = "FDPOOL_TESTS"  # as `_fixtures.census` knows it
 _MODES = ("off", "warn", "fail")
 
 
@@ -98,10 +98,10 @@ def pytest_configure(config: pytest.Config) -> None:
     _mark_processes(config)
     _seconds(config, "fdpool_leaks_patience")
     if config.getoption("--fdpool-trace"):
-        from . import _fixtures_trace
+        from ._fixtures import trace
 
-        _fixtures_trace.start()
-        config.add_cleanup(_fixtures_trace.stop)
+        trace.start()
+        config.add_cleanup(trace.stop)
 
 
 def _mode(config: pytest.Config) -> str:
@@ -156,11 +156,11 @@ def leak_check(request: pytest.FixtureRequest) -> Iterator[LeakCheck]:
 
 
 def _checked(request: pytest.FixtureRequest, mode: str) -> Iterator[Any]:
-    from . import _fixtures_leaks
+    from ._fixtures import leaks
 
     ignored = list(request.config.getini("fdpool_leaks_ignore"))
     failed_before = request.session.testsfailed
-    check = _fixtures_leaks.LeakCheck(request.node.nodeid, ignored)
+    check = leaks.LeakCheck(request.node.nodeid, ignored)
     yield check
     if request.session.testsfailed > failed_before:
         return  # the traceback holds the frames, and these what they had open
@@ -171,7 +171,7 @@ def _checked(request: pytest.FixtureRequest, mode: str) -> Iterator[Any]:
         check.allow(pattern)
     found = check.settled(_seconds(request.config, "fdpool_leaks_patience"))
     if found:
-        text = _fixtures_leaks.report(found)
+        text = leaks.report(found)
         if mode == "fail":
             pytest.fail(text, pytrace=False)
         request.node.warn(LeakWarning(text))
@@ -183,7 +183,7 @@ def _checked(request: pytest.FixtureRequest, mode: str) -> Iterator[Any]:
 @pytest.fixture
 def listener_factory() -> Iterator[ListenerFactory]:
     """Makes listening sockets that are closed at the end of the test: `listener_factory("unix")`."""
-    from ._fixtures_listener import ListenerFactory
+    from ._fixtures.listener import ListenerFactory
 
     factory = ListenerFactory()
     yield factory
@@ -202,7 +202,7 @@ def listener(request: pytest.FixtureRequest, listener_factory: ListenerFactory) 
 @pytest.fixture
 def worker_pool_factory() -> Iterator[PoolFactory]:
     """Makes pools, with the arguments of `fdpool.Pool`, that end with the test."""
-    from ._fixtures_pools import PoolFactory
+    from ._fixtures.pools import PoolFactory
 
     factory = PoolFactory()
     yield factory
@@ -217,7 +217,7 @@ def worker_pool(worker_pool_factory: PoolFactory) -> Pool:
 
 @pytest.fixture(scope="session")
 def _fdpool_shared_pool() -> Iterator[SharedPool]:
-    from ._fixtures_pools import SharedPool
+    from ._fixtures.pools import SharedPool
     from .pool import Pool
 
     shared = SharedPool(Pool)
@@ -248,14 +248,14 @@ _PRELOADED = (
     "cloudpickle",
     "json",
     "fdpool.commands",
-    "fdpool._fixtures_serve_worker",
-    "fdpool._fixtures_apps",
+    "fdpool._fixtures.serve_worker",
+    "fdpool._fixtures.apps",
 )
 
 
 @pytest.fixture(scope="session")
 def _fdpool_servers(request: pytest.FixtureRequest) -> Iterator[Pool]:
-    from ._fixtures_pools import end
+    from ._fixtures.pools import end
     from .pool import Pool
 
     preload = [*_PRELOADED, *request.config.getini("fdpool_preload")]
@@ -270,7 +270,7 @@ def _fdpool_servers(request: pytest.FixtureRequest) -> Iterator[Pool]:
 def serve(_fdpool_servers: Pool, request: pytest.FixtureRequest) -> Iterator[Serve]:
     """Starts servers on listeners that are bound already, each in a worker of its own: `serve(function)`,
     `serve.command([program, ...])`. A server that dies by itself fails the test."""
-    from ._fixtures_serve import Serve
+    from ._fixtures.serve import Serve
 
     servers = Serve(_fdpool_servers)
     request.node.stash[_SERVE] = servers
@@ -286,7 +286,7 @@ def serve(_fdpool_servers: Pool, request: pytest.FixtureRequest) -> Iterator[Ser
 def session_service() -> Iterator[Services]:
     """One server for all processes of the test run, under pytest-xdist, too: `session_service(name, function)`. Whoever
     asks first starts it; it ends with the last that holds it."""
-    from ._fixtures_service import Services
+    from ._fixtures.service import Services
 
     services = Services(os.environ.get("PYTEST_XDIST_TESTRUNUID") or str(os.getpid()))
     yield services
@@ -309,7 +309,7 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
             raise
         died = servers.died(patience_s=0.1)
         if died:
-            from ._fixtures_errors import ServerDied
+            from ._fixtures.errors import ServerDied
 
             item.stash[_TOLD] = True
             if not isinstance(error, ServerDied):
@@ -320,7 +320,7 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
 
 
 def _death(served: Any) -> str:
-    from ._fixtures_errors import ServerDied
+    from ._fixtures.errors import ServerDied
 
     return str(ServerDied(served.end_in_words(), served.logs))
 
@@ -335,13 +335,13 @@ def run_isolated() -> None:
 
 @contextmanager
 def _isolating(item: pytest.Item) -> Iterator[None]:
-    from . import _fixtures_isolated
+    from ._fixtures import isolated
 
-    limits = _fixtures_isolated.limits_of(item, _seconds(item.config, "fdpool_isolated_timeout"))
+    limits = isolated.limits_of(item, _seconds(item.config, "fdpool_isolated_timeout"))
     if limits is None or item.config.getoption("usepdb", False):  # a worker has no terminal for a debugger
         yield
         return
-    with _fixtures_isolated.isolating(item, limits):
+    with isolated.isolating(item, limits):
         yield
 
 
@@ -349,7 +349,7 @@ def _isolating(item: pytest.Item) -> Iterator[None]:
 def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     """Take the report of the worker for what was made of it here."""
     report = yield
-    isolated = sys.modules.get(f"{__package__}._fixtures_isolated")
+    isolated = sys.modules.get(f"{__package__}._fixtures.isolated")
     if isolated is not None:
         isolated.take_report(item, report)
     return report

@@ -1,8 +1,8 @@
 """`Server`: a pre-forking server, whose workers are replaced one by one without losing a request.
 
 It is a client of `Pool`, and nothing here forks, reaps or kills: each server worker is one long task of a pool
-(`_server_worker`), and each generation of code is a pool of its own. What to start, drain and give up is decided by
-`_server_plan`; `_server_loop` performs it.
+(`_server.worker`), and each generation of code is a pool of its own. What to start, drain and give up is decided by
+`_server.plan`; `_server.loop` performs it.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from . import _bind, _server_apps, _server_checks, _server_upgrade, payload
+from . import _bind, payload
 from ._cpus import usable_cpus
-from ._server_context import Order, ServerWorker, current_worker
-from ._server_crew import Task
-from ._server_listeners import Listeners
-from ._server_loop import Loop
-from ._server_plan import Plan, Settings
-from ._server_pools import Pools
-from ._server_watch import Watch, resident_bytes
+from ._server import apps, checks, upgrade
+from ._server.context import Order, ServerWorker, current_worker
+from ._server.crew import Task
+from ._server.listeners import Listeners
+from ._server.loop import Loop
+from ._server.plan import Plan, Settings
+from ._server.pools import Pools
+from ._server.watch import Watch, resident_bytes
 
 if TYPE_CHECKING:
     import socket
@@ -141,7 +142,7 @@ class Server:
         bind: _bind.Bind = "127.0.0.1:8000",
         *,
         workers: int | None = None,
-        interface: _server_apps.Interface | None = None,
+        interface: apps.Interface | None = None,
         dispatch: Dispatch = "shared",
         threads: int | None = None,
         grace: float = 30.0,
@@ -163,29 +164,27 @@ class Server:
         on_reload: Callable[[int], object] | None = None,
     ) -> None:
         workers = usable_cpus() if workers is None else workers
-        _server_checks.check_counts(
+        checks.check_counts(
             workers=workers,
             reload_batch=reload_batch,
             boot_limit=boot_limit,
             backlog=backlog,
         )
-        _server_checks.check_counts(
-            optional=True, threads=threads, max_requests=max_requests, max_memory=max_memory
-        )
-        _server_checks.check_times(grace=grace, boot_timeout=boot_timeout)
-        _server_checks.check_times(optional=True, request_timeout=request_timeout, max_age=max_age)
+        checks.check_counts(optional=True, threads=threads, max_requests=max_requests, max_memory=max_memory)
+        checks.check_times(grace=grace, boot_timeout=boot_timeout)
+        checks.check_times(optional=True, request_timeout=request_timeout, max_age=max_age)
         if not 0 <= jitter < 1:
             raise ValueError(f"jitter is a fraction, at least 0 and below 1, not {jitter!r}")
         if dispatch not in get_args(Dispatch):
             raise ValueError(f"dispatch is one of {', '.join(get_args(Dispatch))}, not {dispatch!r}")
         target = app if isinstance(app, str) else None
-        self.interface = _server_checks.checked_interface(app, interface, dispatch)
+        self.interface = checks.checked_interface(app, interface, dispatch)
         self._bind = bind
         self._backlog = backlog
         self._dispatch = dispatch
         self._grace_s = grace
         self._watch_for = (request_timeout, max_memory)
-        self._preload = _server_checks.modules_to_preload(preload, target)
+        self._preload = checks.modules_to_preload(preload, target)
         self._start_method = start_method
         self._settings = Settings(boot_timeout, grace, reload_batch, boot_limit, max_age, jitter)
         self._workers = workers
@@ -242,7 +241,7 @@ class Server:
             RuntimeError: this is not the main thread, which alone receives signals; there, use `with server:`.
             BindFailed, ServerFailed: as for `start`, except that a failed boot is told by the exit code.
         """
-        from ._server_signals import Signals
+        from ._server.signals import Signals
 
         with Signals(self) as signals:
             loop = self._launch(signals.hear)
@@ -255,8 +254,8 @@ class Server:
         with self._lock:
             if self._loop is not None:
                 raise RuntimeError("this server was started before; make a new one")
-            _server_checks.check_descriptors(self._workers, self._dispatch)
-            predecessor = _server_upgrade.take()
+            checks.check_descriptors(self._workers, self._dispatch)
+            predecessor = upgrade.take()
             try:
                 self._listeners = Listeners(
                     self._bind,
@@ -353,8 +352,8 @@ class Server:
             ValueError: less than one.
             ServerFailed: this process may not have as many descriptors as so many workers take.
         """
-        _server_checks.check_counts(workers=workers)
-        _server_checks.check_descriptors(workers, self._dispatch)
+        checks.check_counts(workers=workers)
+        checks.check_descriptors(workers, self._dispatch)
         self._running().scale(lambda _: workers)
 
     def upgrade(self) -> None:

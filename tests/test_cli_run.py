@@ -655,7 +655,7 @@ def test_ctrl_c_before_anything_has_begun_is_as_quiet(
         def __getattr__(self, name: str) -> object:
             raise KeyboardInterrupt
 
-    monkeypatch.setitem(sys.modules, "fdpool._run_loop", Interrupted())  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "fdpool._run.loop", Interrupted())  # type: ignore[arg-type]
     assert cli.main(["run", "cat", ":::"]) == 130
     assert capfd.readouterr() == ("", "")
 

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fdpool._run_halt import Halt
-from fdpool._run_joblog import Entry, Joblog, escape, read_done
-from fdpool._run_names import Names
-from fdpool._run_output import Fatal
-from fdpool._run_template import Program, Template
+from fdpool._run.halt import Halt
+from fdpool._run.joblog import Entry, Joblog, escape, read_done
+from fdpool._run.names import Names
+from fdpool._run.output import Fatal
+from fdpool._run.template import Program, Template
 
 # -- replacement strings ---------------------------------------------------------------------------
 

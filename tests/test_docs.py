@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import fdpool
-from fdpool import _server_states
+from fdpool._server import states as server_states
 from fdpool._slots import TABLE, Event, State
 
 ROOT = Path(__file__).parents[1]
@@ -36,16 +36,20 @@ def table_of(states: Any, events: Any, table: Any) -> str:
 
 
 def layers() -> str:
-    """The layers that the import-linter checks, from the top down."""
-    checked = re.search(r"^layers = \[\n(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.S | re.M)
-    assert checked is not None
-    ranks = [line.strip().strip('",').replace(" | ", "   ") for line in checked[1].splitlines()]
-    return "".join(["```\n", *(f" {rank}\n" for rank in ranks), "```\n"])
+    """The layers that the import-linter checks, of the package and of each package in it, from the top down."""
+    text = (ROOT / "pyproject.toml").read_text()
+    checked = re.findall(r'^containers = \["fdpool\.?(\w*)"\]$.*?^layers = \[\n(.*?)^\]', text, re.S | re.M)
+    assert len(checked) == 1 + sum(path.is_dir() for path in (ROOT / "fdpool").glob("_[a-z]*"))
+    parts = []
+    for package, ranks in checked:
+        names = [line.strip().strip('",').replace(" | ", "   ") for line in ranks.splitlines()]
+        parts.append("".join([f" in {package}:\n" if package else "", *(f" {rank}\n" for rank in names)]))
+    return "```\n" + "\n".join(parts) + "```\n"
 
 
 def server_table() -> str:
-    """`_server_states.TABLE` in Markdown."""
-    return table_of(_server_states.State, _server_states.Event, _server_states.TABLE)
+    """`_server.states.TABLE` in Markdown."""
+    return table_of(server_states.State, server_states.Event, server_states.TABLE)
 
 
 GENERATED = {"slot table": slot_table, "layers": layers, "server table": server_table}

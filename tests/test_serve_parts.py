@@ -13,15 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from fdpool import _serve_log, _serve_options
-from fdpool._serve_pid_file import PidFile, PidFileRefused
-from fdpool._serve_watch import Watcher, differing, is_watched, snapshot
+from fdpool._serve import log, options
+from fdpool._serve.pid_file import PidFile, PidFileRefused
+from fdpool._serve.watch import Watcher, differing, is_watched, snapshot
 
 # -- options ---------------------------------------------------------------------------------------
 
 
-def parse(*given: str, under_systemd: bool = False) -> _serve_options.Options:
-    return _serve_options.parse(given, lambda: under_systemd)
+def parse(*given: str, under_systemd: bool = False) -> options.Options:
+    return options.parse(given, lambda: under_systemd)
 
 
 def test_a_target_is_all_that_is_needed() -> None:
@@ -131,7 +131,7 @@ def record(**extra: object) -> logging.LogRecord:
 
 
 def test_a_line_of_json_has_the_events_own_fields() -> None:
-    said = json.loads(_serve_log.Json().format(record(event="ready", slot=3, address=("::1", 80), odd={1})))
+    said = json.loads(log.Json().format(record(event="ready", slot=3, address=("::1", 80), odd={1})))
     assert said.pop("time") > 1.7e9
     assert said == {
         "level": "info",
@@ -146,11 +146,11 @@ def test_a_line_of_json_has_the_events_own_fields() -> None:
 
 
 def test_a_line_for_people_says_when_who_and_what() -> None:
-    said = _serve_log.Lines().format(record(event="ready"))
+    said = log.Lines().format(record(event="ready"))
     assert said.endswith(f" [{os.getpid()}] worker 3 is ready")
     worse = record()
     worse.levelno, worse.levelname = logging.WARNING, "WARNING"
-    assert _serve_log.Lines().format(worse).endswith("] warning: worker 3 is ready")
+    assert log.Lines().format(worse).endswith("] warning: worker 3 is ready")
 
 
 @pytest.mark.parametrize("as_json", [False, True])
@@ -160,14 +160,14 @@ def test_a_traceback_is_part_of_the_record(as_json: bool) -> None:
         raise ValueError("no")
     except ValueError:
         failed.exc_info = sys.exc_info()
-    said = (_serve_log.Json() if as_json else _serve_log.Lines()).format(failed)
+    said = (log.Json() if as_json else log.Lines()).format(failed)
     assert "ValueError: no" in (json.loads(said)["traceback"] if as_json else said)
     assert not as_json or "\n" not in said
 
 
 def test_configured_twice_it_says_everything_once() -> None:
     script = (
-        "import logging, fdpool._serve_log as l\nfor _ in range(2): l.configure(True, 'INFO')\n"
+        "import logging, fdpool._serve.log as l\nfor _ in range(2): l.configure(True, 'INFO')\n"
         "logging.getLogger('fdpool.server').info('once'); logging.getLogger('fdpool.server').debug('never')"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
@@ -176,7 +176,7 @@ def test_configured_twice_it_says_everything_once() -> None:
 
 def test_a_log_that_nobody_can_take_is_no_error() -> None:
     script = (
-        "import logging, fdpool._serve_log as l\nl.configure(False, 'INFO')\n"
+        "import logging, fdpool._serve.log as l\nl.configure(False, 'INFO')\n"
         "logging.getLogger('fdpool.server').info('lost'); print('went on')"
     )
     command = f'exec {sys.executable} -W error -c "$SCRIPT" 2>/dev/full'

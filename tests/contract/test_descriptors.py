@@ -18,7 +18,7 @@ import pytest
 
 import fdpool
 from fdpool import Fd, Pool, _messages
-from fdpool._fixtures_pools import PoolFactory
+from fdpool._fixtures.pools import PoolFactory
 from fdpool._messages import HEADER_BYTES
 from tests.process_state import open_descriptors, wait_until
 

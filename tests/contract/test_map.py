@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from fdpool import Pool
-from fdpool._fixtures_pools import PoolFactory
+from fdpool._fixtures.pools import PoolFactory
 
 from . import helpers
 

@@ -15,7 +15,7 @@ import pytest
 
 import fdpool
 from fdpool import Pool
-from fdpool._fixtures_pools import PoolFactory
+from fdpool._fixtures.pools import PoolFactory
 from tests.process_state import wait_until
 
 from . import helpers

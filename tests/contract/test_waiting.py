@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from fdpool import Pool
-from fdpool._fixtures_pools import PoolFactory
+from fdpool._fixtures.pools import PoolFactory
 from tests.process_state import wait_until
 
 from . import helpers

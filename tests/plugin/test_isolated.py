@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fdpool._fixtures_isolated import limits_of
+from fdpool._fixtures.isolated import limits_of
 from tests.plugin.conftest import Run
 
 here = os.getpid()

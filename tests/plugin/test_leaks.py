@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 import fdpool
-from fdpool import _fixtures_census as census
-from fdpool._fixtures_leaks import LeakCheck, report
+from fdpool._fixtures import census
+from fdpool._fixtures.leaks import LeakCheck, report
 from tests.plugin.conftest import Run
 from tests.process_state import wait_until
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import fdpool
-from fdpool._fixtures_listener import Kind, Listener, ListenerFactory
+from fdpool._fixtures.listener import Kind, Listener, ListenerFactory
 
 KINDS: list[Kind] = ["tcp", "tcp6", "unix"]
 

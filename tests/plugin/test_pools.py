@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 import fdpool
-from fdpool._fixtures_pools import PoolFactory, SharedPool, end, profile
+from fdpool._fixtures.pools import PoolFactory, SharedPool, end, profile
 from tests.plugin.conftest import Run
 
 

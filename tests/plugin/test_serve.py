@@ -19,10 +19,10 @@ import psutil
 import pytest
 
 import fdpool
-from fdpool._fixtures_errors import ServerDied
-from fdpool._fixtures_listener import Kind, Listener, ListenerFactory
-from fdpool._fixtures_serve import Serve
-from fdpool._fixtures_served import Served
+from fdpool._fixtures.errors import ServerDied
+from fdpool._fixtures.listener import Kind, Listener, ListenerFactory
+from fdpool._fixtures.serve import Serve
+from fdpool._fixtures.served import Served
 from tests.plugin.conftest import Run
 from tests.process_state import seconds_until_gone, wait_until
 

@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from fdpool._fixtures_apps import kind_of
-from fdpool._fixtures_errors import ServerDied
-from fdpool._fixtures_serve import Serve
-from fdpool._fixtures_served import Served
+from fdpool._fixtures.apps import kind_of
+from fdpool._fixtures.errors import ServerDied
+from fdpool._fixtures.serve import Serve
+from fdpool._fixtures.served import Served
 from tests.process_state import wait_until
 
 

@@ -14,8 +14,8 @@ import psutil
 import pytest
 
 import fdpool
-from fdpool._fixtures_errors import ServerDied
-from fdpool._fixtures_service import Services
+from fdpool._fixtures.errors import ServerDied
+from fdpool._fixtures.service import Services
 from tests.plugin.conftest import Run
 from tests.process_state import seconds_until_gone, wait_until
 
@@ -60,7 +60,7 @@ def test_all_holders_have_one_server_and_it_ends_with_the_last() -> None:
 def test_a_holder_that_is_killed_lets_go(tmp_path: Path) -> None:
     program = (
         "import os, sys, time\n"
-        "from fdpool._fixtures_service import Services\n"
+        "from fdpool._fixtures.service import Services\n"
         "from tests.plugin.test_service import tell_pid\n"
         "services = Services(sys.argv[1])\n"
         "print(services('pids', tell_pid).pid, flush=True)\n"

@@ -8,7 +8,7 @@ from concurrent.futures import Future
 import pytest
 
 from fdpool import PoolBroken, WorkerLost
-from fdpool._server_link import reason_of
+from fdpool._server.link import reason_of
 
 
 def lost(message: str = "", **fields: object) -> WorkerLost:

@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 
-from fdpool import _server_apps
-from fdpool._server_accept import Acceptor, Reserve
-from fdpool._server_handoff import Laden, choose
-from fdpool._server_listeners import Listeners
-from fdpool._server_progress import Progress, Seen, SeenPage
-from fdpool._server_steering import queued, steer
-from fdpool._server_watch import judge
+from fdpool._server import apps
+from fdpool._server.accept import Acceptor, Reserve
+from fdpool._server.handoff import Laden, choose
+from fdpool._server.listeners import Listeners
+from fdpool._server.progress import Progress, Seen, SeenPage
+from fdpool._server.steering import queued, steer
+from fdpool._server.watch import judge
 
 # -- kinds of applications -------------------------------------------------------------------------------
 
@@ -51,13 +51,13 @@ def kinds() -> Iterator[tuple[Any, str]]:
 
 @pytest.mark.parametrize(("app", "kind"), list(kinds()))
 def test_the_kind_of_an_application_is_told_by_its_parameters(app: Any, kind: str) -> None:
-    assert _server_apps.interface_of(app) == kind
+    assert apps.interface_of(app) == kind
 
 
 @pytest.mark.parametrize("target", ["", ":", "a:", ":b", "a b:c", "a:b()()", "a:b(1)", "a/b:c", "a:b-c"])
 def test_a_name_that_is_none_is_refused(target: str) -> None:
     with pytest.raises(ValueError, match="module:attribute"):
-        _server_apps.check_target(target)
+        apps.check_target(target)
 
 
 def test_a_named_application_is_found_and_a_factory_called(
@@ -65,10 +65,10 @@ def test_a_named_application_is_found_and_a_factory_called(
 ) -> None:
     (tmp_path / "found_here.py").write_text("class outer:\n    inner = 7\ndef make():\n    return 8\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert _server_apps.load("found_here:outer.inner") == 7
-    assert _server_apps.load("found_here:make()") == 8
+    assert apps.load("found_here:outer.inner") == 7
+    assert apps.load("found_here:make()") == 8
     with pytest.raises(AttributeError, match=r"no 'missing', which 'found_here:outer.missing' asks for"):
-        _server_apps.load("found_here:outer.missing")
+        apps.load("found_here:outer.missing")
 
 
 # -- accepting ---------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import pytest
 
-from fdpool._server_plan import (
+from fdpool._server.plan import (
     Abandoned,
     Action,
     CloseGeneration,
@@ -22,7 +22,7 @@ from fdpool._server_plan import (
     Started,
     StartWorker,
 )
-from fdpool._server_states import TABLE, Event, State, step
+from fdpool._server.states import TABLE, Event, State, step
 
 
 class World:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from fdpool import ReloadFailed
-from fdpool._server_states import State
+from fdpool._server.states import State
 from fdpool.server import Server
 from tests.process_state import wait_until
 from tests.server.helpers import (

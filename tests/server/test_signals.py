@@ -13,7 +13,7 @@ from typing import Any, ClassVar, cast
 import psutil
 import pytest
 
-from fdpool._server_signals import Signals
+from fdpool._server.signals import Signals
 from tests.process_state import seconds_until_gone, wait_until
 from tests.server.helpers import Load, read_all
 from tests.server.programs import ask_port, port_in, program
@@ -238,11 +238,11 @@ def test_a_successor_that_fails_changes_nothing(tmp_path: Path, broken: str, why
 def test_the_variable_of_an_upgrade_is_for_the_successor_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fdpool import _server_upgrade
+    from fdpool._server import upgrade
 
     monkeypatch.setenv("FDPOOL_UPGRADE", '{"of": 1, "control": 0, "listeners": {}}')
-    assert not _server_upgrade.is_successor()
-    assert _server_upgrade.take() is None
+    assert not upgrade.is_successor()
+    assert upgrade.take() is None
     assert "FDPOOL_UPGRADE" not in os.environ
 
 

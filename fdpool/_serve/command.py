@@ -1,0 +1,122 @@
+"""`fdpool serve`: a `Server` run from the command line, its log, its pid file, and its watch over changed files."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from .. import __version__
+from .._server import upgrade
+from ..errors import BindFailed, FdpoolError
+from ..server import Server
+from . import check, log
+from .options import Options, parse
+from .pid_file import PidFile, PidFileRefused
+from .watch import Watcher
+
+_LOG = logging.getLogger("fdpool.server")
+_FAILED = 1
+
+
+def main(given: Sequence[str]) -> int:
+    """The exit status, once the server has ended."""
+    options = parse(given)
+    log.configure(options.log_json, options.log_level)
+    if options.app_dir not in sys.path[:1]:
+        sys.path.insert(0, options.app_dir)  # workers get this process's search path
+    if options.check:
+        return check.check(options)
+    try:
+        return serve(options)
+    except (BindFailed, PidFileRefused, FdpoolError, ValueError, TypeError, ImportError) as error:
+        _LOG.critical(
+            "cannot serve %s: %s", options.target, error, extra={"event": "refused", "reason": str(error)}
+        )
+        return _FAILED
+
+
+def serve(options: Options) -> int:
+    """Serve until a signal ends it; the exit status.
+
+    Raises:
+        FdpoolError, ValueError, TypeError, ImportError: it cannot begin; nothing is left.
+    """
+    with contextlib.ExitStack() as until_the_end:
+
+        def hold_pid_file(replace: bool = False) -> None:
+            if options.pid_file is not None:
+                until_the_end.callback(PidFile(options.pid_file, replace=replace).close)
+
+        # A successor that never serves must leave the file to the server that goes on.
+        takes_over = upgrade.is_successor()
+        server = server_of(options, partial(hold_pid_file, replace=True) if takes_over else None)
+        if not takes_over:
+            hold_pid_file()
+        if options.reload_on_change:
+            until_the_end.callback(Watcher(options.reload_dirs, partial(_reload, server)).close)
+        _LOG.info(
+            "fdpool %s starts %s at %s: SIGTERM ends it, SIGHUP reloads",
+            __version__,
+            options.target,
+            ", ".join(options.binds),
+            extra={
+                "event": "starting",
+                "version": __version__,
+                "python": ".".join(map(str, sys.version_info[:3])),
+                "target": options.target,
+                "binds": options.binds,
+                "dispatch": options.dispatch,
+            },
+        )
+        return server.run()
+
+
+def server_of(options: Options, on_ready: Callable[[], object] | None) -> Server:
+    """The server that the options ask for; nothing is opened yet.
+
+    Raises:
+        ValueError, TypeError, ImportError: as `Server` does.
+    """
+    chosen: dict[str, Any] = {
+        "workers": options.workers,
+        "threads": options.threads,
+        "backlog": options.backlog,
+        "grace": options.grace,
+        "boot_timeout": options.boot_timeout,
+        "request_timeout": options.request_timeout,
+        "max_requests": options.max_requests,
+        "max_age": options.max_age,
+        "max_memory": options.max_memory,
+        "reload_batch": options.reload_batch,
+        "options": options.settings,
+    }
+    return Server(
+        options.target,
+        options.binds,
+        interface=options.interface,  # type: ignore[arg-type]  # one of the choices
+        dispatch=options.dispatch,  # type: ignore[arg-type]
+        preload=options.preload,
+        on_ready=on_ready,
+        on_worker_start=partial(log.configure_worker, options.log_json, options.log_level),
+        **{name: value for name, value in chosen.items() if value is not None},
+    )
+
+
+def _reload(server: Server, changed: list[str]) -> None:
+    """Runs in: the watcher's thread."""
+    names = [os.path.relpath(path) for path in changed]
+    _LOG.info(
+        "%s%s changed, so the server reloads",
+        names[0],
+        "" if len(names) == 1 else f" and {len(names) - 1} more",
+        extra={"event": "files_changed", "files": changed},
+    )
+    try:
+        server.reload()
+    except RuntimeError:
+        pass  # it does not serve yet, and will load what is there

@@ -1,0 +1,1 @@
+"""How a server prepares, watches and replaces its workers; the door to it is `fdpool.server`."""

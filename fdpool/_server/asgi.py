@@ -1,0 +1,288 @@
+"""Serving an ASGI application with uvicorn, in a server worker's event loop.
+
+What is ours: when to stop accepting, what becomes of connections that are kept alive meanwhile, and telling how far
+requests are. What speaks HTTP and WebSocket is uvicorn.
+
+Draining without a reset: the listeners are closed (other workers have them too), each answer from then on carries
+`Connection: close`, and connections on which nothing happens are closed only after uvicorn's own keep-alive time, as
+a client may be sending on one right now. WebSockets are closed at once with code 1012, "service restart".
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib
+import logging
+import math
+import socket
+import time
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping, Sequence
+from typing import Any
+
+import uvicorn
+
+from .context import Order, ServerWorker
+from .doors import Door, Listening
+
+# uvicorn imports these, and what they stand for (httptools, websockets, uvloop), as it first needs them: in each worker
+# again, unless this module was imported in the supervisor.
+for _name in ("lifespan.on", "loops.auto", "protocols.http.auto", "protocols.websockets.auto"):
+    with contextlib.suppress(ImportError):
+        importlib.import_module(f"uvicorn.{_name}")
+
+Message = MutableMapping[str, Any]
+Application = Callable[[Any, Any, Any], Awaitable[None]]
+
+_LOG = logging.getLogger("fdpool.server")
+_TAKEN_AT_ONCE = 8  # connections taken from the inbox before those that are open have their turn
+_CLOSE = (b"connection", b"close")
+
+
+class AsgiFace:
+    """uvicorn on the worker's listeners, or on connections that it is handed."""
+
+    def __init__(
+        self,
+        app: Application,
+        order: Order,
+        worker: ServerWorker,
+        door: Door,
+        listeners: Sequence[socket.socket],
+    ) -> None:
+        self._door = door
+        config = uvicorn.Config(
+            _Watched(app, worker, order.request_timeout_s),
+            **{"log_config": None, "backlog": order.backlog, "interface": "asgi3", **order.options},
+        )
+        sockets = list(listeners) if isinstance(door, Listening) else []
+        self._server = _Server(config, worker, None if sockets else door)
+        self._sockets = sockets
+
+    def serve(self, ready: Callable[[], None]) -> None:
+        self._server.on_started = ready
+        self._server.run(sockets=self._sockets)
+        if not self._server.started:
+            raise RuntimeError("the application failed at its start (lifespan): see what uvicorn has logged")
+
+    def drain(self, grace_s: float, leaving: bool) -> None:
+        self._server.drain(time.monotonic() + grace_s, leaving)
+
+
+class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may not be installed
+    """uvicorn's server, with signals left to the worker, and a drain in place of its sudden end."""
+
+    def __init__(self, config: uvicorn.Config, worker: ServerWorker, door: Door | None) -> None:
+        super().__init__(config)
+        self.on_started: Callable[[], None] = lambda: None
+        self._worker = worker
+        self._door = door  # None where uvicorn accepts by itself
+        self._serving_loop: asyncio.AbstractEventLoop | None = None
+        self._order: tuple[float, bool] | None = None  # a drain's end, and whether everybody leaves
+        self._open = 0
+        self._adopting = 0
+        self._idle_at = math.inf  # when idle connections are closed
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets=sockets)
+        if self.should_exit or not self.started:
+            return
+        self._serving_loop = loop = asyncio.get_running_loop()
+        self._worker.progress.beat()
+        if self._door is not None:
+            for fileno in self._door.filenos():
+                loop.add_reader(fileno, self._take, fileno)
+        self.on_started()
+        if self._order is not None:
+            self._begin_draining()
+
+    def drain(self, until: float, leaving: bool) -> None:
+        """Runs in: any thread."""
+        self._order = (until, leaving)
+        if self._serving_loop is not None:
+            try:
+                self._serving_loop.call_soon_threadsafe(self._begin_draining)
+            except RuntimeError:
+                pass  # the loop is closed: it has ended by itself
+
+    def _begin_draining(self) -> None:
+        assert self._order is not None
+        _, leaving = self._order
+        for server in self.servers:
+            server.close()
+        self._leave_door()
+        self._worker.closed()
+        self._mark_answers()
+        for connection in list(self.server_state.connections):
+            if leaving or not hasattr(connection, "timeout_keep_alive_task"):  # all but HTTP: WebSockets
+                connection.shutdown()
+        if self._idle_at == math.inf:
+            self._idle_at = time.monotonic() + self.config.timeout_keep_alive
+
+    def _mark_answers(self) -> None:
+        """Have every answer that has not begun end its connection, and say so: uvicorn heeds that header."""
+        if _CLOSE in self.config.encoded_headers:
+            return
+        self.config.encoded_headers.append(_CLOSE)
+        self.server_state.default_headers = [*self.server_state.default_headers, _CLOSE]
+        for connection in self.server_state.connections:
+            cycle = getattr(connection, "cycle", None)
+            if cycle is not None and not cycle.response_started:
+                cycle.default_headers = [*cycle.default_headers, _CLOSE]
+
+    async def on_tick(self, counter: int) -> bool:
+        self._worker.progress.beat()
+        if self._door is not None:
+            self._count_open()
+        if self._order is not None:
+            now = time.monotonic()
+            until, _ = self._order
+            if not self.server_state.connections or now >= until:
+                self.config.timeout_graceful_shutdown = max(0.0, until - now)  # type: ignore[assignment, unused-ignore]
+                self.should_exit = True
+            elif now >= self._idle_at:
+                self._idle_at = math.inf
+                for connection in list(self.server_state.connections):
+                    connection.shutdown()  # what is idle is closed; what runs is not kept alive
+        return bool(await super().on_tick(counter))
+
+    # -- connections that the server hands over -----------------------------------------------------------
+
+    def _take(self, fileno: int) -> None:
+        assert self._door is not None
+        assert self._serving_loop is not None
+        if (pause_s := self._door.pause_s()) > 0:
+            self._serving_loop.remove_reader(fileno)
+            self._serving_loop.call_later(pause_s, self._look_again, fileno)
+            return
+        for _ in range(_TAKEN_AT_ONCE):
+            connection = self._door.take(fileno)
+            if connection is None:
+                break
+            self._adopting += 1
+            connection.setblocking(False)
+            task = self._serving_loop.create_task(self._adopt(connection))
+            task.add_done_callback(_log_failure)
+        self._count_open()
+
+    def _look_again(self, fileno: int) -> None:
+        if self._door is not None and self._serving_loop is not None and fileno in self._door.filenos():
+            self._serving_loop.add_reader(fileno, self._take, fileno)
+
+    async def _adopt(self, connection: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+
+        def protocol() -> Any:
+            return self.config.http_protocol_class(  # type: ignore[call-arg, unused-ignore]
+                config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+            )
+
+        try:
+            await loop.connect_accepted_socket(protocol, connection, ssl=self.config.ssl)
+        except OSError:
+            connection.close()  # the client has gone
+        finally:
+            self._adopting -= 1
+
+    def _count_open(self) -> None:
+        before = self._open
+        self._open = len(self.server_state.connections) + self._adopting
+        self._worker.progress.has_open(self._open)
+        if self._open < before and self._door is not None:
+            self._door.ended()
+
+    def _leave_door(self) -> None:
+        if self._door is not None and self._serving_loop is not None:
+            for fileno in self._door.filenos():
+                self._serving_loop.remove_reader(fileno)
+            self._door.close()
+
+
+def _log_failure(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and task.exception() is not None:
+        _LOG.error(
+            "a connection could not be taken", exc_info=task.exception(), extra={"event": "adopt_failed"}
+        )
+
+
+class _Watched:
+    """The application, with its requests counted.
+
+    A request that does nothing for `timeout_s` seconds (receives nothing, sends nothing) is cancelled: that costs
+    nobody else anything. A loop that does not turn is the server's to see.
+    """
+
+    def __init__(self, app: Application, worker: ServerWorker, timeout_s: float | None) -> None:
+        self._app = app
+        self._worker = worker
+        self._timeout_s = timeout_s
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        worker = self._worker
+        progress = worker.progress
+        progress.begin_untimed()
+        try:
+            if self._timeout_s is None or scope["type"] != "http":
+                await self._app(scope, receive, send)
+            else:
+                await self._answer(scope, receive, send, self._timeout_s)
+        finally:
+            worker.ended(progress.end_untimed())
+
+    async def _answer(self, scope: Any, receive: Any, send: Any, timeout_s: float) -> None:
+        watch = _Watch(timeout_s, scope)
+
+        async def send_watched(message: Message) -> None:
+            watch.moved_on()
+            await send(message)
+
+        async def receive_watched() -> Any:
+            message = await receive()
+            watch.moved_on()
+            return message
+
+        try:
+            await self._app(scope, receive_watched, send_watched)
+        finally:
+            watch.close()
+
+
+class _Watch:
+    """Cancels the running task if it has not moved on for so long."""
+
+    def __init__(self, timeout_s: float, scope: Any) -> None:
+        self._timeout_s = timeout_s
+        self._path = f"{scope['method']} {scope['path']}"
+        self._loop = asyncio.get_running_loop()
+        self._task = asyncio.current_task()
+        self._since = self._loop.time()
+        self._timer = self._loop.call_later(timeout_s, self._look)
+
+    def moved_on(self) -> None:
+        self._since = self._loop.time()
+
+    def _look(self) -> None:
+        left_s = self._since + self._timeout_s - self._loop.time()
+        if left_s > 0:
+            self._timer = self._loop.call_later(left_s, self._look)
+            return
+        assert self._task is not None
+        where = [f"{frame.f_code.co_filename}:{frame.f_lineno}" for frame in self._task.get_stack()]
+        _LOG.error(
+            "%s has not moved on for request_timeout=%g seconds, and is cancelled; it waits at %s",
+            self._path,
+            self._timeout_s,
+            " < ".join(reversed(where)) or "?",
+            extra={"event": "request_cancelled"},
+        )
+        self._task.cancel()
+
+    def close(self) -> None:
+        self._timer.cancel()

@@ -1,0 +1,134 @@
+"""Arguments of a `Server` that are of no use, found before anything is opened; and what follows from those that are."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from ..errors import ServerFailed
+from . import apps
+
+_FACES = {
+    "asgi": ("uvicorn", "fdpool._server.asgi"),
+    "wsgi": ("waitress", "fdpool._server.wsgi"),
+    "handler": (None, "fdpool._server.handler"),
+    "socketserver": (None, "fdpool._server.handler"),
+    "listeners": (None, "fdpool._server.handler"),
+}
+
+# Of this process, for each worker: its control stream, page and pidfd; the pool's slot with its pair and pidfd. With a
+# hand-over, a pair more.
+_PER_WORKER = {"shared": 6, "reuseport": 7, "handoff": 8}
+_BESIDES = 48
+
+#: Most workers of a server. As many again may drain at the same time.
+MOST_WORKERS = 512
+
+
+def check_counts(optional: bool = False, **counts: int | None) -> None:
+    """Raise TypeError or ValueError unless each is an integer above 0."""
+    for name, count in counts.items():
+        if count is None and optional:
+            continue
+        if not isinstance(count, int) or isinstance(count, bool):
+            raise TypeError(f"{name} must be an integer, not {count!r}")
+        if count < 1:
+            raise ValueError(f"{name} must be at least 1, not {count}")
+
+
+def check_times(optional: bool = False, **times: float | None) -> None:
+    """Raise TypeError or ValueError unless each is a number of seconds; `grace` may be 0."""
+    for name, seconds in times.items():
+        if seconds is None and optional:
+            continue
+        if not isinstance(seconds, (int, float)) or isinstance(seconds, bool):
+            raise TypeError(f"{name} must be a number of seconds, not {seconds!r}")
+        if not math.isfinite(seconds) or seconds < 0 or (seconds == 0 and name != "grace"):
+            raise ValueError(f"{name} must be a number of seconds above 0, not {seconds!r}")
+
+
+def checked_interface(app: Any, interface: str | None, dispatch: str) -> str | None:
+    """Which kind of application it is; None if only a worker can tell, as it is named.
+
+    Raises:
+        ValueError, TypeError: it is none, or does not go with `dispatch`.
+        ImportError: what it needs is not installed.
+    """
+    if interface is not None and interface not in apps.INTERFACES:
+        raise ValueError(f"interface is one of {', '.join(apps.INTERFACES)}, not {interface!r}")
+    if isinstance(app, str):
+        apps.check_target(app)
+    elif interface is None:
+        interface = apps.interface_of(app)
+    elif not callable(app):
+        raise TypeError(f"an application is callable, and {app!r} is not")
+    if interface == "listeners" and dispatch == "handoff":
+        raise ValueError(
+            "an application that accepts for itself cannot be handed connections (dispatch='handoff')"
+        )
+    library = _FACES[interface][0] if interface is not None else None
+    if library is not None and not _is_installed(library):
+        raise ModuleNotFoundError(
+            f"an application of the kind {interface!r} is served by {library}, which is not installed: "
+            f"pip install 'fdpool[{interface}]'",
+            name=library,
+        )
+    return interface
+
+
+def _is_installed(library: str) -> bool:
+    return importlib.util.find_spec(library) is not None
+
+
+def modules_to_serve(interface: str | None) -> list[str]:
+    """The modules that every worker needs to serve an application of this kind, or of one that is not known yet."""
+    faces = [
+        face for library, face in dict.fromkeys(_FACES.values()) if library is None or _is_installed(library)
+    ]
+    return ["fdpool._server.worker", *(faces if interface is None else [_FACES[interface][1]])]
+
+
+def modules_to_preload(preload: bool | Iterable[str], target: str | None) -> list[str]:
+    """The modules that were asked to be imported before workers are forked.
+
+    Raises:
+        TypeError, ValueError: `preload` is of no use.
+    """
+    if preload is True:
+        if target is None:
+            raise ValueError("preload=True is for an application that is named, 'module:attribute'")
+        return [apps.module_of(target)]
+    if preload is False:
+        return []
+    if isinstance(preload, str):
+        raise TypeError(f"preload must be True or an iterable of module names, not the string {preload!r}")
+    return list(preload)
+
+
+def handed_at_most(interface: str, threads: int | None) -> int:
+    """How many connections a worker may be handed at a time.
+
+    One that calls a handler can do with `threads`, and two more, so that it need not wait for the next. What speaks
+    HTTP has many that are idle; waitress takes no more than a hundred.
+    """
+    if interface in ("handler", "socketserver"):
+        return (threads or 1) + 2
+    return 90
+
+
+def check_descriptors(workers: int, dispatch: str) -> None:
+    """Raise ServerFailed if there are too many of them, or this process may not have the descriptors that they take."""
+    import resource
+
+    if workers > MOST_WORKERS:
+        raise ServerFailed(f"a server has {MOST_WORKERS} workers at most, not {workers}")
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _BESIDES + workers * _PER_WORKER[dispatch]
+    if soft not in (resource.RLIM_INFINITY, -1) and wanted > soft:
+        raise ServerFailed(
+            f"{workers} workers take about {wanted} descriptors in this process, and its limit is {soft}: raise it "
+            f"(ulimit -n, LimitNOFILE=; the hard limit is {hard}), or have fewer workers"
+        )

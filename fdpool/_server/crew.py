@@ -1,0 +1,250 @@
+"""The workers of a server, as its thread deals with them: starts, hears, drains and ends each. Decides nothing."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from .. import _process
+from .._broken import PoolBroken
+from ..errors import FdpoolError, PoolShutDown
+from . import checks, news
+from .context import Order
+from .link import WorkerLink
+
+if TYPE_CHECKING:
+    import socket
+
+    from ..payload import Payload
+    from .handoff import Handoff
+    from .listeners import Listeners
+    from .pools import Pools
+    from .turns import Turns
+
+_STACKS_S = 0.25  # how long a stuck worker has to write down its stacks
+_KILL_AGAIN_S = 5.0  # after which a worker that should be dead is looked after again
+
+
+class Task(NamedTuple):
+    """What every worker of a server is to do.
+
+    Attributes:
+        app: payload of (application, on_start, on_exit); owned by the server.
+        order: a worker's order, but for its slot and generation.
+        on_reload: called with the new generation's number before it begins.
+    """
+
+    app: Payload
+    order: Order
+    on_reload: Callable[[int], object] | None
+
+
+class Hears(Protocol):
+    """Whom the crew tells."""
+
+    def worker_ready(self, number: int) -> None:
+        """The worker serves."""
+
+    def worker_retires(self, number: int) -> None:
+        """The worker asks to be replaced."""
+
+    def worker_closed(self, number: int) -> None:
+        """The worker accepts nothing any more."""
+
+    def worker_ended(self, number: int, why: str) -> None:
+        """The worker is not there any more, or never was."""
+
+    @property
+    def stopping(self) -> bool:
+        """True once every worker's end is expected."""
+
+
+class Crew:
+    """The workers. Runs in: the server's thread, all of it.
+
+    Attributes:
+        links: the workers by number. Others may read what it holds; it changes under them.
+        started: how many were started so far.
+        failure: why the last one that could not serve did not.
+    """
+
+    def __init__(
+        self,
+        turns: Turns,
+        task: Task,
+        pools: Pools,
+        listeners: Listeners,
+        handoff: Handoff | None,
+        boss: Hears,
+    ) -> None:
+        self._turns = turns
+        self._task = task
+        self._pools = pools
+        self._listeners = listeners
+        self._handoff = handoff
+        self._boss = boss
+        self.links: dict[int, WorkerLink] = {}
+        self.started = 0
+        self.failure = ""
+        self._last_traceback = ""
+
+    def start(self, number: int, slot: int, generation: int) -> None:
+        """Have a worker started. That it cannot be is told in a later turn, as every end is."""
+        self.started += 1
+        link = None
+        try:
+            link = WorkerLink(number, slot, generation)
+            inbox = None if self._handoff is None else self._handoff.seat(link)
+            self._begin(link, inbox, anew=False)
+        except (FdpoolError, OSError) as error:
+            if link is not None:
+                self._let_go(link)
+            self._turns.post(partial(self._never_began, number, slot, error))
+            return
+        self.links[number] = link
+        self._turns.watch(link.control, partial(self._hear, link))
+        news.say_of(link, "worker_started", "of generation %d boots", generation, level=logging.DEBUG)
+
+    def _begin(self, link: WorkerLink, inbox: socket.socket | None, anew: bool) -> None:
+        try:
+            link.start(
+                self._pools.of(link.generation, anew),
+                self._task.order._replace(slot=link.slot, generation=link.generation),
+                inbox,
+                self._listeners.of(link.slot),
+                self._task.app,
+                lambda why: self._turns.post(partial(self._ended, link, why)),
+            )
+        except (PoolBroken, PoolShutDown):
+            if anew or _process.exiting():
+                raise
+            self._begin(link, inbox, anew=True)
+
+    def _never_began(self, number: int, slot: int, error: BaseException) -> None:
+        self.failure = f"{type(error).__name__}: {error}"
+        news.say(
+            "worker_failed",
+            "worker %d could not be started: %s",
+            slot,
+            self.failure,
+            level=logging.ERROR,
+            slot=slot,
+            reason=self.failure,
+        )
+        self._boss.worker_ended(number, self.failure)
+
+    # -- what they say -------------------------------------------------------------------------------------
+
+    def _hear(self, link: WorkerLink) -> None:
+        try:
+            while (message := link.receive()) is not None:
+                self._heed(link, message)
+        except EOFError:
+            self._stop_hearing(link)
+
+    def _stop_hearing(self, link: WorkerLink) -> None:
+        if not link.control.closed:
+            self._turns.unwatch(link.control)
+            link.control.close()
+
+    def _heed(self, link: WorkerLink, message: dict[str, Any]) -> None:
+        said = message.get("say")
+        if said == "ready":
+            link.ready_at = time.monotonic()
+            news.say_of(
+                link,
+                "worker_ready",
+                "of generation %d serves, as process %s",
+                link.generation,
+                link.pid,
+                boot_s=round(link.ready_at - link.began_at, 3),
+            )
+            self._pools.interface = interface = str(message["interface"])
+            if self._handoff is not None:
+                most = checks.handed_at_most(interface, self._task.order.threads)
+                self._handoff.opened(link.number, most)
+            self._boss.worker_ready(link.number)
+        elif said == "retire":
+            news.say_of(
+                link, "worker_retires", "is to be replaced: %s", message["why"], reason=message["why"]
+            )
+            self._boss.worker_retires(link.number)
+        elif said == "closed":
+            self._boss.worker_closed(link.number)
+        elif said == "failed":
+            link.why, link.traceback = str(message["why"]), str(message["traceback"])
+
+    def _ended(self, link: WorkerLink, why: str) -> None:
+        """The pool says that the worker's task has ended, in whichever way."""
+        if link.number not in self.links:
+            return
+        if not link.control.closed:
+            self._hear(link)  # what it said before
+        self._stop_hearing(link)
+        why = link.why or why
+        expected = link.draining or self._boss.stopping
+        if link.ready_at is None and not expected:
+            self.failure = why
+        repeated = bool(link.traceback) and link.traceback == self._last_traceback
+        self._last_traceback = link.traceback or self._last_traceback
+        news.worker_ended(link, why, expected, repeated)
+        del self.links[link.number]
+        self._let_go(link)
+        self._boss.worker_ended(link.number, why)
+
+    def _let_go(self, link: WorkerLink) -> None:
+        if self._handoff is not None:
+            self._handoff.gone(link.number)
+        link.close()
+
+    # -- what they are told --------------------------------------------------------------------------------
+
+    def tell_all(self, message: object) -> None:
+        """Send every worker a message."""
+        for link in self.links.values():
+            link.tell(message)
+
+    def drain(self, number: int, grace_s: float, leaving: bool) -> None:
+        """Tell a worker to take nothing new, and to be done after `grace_s`."""
+        link = self.links.get(number)
+        if link is not None:
+            link.draining = True
+            if self._handoff is not None:
+                self._handoff.closing(number)
+            link.tell({"do": "drain", "grace_s": grace_s, "leaving": leaving})
+
+    def end(self, number: int, why: str, stuck: bool) -> None:
+        """Kill a worker with all that descends from it; one that is stuck shows where, before."""
+        link = self.links.get(number)
+        if link is None:
+            return
+        link.why = why
+        if not stuck:
+            link.draining = True  # its end is no news
+            self._kill(link)
+        elif link.ask_for_stacks():
+            self._turns.later(_STACKS_S, partial(self._kill_stuck, link))
+        else:
+            self._kill_stuck(link)
+
+    def _kill_stuck(self, link: WorkerLink) -> None:
+        if link.number in self.links:
+            news.worker_killed(link)
+            self._kill(link)
+
+    def _kill(self, link: WorkerLink) -> None:
+        if link.number not in self.links:
+            return
+        if not link.kill() and link.pid is None:
+            # It has not even begun, so its generation's supervisor hangs (in a preload, say): nobody else can end it.
+            self._pools.kill(link.generation)
+        self._turns.later(_KILL_AGAIN_S, partial(self._kill, link))
+
+    def close(self) -> None:
+        """Close what is held for those that are left."""
+        for link in list(self.links.values()):
+            link.close()
+        self.links.clear()

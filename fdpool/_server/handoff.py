@@ -1,0 +1,294 @@
+"""dispatch="handoff": the server accepts, and hands each connection to the worker that has least to do.
+
+A worker's inbox is a datagram pair of which the server keeps both ends, as a pool does with its slots. So what a worker
+has not taken is never lost with it: it is received here again, unread request and all, and goes to another. The same is
+done where a worker takes nothing for a while (it is busy, or stopped) and another could.
+
+    kernel's queue ──accept──► held ──send──► a worker's inbox ──► the worker
+                                ▲                   │ it dies, drains, or takes nothing for a while
+                                └──── taken back ───┘
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections import deque
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
+
+from .. import _messages, wire
+from ..fds import close_all
+from .accept import Acceptor, Reserve
+from .doors import HANDED
+
+if TYPE_CHECKING:
+    from .link import WorkerLink
+    from .turns import Turns
+
+_LOOK_S = 0.1  # how long a worker may leave its inbox alone while others could take
+_SLOW_S = 1.0  # how long such a worker is passed over
+_RETRY_S = 0.01
+_BATCH = 32  # connections accepted before anything else is looked at
+
+
+class Laden(NamedTuple):
+    """A worker, by what it has to do.
+
+    Attributes:
+        waiting: connections in its inbox.
+        open: those that it has taken, and not closed.
+        most: how many of both it may have.
+        slow: it has left its inbox alone for a while.
+    """
+
+    number: int
+    waiting: int
+    open: int
+    most: int
+    slow: bool
+
+    @property
+    def load(self) -> int:
+        """All that it has."""
+        return self.waiting + self.open
+
+
+def choose(workers: Iterable[Laden], last: int) -> int | None:
+    """Who gets the next connection: the least laden, in turn among equals; None if nobody has room.
+
+    Args:
+        last: who got the one before.
+    """
+    best: tuple[int, bool, int] | None = None
+    for worker in workers:
+        if not worker.slow and worker.load < worker.most:
+            key = (worker.load, worker.number <= last, worker.number)
+            best = key if best is None else min(best, key)
+    return None if best is None else best[2]
+
+
+class _Seat:
+    """A worker's inbox, both ends."""
+
+    __slots__ = ("link", "mine", "most", "sent", "serves", "slow_until", "taken_before", "theirs")
+
+    def __init__(self, link: WorkerLink) -> None:
+        self.link = link
+        self.mine, self.theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.most = 1
+        self.sent = 0
+        self.serves = False
+        self.slow_until = 0.0
+        self.taken_before = 0
+
+    def laden(self) -> Laden:
+        seen = self.link.see()
+        slow = time.monotonic() < self.slow_until
+        return Laden(self.link.number, max(0, self.sent - seen.taken), seen.open, self.most, slow)
+
+    def close(self) -> None:
+        self.mine.close()
+        self.theirs.close()
+
+
+class Handoff:
+    """Accepts and hands over. Runs in: the server's thread, all of it.
+
+    Args:
+        listeners: borrowed.
+
+    Attributes:
+        handed: connections handed over so far.
+        taken_back: those that had to be taken back.
+    """
+
+    def __init__(self, turns: Turns, listeners: Sequence[socket.socket]) -> None:
+        self._turns = turns
+        self._listeners = list(listeners)
+        self._seats: dict[int, _Seat] = {}
+        self._held: deque[socket.socket] = deque()
+        self._acceptor = Acceptor()
+        self._reserve = Reserve()
+        self._watching = False
+        self._looking = False
+        self._last = 0
+        self.handed = 0
+        self.taken_back = 0
+
+    # -- workers -------------------------------------------------------------------------------------------
+
+    def seat(self, link: WorkerLink) -> socket.socket:
+        """Make a worker's inbox; returns the end to give it, borrowed.
+
+        Raises:
+            OSError: no descriptors are left.
+        """
+        seat = self._seats[link.number] = _Seat(link)
+        self._turns.watch(seat.mine, partial(self._told, seat))
+        return seat.theirs
+
+    def opened(self, number: int, most: int) -> None:
+        """The worker serves, and may have so many connections at a time, those in its inbox included."""
+        self._seats[number].most = most
+        self._seats[number].serves = True
+        self._pump()
+
+    def closing(self, number: int) -> None:
+        """The worker is to take nothing new: what it has not taken goes to others."""
+        seat = self._seats.get(number)
+        if seat is not None:
+            seat.serves = False
+            if not self._take_back(seat):
+                self._turns.later(_RETRY_S, partial(self.closing, number))
+            self._pump()
+
+    def gone(self, number: int) -> None:
+        """The worker is not there any more."""
+        seat = self._seats.get(number)
+        if seat is None:
+            return
+        seat.serves = False
+        if not self._take_back(seat):
+            self._turns.later(_RETRY_S, partial(self.gone, number))
+            return
+        del self._seats[number]
+        self._turns.unwatch(seat.mine)
+        seat.close()
+        self._pump()
+
+    def close(self) -> None:
+        """Accept nothing any more; what nobody could take is closed."""
+        self._watch(False)
+        for seat in self._seats.values():
+            seat.close()
+        self._seats.clear()
+        while self._held:
+            self._held.popleft().close()
+        self._acceptor.close()
+        self._reserve.close()
+
+    @property
+    def is_empty(self) -> bool:
+        """True if every connection that was accepted has been taken by a worker."""
+        return not self._held and all(seat.sent <= seat.link.see().taken for seat in self._seats.values())
+
+    def stop(self) -> None:
+        """The server ends: accept nothing more."""
+        self._watch(False)
+        self._listeners = []
+
+    # -- connections ---------------------------------------------------------------------------------------
+
+    def _pump(self) -> None:
+        """Hand over what is held, and accept only as long as somebody has room."""
+        while self._held and (number := self._who()) is not None:
+            if not self._hand_over(self._seats[number], self._held[0]):
+                break
+            self._held.popleft().close()
+            self._acceptor.replenish()
+        room = not self._held and self._who() is not None
+        if not room:
+            # Asked for a word first, looked at again second: who ends a request does it the other way round.
+            self._ask_for_word(True)
+            room = not self._held and self._who() is not None
+        if room:
+            self._ask_for_word(False)
+        self._watch(room)
+        if not self._looking and (
+            self._held or any(seat.sent > seat.link.see().taken for seat in self._seats.values())
+        ):
+            self._looking = True
+            self._turns.later(_LOOK_S, self._look)
+
+    def _who(self) -> int | None:
+        serving = (seat.laden() for seat in self._seats.values() if seat.serves)
+        return choose(serving, self._last)
+
+    def _hand_over(self, seat: _Seat, connection: socket.socket) -> bool:
+        """True if it is in the worker's inbox."""
+        try:
+            sent = wire.try_send(seat.mine, (HANDED,), (connection.fileno(),))
+        except OSError as error:
+            if error.errno not in _messages.MAY_YET_LAND:
+                raise
+            sent = False
+        if not sent:
+            self._turns.later(_RETRY_S, self._pump)
+            return False
+        seat.sent += 1
+        self._last = seat.link.number
+        self.handed += 1
+        return True
+
+    def _accept(self, listener: socket.socket) -> None:
+        for _ in range(_BATCH):
+            number = None if self._held else self._who()
+            if number is None:
+                break
+            connection = self._acceptor.accept(listener)
+            if connection is None:
+                pause_s = self._acceptor.paused_until - time.monotonic()
+                if pause_s > 0:
+                    self._watch(False)
+                    self._turns.later(pause_s, self._pump)
+                    return
+                break
+            if not self._hand_over(self._seats[number], connection):
+                self._held.append(connection)
+                break
+            connection.close()
+            self._acceptor.replenish()
+        self._pump()
+
+    def _watch(self, wanted: bool) -> None:
+        if wanted is not self._watching:
+            self._watching = wanted
+            for listener in self._listeners:
+                if wanted:
+                    self._turns.watch(listener, partial(self._accept, listener))
+                else:
+                    self._turns.unwatch(listener)
+
+    def _ask_for_word(self, wanted: bool) -> None:
+        for seat in self._seats.values():
+            seat.link.wait_for_end(wanted)
+
+    def _told(self, seat: _Seat) -> None:
+        """A worker says that a request of its has ended."""
+        while (received := wire.try_receive(seat.mine, 64, 1)) is not None:
+            close_all(received.fds)
+        self._pump()
+
+    def _look(self) -> None:
+        """Take connections from those who leave them alone, if somebody else could have them."""
+        self._looking = False
+        now = time.monotonic()
+        for seat in list(self._seats.values()):
+            taken = seat.link.see().taken
+            stuck = seat.serves and seat.sent > taken == seat.taken_before
+            seat.taken_before = taken
+            if stuck and self._somebody_else_could(seat):
+                seat.slow_until = now + _SLOW_S
+                self._take_back(seat)
+        self._pump()
+
+    def _somebody_else_could(self, seat: _Seat) -> bool:
+        others = (each.laden() for each in self._seats.values() if each is not seat and each.serves)
+        return any(not other.slow and not other.waiting and other.load < other.most for other in others)
+
+    def _take_back(self, seat: _Seat) -> bool:
+        """Receive what lies in a worker's inbox, as whoever receives a datagram first owns it; False if more may."""
+        while True:
+            # Kernel: a descriptor for which there is no room is lost on receipt (hazard M5). So room is made first.
+            if not (self._reserve.give() or (self._reserve.fill() and self._reserve.give())):
+                return False
+            received = wire.try_receive(seat.theirs, 64, 1)
+            if received is not None and received.fds:
+                seat.sent -= 1
+                self.taken_back += 1
+                self._held.append(socket.socket(fileno=received.fds[0]))
+            self._reserve.fill()
+            if received is None:
+                return True

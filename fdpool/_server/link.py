@@ -1,0 +1,182 @@
+"""What the server holds of one worker: a control stream, the page that tells how far it is, and its task's future."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import TYPE_CHECKING
+
+from .._broken import WorkerLost
+from .._frames import encode_json
+from ..errors import FdTransferError, WireError
+from ..fds import Fd, close_all
+from ..sockets import StreamSocket
+from . import worker
+from .progress import Seen, SeenPage
+
+if TYPE_CHECKING:
+    import socket
+
+    from ..payload import Payload
+    from ..pool import Pool
+    from .context import Order
+
+_MAX_MESSAGE = 1 << 20
+
+
+class WorkerLink:
+    """One server worker, from its start to its end. Not thread-safe: the loop's.
+
+    Attributes:
+        number: what the plan calls it.
+        pid: once it has said hello.
+        ready_at: when it said that it serves.
+        why: why it failed to boot, or is to be ended, if that is known.
+        traceback: of a failed boot.
+    """
+
+    def __init__(self, number: int, slot: int, generation: int) -> None:
+        self.number = number
+        self.slot = slot
+        self.generation = generation
+        self.pid: int | None = None
+        self.began_at = time.monotonic()
+        self.ready_at: float | None = None
+        self.why = ""
+        self.traceback = ""
+        self.draining = False
+        self.stopped_since: float | None = None  # SIGSTOP
+        self._pidfd: int | None = None
+        self._future: Future[str] | None = None
+        self.control, self._theirs = StreamSocket.pair(max_bytes=_MAX_MESSAGE, max_fds=1)
+        try:
+            self._page = SeenPage()
+        except BaseException:
+            self.control.close()
+            self._theirs.close()
+            raise
+
+    def start(
+        self,
+        pool: Pool,
+        order: Order,
+        inbox: socket.socket | None,
+        listeners: Sequence[socket.socket],
+        app: Payload,
+        on_end: Callable[[str], object],
+    ) -> None:
+        """Have a worker of the pool begin. All descriptors are borrowed.
+
+        Args:
+            on_end: called with the reason, once, in any thread.
+
+        Raises: as `Pool.submit`; the worker is not there then.
+        """
+        future = pool.submit(
+            worker.main,
+            order,
+            Fd(self._theirs),
+            Fd(self._page.fd),
+            None if inbox is None else Fd(inbox),
+            list(listeners),
+            [Fd(number) for number in (app.fds.numbers if app.fds else ())],
+        )
+        self._future = future
+        self._theirs.close()
+        future.add_done_callback(lambda done: on_end(reason_of(done)))
+
+    def receive(self) -> dict[str, object] | None:
+        """The next message that has come, or None. The end of the stream is no news: the future tells of it.
+
+        Raises:
+            EOFError: no more will come.
+        """
+        try:
+            received = self.control.try_receive_with_fds()
+        except (OSError, WireError, FdTransferError) as error:
+            raise EOFError(str(error)) from error
+        if received is None:
+            return None
+        message, numbers = received
+        if isinstance(message, dict) and message.get("say") == "hello" and self.pid is None:
+            self.pid = int(message["pid"])
+            self._pidfd, numbers = (numbers[0], numbers[1:]) if numbers else (None, [])
+        close_all(numbers)
+        return message if isinstance(message, dict) else None
+
+    def tell(self, message: object) -> None:
+        """Send a message; never waits. A worker that does not listen any more is about to be reported dead."""
+        try:
+            if not self.control.closed:
+                self.control.queue_bytes(encode_json(message))
+                self.control.flush()
+        except OSError:
+            pass
+
+    def see(self) -> Seen:
+        """How far it has got."""
+        return self._page.see()
+
+    def wait_for_end(self, wanted: bool) -> None:
+        """Have it say when a request has ended, or no longer."""
+        self._page.wait_for_end(wanted)
+
+    def ask_for_stacks(self) -> bool:
+        """Have it write down what its threads are at; `stacks` has it a little later. False if it cannot be asked."""
+        return self.pid is not None and self._signal(worker.STACKS_SIGNAL)
+
+    def stacks(self) -> str:
+        """What it has written down."""
+        return self._page.stacks()
+
+    def kill(self) -> bool:
+        """SIGKILL it; its pool's supervisor kills what descends from it. False if nobody knows its pid yet."""
+        return self.pid is not None and self._signal(signal.SIGKILL)
+
+    def _signal(self, number: int) -> bool:
+        try:
+            if self._pidfd is not None:
+                signal.pidfd_send_signal(self._pidfd, number)
+            elif self.pid is not None:
+                os.kill(self.pid, number)
+        except OSError:
+            return False  # it is dead
+        return True
+
+    def close(self) -> None:
+        """Close everything held for it; safe to call again."""
+        if self._pidfd is not None:
+            os.close(self._pidfd)
+            self._pidfd = None
+        self.control.close()
+        self._theirs.close()
+        self._page.close()
+
+
+def reason_of(done: Future[str]) -> str:
+    """Why a worker has ended, by its task's settled future; in words about a server, not about a task."""
+    if done.cancelled():
+        return "it was not started any more"
+    error = done.exception()
+    if error is None:
+        return done.result()
+    if isinstance(error, WorkerLost):
+        # Its own text is about a task, and who runs a server has never heard of one.
+        how = (
+            f"was killed by {_name(error.signal)}" if error.signal else f"exited with code {error.exit_code}"
+        )
+        if error.signal == signal.SIGKILL and "out-of-memory killer" in str(error):
+            how += " by the kernel's out-of-memory killer, as its control group counts"
+        said = error.stderr.strip().splitlines()
+        return f"it {how}" + (f"; the last that it wrote to stderr: {said[-1]}" if said else "")
+    return f"{type(error).__name__}: {error}"
+
+
+def _name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"

@@ -1,0 +1,168 @@
+"""A server's listeners: one set that all workers share, or one for each slot (SO_REUSEPORT).
+
+A listener of a slot's own outlives the slot's workers, as a connection that the kernel has put into its queue can be
+taken there and nowhere else: the next worker of the slot goes on with the same listener.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+
+from .. import _bind
+from . import steering
+
+Given = str | int | socket.socket
+
+
+class Listeners:
+    """All listeners of a server; owned. Not thread-safe: made by the caller, then the loop's.
+
+    Args:
+        bind: as for `_bind.open_listeners`.
+        reuseport: each slot has its own.
+        slots: for how many to open them now, with `reuseport`.
+        inherited: of the process that this one replaces, by the text of the bind they were opened for: slot, and the
+            bind that makes each here. They are taken instead of opening others.
+
+    Raises: as `_bind.open_listeners`; nothing is left open.
+    """
+
+    def __init__(
+        self,
+        bind: _bind.Bind,
+        backlog: int,
+        reuseport: bool,
+        slots: int,
+        inherited: Mapping[str, Sequence[tuple[int, str]]] = {},
+    ) -> None:
+        self._backlog = backlog
+        self._shared = not reuseport
+        self._by_slot: dict[int, dict[str, list[_bind.Listener]]] = {}
+        groups = dict(_groups(bind))
+        if not groups:
+            raise ValueError("there is nothing to listen on: no bind was given")
+        with contextlib.ExitStack() as opened:
+            opened.callback(self.close)
+            for key, given in groups.items():
+                self._open_first(key, given, inherited.get(key, ()))
+            for key in inherited.keys() - groups.keys():
+                for _, handed in inherited[key]:
+                    _close(handed)  # nobody listens there any more
+            if reuseport:
+                self.of(slots - 1)
+                if len(self._by_slot) > slots or inherited:
+                    self.steer(slots)  # as many as there are now, and not as there were
+            opened.pop_all()
+
+    def _open_first(self, key: str, given: list[Given], handed: Sequence[tuple[int, str]]) -> None:
+        """Have the listeners of one bind: those that were handed to us, or else new ones in slot 0."""
+        slots = sorted({slot for slot, _ in handed})
+        for slot in slots:
+            binds = [bind for each, bind in handed if each == slot]
+            self._add(
+                slot, key, _bind.open_listeners(binds, backlog=self._backlog, reuseport=not self._shared)
+            )
+        if not slots:
+            found = _bind.open_listeners(given, backlog=self._backlog, reuseport=not self._shared)
+            self._add(0, key, found)
+            if not _is_given(given):
+                for listener in found:
+                    # Ours alone. The mode of a socket that was given is not ours to change; `_server.accept` has a way
+                    # for those.
+                    os.set_blocking(listener.socket.fileno(), False)
+
+    def _add(self, slot: int, key: str, listeners: list[_bind.Listener]) -> None:
+        self._by_slot.setdefault(slot, {}).setdefault(key, []).extend(listeners)
+
+    def of(self, slot: int) -> list[socket.socket]:
+        """The sockets that a worker of this slot accepts from; borrowed.
+
+        Raises:
+            BindFailed: there is none yet for the slot, and none can be opened.
+        """
+        slot = 0 if self._shared else slot
+        for number in range(slot + 1):  # in their order, which is how `steer` counts them
+            self._have(number)
+        return [listener.socket for _, each, listener in self.all() if each == slot]
+
+    def _have(self, slot: int) -> None:
+        if slot not in self._by_slot:
+            for key, listeners in self._by_slot[0].items():
+                # At the same addresses: port 0 has become a port by now.
+                addresses: list[Given] = [listener.address for listener in listeners]
+                found = _bind.open_listeners(addresses, backlog=self._backlog, reuseport=True)
+                for listener in found:
+                    os.set_blocking(listener.socket.fileno(), False)
+                self._add(slot, key, found)
+
+    def steer(self, slots: int) -> bool:
+        """With a listener for each slot: have only those of the first `slots` get connections. False if that cannot be.
+
+        The others stay open, for when they are wanted again.
+        """
+        if self._shared:
+            return True
+        self.of(slots - 1)
+        return all(steering.steer(listener.socket, slots) for listener in self.first)
+
+    def queued_above(self, slots: int) -> int:
+        """How many connections wait at listeners of slots from `slots` on."""
+        if self._shared:
+            return 0
+        return sum(steering.queued(each.socket) for _, slot, each in self.all() if slot >= slots)
+
+    @property
+    def are_apart(self) -> bool:
+        """True if each slot has its own."""
+        return not self._shared
+
+    @property
+    def first(self) -> list[_bind.Listener]:
+        """One listener for each address."""
+        return [listener for _, slot, listener in self.all() if slot == 0]
+
+    def all(self) -> Iterator[tuple[str, int, _bind.Listener]]:
+        """Every listener, with the text of its bind and its slot."""
+        for slot, groups in list(self._by_slot.items()):
+            for key, listeners in groups.items():
+                for listener in listeners:
+                    yield key, slot, listener
+
+    def close(self, keep_path: bool = False) -> None:
+        """Close them all; safe to call again.
+
+        Args:
+            keep_path: another process serves there now, so a Unix socket's file is to stay.
+        """
+        for _, _, listener in self.all():
+            listener.close(keep_path=keep_path)
+
+
+def _groups(bind: _bind.Bind) -> Iterator[tuple[str, list[Given]]]:
+    """What is to be opened together, each with a text by which the same program finds it again in its next process."""
+    given: list[Given] = [bind] if isinstance(bind, (str, int, socket.socket)) else list(bind)
+    passed = [each for each in given if isinstance(each, str) and each.startswith("systemd")]
+    for number, each in enumerate(given):
+        if isinstance(each, str) and each in passed:
+            if each == passed[0]:
+                yield "systemd", list(passed)  # in one call, as it takes all that was passed
+        elif isinstance(each, (str, int)):
+            yield str(each), [each]
+        else:
+            yield f"socket {number}", [each]
+
+
+def _is_given(group: Sequence[Given]) -> bool:
+    """True for sockets that somebody else has opened, and may rely on."""
+    return any(isinstance(each, socket.socket) or str(each).startswith(("fd:", "systemd")) for each in group)
+
+
+def _close(handed: str) -> None:
+    try:
+        for listener in _bind.open_listeners(handed):
+            listener.close()
+    except OSError:
+        pass  # it is not open any more

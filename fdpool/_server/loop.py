@@ -1,0 +1,421 @@
+"""The server's one thread: takes orders, hears of workers, asks `_server.plan`, and has its answers performed.
+
+Orders (reload, scale, stop) and news (a worker's end, which the pool's thread reports) are posted, from any thread or
+signal handler. The thread never waits for anything but its turns.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, InvalidStateError
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from .. import _process
+from ..errors import FdpoolError, ReloadFailed, ServerFailed
+from .crew import Crew, Task
+from .handoff import Handoff
+from .logs import reopen_logs
+from .news import LOG, say
+from .plan import (
+    Abandoned,
+    Action,
+    CloseGeneration,
+    DrainWorker,
+    EndWorker,
+    GaveUp,
+    Over,
+    Plan,
+    Reloaded,
+    Started,
+    StartWorker,
+)
+from .succession import Succession
+from .turns import Turns
+from .watch import Watch
+
+if TYPE_CHECKING:
+    from .listeners import Listeners
+    from .pools import Pools
+
+GAVE_UP = 3  # exit code: no worker can be booted (gunicorn says the same)
+_LAST_S = 0.5  # of the grace: for what workers have begun, when nothing else is waited for any more
+_STEP_S = 0.02
+_HANDSHAKE_S = 0.5  # a connection on its way may still come to a listener that gets no others any more
+_SCALE_LOOKS = 500  # for how many steps it is waited until such a listener's queue is empty
+_NO_STEERING = "%d workers stay: the kernel cannot keep connections from a listener of dispatch='reuseport'"
+_SUCCESSOR_S = 30.0  # how much longer than a worker a whole successor may take
+FAILED = 70  # exit code: a defect of the server (EX_SOFTWARE, sysexits.h)
+
+
+class Loop:
+    """Runs one server, from `start` until it is over.
+
+    Args:
+        hands_over: this thread accepts, and hands each connection to a worker.
+        on_event: called in the loop's thread with "started", "reloading", "reloaded", "upgraded", "stopping",
+            "over" (no worker is left), "ended" (nothing is).
+
+    Attributes:
+        is_running: False once nothing of it is left, but for its thread, which ends this moment.
+        exit_code: once it is over: 0, or what an orchestrator is to be told.
+        started: settled when all workers serve for the first time, or it is known that they never will.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        plan: Plan,
+        pools: Pools,
+        listeners: Listeners,
+        watch: Watch,
+        hands_over: bool,
+        on_event: Callable[[str], None],
+    ) -> None:
+        self._task = task
+        self._plan = plan
+        self._pools = pools
+        self._listeners = listeners
+        self._watch = watch
+        self._on_event = on_event
+        self.turns = Turns()
+        self.handoff: Handoff | None = None
+        if hands_over:
+            self.handoff = Handoff(self.turns, [listener.socket for listener in listeners.first])
+        self.succession = Succession(
+            self.turns, listeners, plan.settings.boot_timeout_s + _SUCCESSOR_S, self._hand_over
+        )
+        self.crew = Crew(self.turns, task, pools, listeners, self.handoff, self)
+        self.exit_code = 0
+        self.started: Future[None] = Future()
+        self._failure = ""
+        self._asked: set[Future[int]] = set()
+        self._reloads: dict[int, Future[int]] = {}
+        self._over = False
+        self.is_running = True
+        self._stopping = False
+        self._wanted = plan.wanted
+        self._thread = threading.Thread(target=self._run, name="fdpool-server", daemon=True)
+        crew = self.crew
+        self._performers: dict[type, Callable[[Any], None]] = {
+            StartWorker: lambda action: crew.start(*action),
+            DrainWorker: lambda action: crew.drain(*action),
+            EndWorker: lambda action: crew.end(*action),
+            CloseGeneration: lambda action: pools.close(action.generation),
+            Started: self._note_started,
+            Reloaded: self._note_reloaded,
+            Abandoned: self._note_abandoned,
+            GaveUp: self._note_gave_up,
+            Over: self._note_over,
+        }
+
+    # -- for the server, from any thread -------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Begin."""
+        _process.register(self)
+        self._thread.start()
+
+    def reload(self) -> Future[int]:
+        """Replace every worker by one of a new generation; the future is of its number."""
+        future: Future[int] = Future()
+        # Remembered first, looked at again last: the loop's end does it the other way round, so one of the two sees
+        # that nobody will do it any more.
+        self._asked.add(future)
+        future.add_done_callback(self._asked.discard)
+        self.turns.post(partial(self._reload, future))
+        if not self.is_running:
+            _fail(future, "the server has ended")
+        return future
+
+    def scale(self, change: Callable[[int], int]) -> None:
+        """Have as many workers as `change` makes of the number that is wanted now."""
+        self.turns.post(partial(self._scale, change))
+
+    def stop(self, grace_s: float | None = None) -> None:
+        """End the server: within `grace_s` (or the grace it was made with), or at once if that is 0. Does not wait."""
+        self.turns.post(
+            partial(self._stop, False, self._plan.settings.grace_s if grace_s is None else grace_s)
+        )
+
+    def upgrade(self) -> None:
+        """Have a new process of this program take over the listeners, and end when it serves."""
+        self.turns.post(self._upgrade)
+
+    def reopen_logs(self) -> None:
+        """Have log files opened anew, here and in every worker."""
+        self.turns.post(self._reopen_logs)
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until nothing of the server is left; False if that takes longer than `timeout` seconds."""
+        if threading.current_thread() is not self._thread:
+            self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    @property
+    def handed_over(self) -> bool:
+        """True once another process serves in place of this one."""
+        return self.succession.pid is not None
+
+    @property
+    def wanted(self) -> int:
+        """How many workers shall serve."""
+        return self._wanted
+
+    @property
+    def generation(self) -> int:
+        """The generation that serves."""
+        return self._plan.generation
+
+    def state_of(self, number: int) -> str:
+        """What a worker is about, in a word."""
+        worker = self._plan.workers.get(number)
+        return "gone" if worker is None else worker.state.value
+
+    # -- `_process.Owner`: at the interpreter's exit, and in a forked child --------------------------------
+
+    def shut_down(self) -> None:
+        """The interpreter exits: end the server, or its pools' tasks would never."""
+        self.stop()
+
+    def end(self, grace_s: float, reason: str) -> None:
+        """End now; does not wait."""
+        self.stop(grace_s)
+
+    def join(self) -> None:
+        """Wait for the end."""
+        self.wait()
+
+    def forget_in_child(self) -> None:
+        """Runs in a forked child: close the copies."""
+        if self.handoff is not None:
+            self.handoff.close()
+        self.turns.close()
+        self.crew.close()
+        self._listeners.close(keep_path=True)
+        self._task.app.close()
+
+    # -- the thread ----------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            self._perform(self._plan.begin(time.monotonic()))
+            while not self._over:
+                self.turns.take(self._wanted_at())
+                now = time.monotonic()
+                for number, why in self._watch.look(list(self.crew.links.values()), now):
+                    actions = (
+                        self._plan.retire(number, now) if why is None else self._plan.hung(number, now, why)
+                    )
+                    self._perform(actions)
+                self._perform(self._plan.tick(now))
+        except BaseException as error:
+            self.exit_code = FAILED
+            self._failure = f"the server's loop failed: {type(error).__name__}: {error}"
+            LOG.critical("%s", self._failure, exc_info=True, extra={"event": "failed"})
+        finally:
+            self._clean_up()
+            self.is_running = False
+            for future in list(self._asked):
+                _fail(future, "the server has ended")
+            self._on_event("ended")
+
+    def _wanted_at(self) -> float | None:
+        moments = (self._plan.next_deadline(), self._watch.next_look)
+        return min((moment for moment in moments if moment is not None), default=None)
+
+    def _perform(self, actions: Sequence[Action]) -> None:
+        for action in actions:
+            self._performers[type(action)](action)
+
+    def _clean_up(self) -> None:
+        self.succession.close()
+        self._pools.join(kill=not self._over)
+        _process.unregister(self)
+        if self.handoff is not None:
+            self.handoff.close()
+        self.crew.close()
+        self.turns.close()
+        self._task.app.close()
+        if not self.started.done():
+            reason = self._failure or "the server was stopped before it had started"
+            self.started.set_exception(ServerFailed(reason))
+
+    # -- orders --------------------------------------------------------------------------------------------
+
+    def _reload(self, future: Future[int]) -> None:
+        if self._stopping:
+            _fail(future, "the server is ending")
+            return
+        if self._task.on_reload is not None:
+            try:
+                self._task.on_reload(self._plan.newest + 1)
+            except Exception as error:
+                why = f"on_reload called it off: {type(error).__name__}: {error}"
+                say("reload_failed", "no reload: %s", why, level=logging.ERROR, reason=why)
+                _fail(future, why)
+                return
+        for older in self._reloads.values():
+            # The last wins: whoever waits for an earlier one gets what comes of this one.
+            future.add_done_callback(partial(_pass_on, older))
+        self._reloads.clear()
+        actions = self._plan.reload(time.monotonic())
+        self._reloads[self._plan.target] = future
+        say("reloading", "generation %d is coming", self._plan.target, generation=self._plan.target)
+        self._on_event("reloading")
+        self._perform(actions)
+
+    def _scale(self, change: Callable[[int], int]) -> None:
+        before = self._wanted
+        wanted = self._wanted = max(1, change(before))
+        if wanted == before or self._stopping:
+            return
+        say("scaled", "%d workers are wanted, not %d", wanted, before, workers=wanted)
+        if wanted < before:
+            # Whoever has a listener of its own goes when that gets no connections any more, and has none left.
+            if not self._listeners.steer(wanted):
+                say("scale_failed", _NO_STEERING, before, level=logging.ERROR)
+                self._wanted = before
+                return
+            pause_s = _HANDSHAKE_S if self._listeners.are_apart else 0.0
+            self.turns.later(pause_s, partial(self._scale_down, wanted, _SCALE_LOOKS))
+            return
+        try:
+            self._listeners.steer(wanted)
+        except FdpoolError as error:
+            say("scale_failed", "no more workers: %s", error, level=logging.ERROR, reason=str(error))
+            self._wanted = before
+            return
+        self._perform(self._plan.scale(wanted, time.monotonic()))
+
+    def _scale_down(self, wanted: int, looks: int) -> None:
+        if self._wanted != wanted:
+            return  # something else is wanted by now
+        if looks and self._listeners.queued_above(wanted):
+            self.turns.later(_STEP_S, partial(self._scale_down, wanted, looks - 1))
+            return
+        self._perform(self._plan.scale(wanted, time.monotonic()))
+
+    def _upgrade(self) -> None:
+        if not self._stopping:
+            self.succession.begin()
+
+    def _hand_over(self) -> None:
+        """The successor serves."""
+        self._on_event("upgraded")
+        self._stop(True, self._plan.settings.grace_s)
+
+    def _stop(self, handed_over: bool, grace_s: float) -> None:
+        say("stopping", "the server ends, within %g seconds", grace_s, grace_s=grace_s)
+        if not self._stopping:
+            self._stopping = True
+            if not handed_over:
+                self._on_event("stopping")
+            if self.handoff is not None:
+                self.handoff.stop()
+        self._stop_by(time.monotonic() + grace_s, grace_s <= 0, handed_over)
+
+    def _stop_by(self, until: float, at_once: bool, handed_over: bool) -> None:
+        """Dismiss the workers; but first those are to take what has been accepted for them."""
+        grace_s = 0.0 if at_once else max(0.01, until - time.monotonic())
+        waits = self.handoff is not None and not self.handoff.is_empty and grace_s > _LAST_S
+        if waits and not self._plan.stopping:
+            self.turns.later(_STEP_S, partial(self._stop_by, until, False, handed_over))
+        else:
+            self._perform(self._plan.stop(grace_s, time.monotonic(), handed_over))
+
+    def _reopen_logs(self) -> None:
+        reopen_logs()
+        self.crew.tell_all({"do": "reopen"})
+        say("logs_reopened", "log files were opened anew")
+
+    # -- `_server.crew.Hears` ------------------------------------------------------------------------------
+
+    @property
+    def stopping(self) -> bool:
+        return self._plan.stopping
+
+    def worker_ready(self, number: int) -> None:
+        self._perform(self._plan.readied(number, time.monotonic()))
+
+    def worker_retires(self, number: int) -> None:
+        self._perform(self._plan.retire(number, time.monotonic()))
+
+    def worker_closed(self, number: int) -> None:
+        self._perform(self._plan.closed(number, time.monotonic()))
+
+    def worker_ended(self, number: int, why: str) -> None:
+        self._watch.forget(number)
+        self._perform(self._plan.exited(number, time.monotonic(), why))
+
+    # -- news ----------------------------------------------------------------------------------------------
+
+    def _note_started(self, _: Started) -> None:
+        addresses = [listener.address for listener in self._listeners.first]
+        count = self._plan.wanted
+        text = "%d %s at %s"
+        say(
+            "started",
+            text,
+            count,
+            "worker serves" if count == 1 else "workers serve",
+            ", ".join(addresses),
+            addresses=addresses,
+            workers=count,
+        )
+        self._on_event("started")
+        self.started.set_result(None)
+
+    def _note_reloaded(self, action: Reloaded) -> None:
+        generation = action.generation
+        say("reloaded", "every worker is of generation %d", generation, generation=generation)
+        self._on_event("reloaded")
+        future = self._reloads.pop(generation, None)
+        if future is not None:
+            future.set_result(generation)
+
+    def _note_abandoned(self, action: Abandoned) -> None:
+        generation, why = action
+        say(
+            "reload_failed",
+            "generation %d is given up, generation %d goes on: %s",
+            generation,
+            self._plan.generation,
+            why,
+            level=logging.ERROR,
+            generation=generation,
+            reason=why,
+        )
+        self._on_event("reloaded")
+        future = self._reloads.pop(generation, None)
+        if future is not None:
+            _fail(future, f"generation {generation} does not boot: {why}")
+
+    def _note_gave_up(self, action: GaveUp) -> None:
+        self.exit_code = GAVE_UP
+        self._failure = action.why
+        say("gave_up", "the server gives up: %s", action.why, level=logging.CRITICAL, reason=action.why)
+
+    def _note_over(self, _: Over) -> None:
+        say("stopped", "the server has ended", exit_code=self.exit_code)
+        self._on_event("over")
+        self._over = True
+
+
+def _fail(future: Future[int], why: str) -> None:
+    try:
+        future.set_exception(ReloadFailed(why))
+    except InvalidStateError:
+        pass  # it is settled
+
+
+def _pass_on(older: Future[int], newer: Future[int]) -> None:
+    """Settle an earlier reload as the one that took its place."""
+    error = newer.exception()
+    if error is not None:
+        _fail(older, str(error))
+    elif not older.done():
+        older.set_result(newer.result())

@@ -1,0 +1,524 @@
+"""What a server starts, drains, replaces and gives up: its decisions, pure.
+
+It knows numbers of workers, slots and generations, and the time that it is told; no process, socket or clock. Each
+method is an event ("this has happened") and returns the actions to perform, in order; `_server.loop` performs them.
+
+Nothing here is a script of steps. After every event `_reconcile` looks at what is there and what is wanted, slot by
+slot, and does what is missing. So a reload during a reload, a death during either, and a stop during all of them
+need no cases of their own: what is wanted last is what comes to be.
+
+A slot is one place among the workers, and holds at most one worker that shall stay (*fresh*: of the generation that
+is wanted, and not to be retired), besides those that it takes over from or that are on their way out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Union
+
+from .states import Event, State, step
+
+WorkerNumber = int
+SlotNumber = int
+Generation = int
+
+_FIRST_PAUSE_S = 0.1
+_LONGEST_BOOT_PAUSE_S = 10.0
+_LONGEST_DEATH_PAUSE_S = 2.0
+_YOUNG_S = 10.0  # who dies before this age dies young; twice in a row in one slot, and the slot has to wait
+_DRAIN_MARGIN_S = 1.0  # how much later than it was told a draining worker may be
+
+
+class StartWorker(NamedTuple):
+    """Start a worker; answer with `readied` and `exited`."""
+
+    worker: WorkerNumber
+    slot: SlotNumber
+    generation: Generation
+
+
+class DrainWorker(NamedTuple):
+    """Tell the worker to take nothing new, and to be done after `grace_s` at the latest."""
+
+    worker: WorkerNumber
+    grace_s: float
+    leaving: bool  # the whole server goes: nobody else will answer those who keep a connection
+
+
+class EndWorker(NamedTuple):
+    """Kill the worker and all that descends from it."""
+
+    worker: WorkerNumber
+    why: str
+    stuck: bool = False  # so where it is stuck is worth knowing
+
+
+class CloseGeneration(NamedTuple):
+    """No worker of this generation is left, nor will be."""
+
+    generation: Generation
+
+
+class Started(NamedTuple):
+    """For the first time as many workers serve as are wanted."""
+
+
+class Reloaded(NamedTuple):
+    """Every worker that serves is of this generation now."""
+
+    generation: Generation
+
+
+class Abandoned(NamedTuple):
+    """A new generation does not become ready: the one before goes on."""
+
+    generation: Generation
+    why: str
+
+
+class GaveUp(NamedTuple):
+    """Workers fail to boot again and again, and none serves: the server ends."""
+
+    why: str
+
+
+class Over(NamedTuple):
+    """The server was to stop, and no worker is left."""
+
+
+Action = Union[
+    StartWorker, DrainWorker, EndWorker, CloseGeneration, Started, Reloaded, Abandoned, GaveUp, Over
+]
+
+
+class Settings(NamedTuple):
+    """What the plan goes by; all times in seconds."""
+
+    boot_timeout_s: float = 60.0
+    grace_s: float = 30.0
+    batch: int = 1  # how many slots change hands at a time
+    boot_limit: int = 5  # failed boots in a row
+    max_age_s: float | None = None
+    jitter: float = 0.1
+
+
+class Worker:
+    """One worker, as the plan knows it."""
+
+    __slots__ = (
+        "closed",
+        "deadline",
+        "generation",
+        "number",
+        "retire_at",
+        "retiring",
+        "slot",
+        "state",
+        "young_until",
+    )
+
+    def __init__(
+        self, number: WorkerNumber, slot: SlotNumber, generation: Generation, deadline: float
+    ) -> None:
+        self.number = number
+        self.slot = slot
+        self.generation = generation
+        self.state = State.BOOTING
+        self.deadline: float | None = deadline  # of booting or draining
+        self.retire_at: float | None = None
+        self.retiring = False
+        self.closed = False  # it accepts nothing any more
+        self.young_until = 0.0
+
+    @property
+    def stays(self) -> bool:
+        """True unless it is on its way out."""
+        return self.state in (State.BOOTING, State.SERVING)
+
+
+class _Place:
+    """What is known of a slot beside its workers: deaths in a row of young workers, and the pause that follows."""
+
+    __slots__ = ("deaths", "not_before")
+
+    def __init__(self) -> None:
+        self.deaths = 0
+        self.not_before = 0.0
+
+
+class Plan:
+    """Decides for one server.
+
+    Args:
+        wanted: how many workers shall serve.
+        settings: what it goes by.
+    """
+
+    def __init__(self, wanted: int, settings: Settings = Settings()) -> None:  # noqa: B008 - it is immutable
+        self.wanted = wanted
+        self.settings = settings
+        self.generation: Generation = 1  # what serves, and what a failed reload falls back to
+        self.coming: Generation | None = None  # what a reload is rolling out
+        self.workers: dict[WorkerNumber, Worker] = {}
+        self.boot_failures = 0
+        self.stopping = False
+        self._newest: Generation = 1
+        self._open: set[Generation] = {1}
+        self._proven: set[Generation] = set()
+        self._places: dict[SlotNumber, _Place] = {}
+        self._pause_until = 0.0  # no worker is started before
+        self._numbers = 0
+        self._started = False
+        self._over = False
+        self._grace_s = settings.grace_s  # of a stop
+        self._leaving = True  # nobody else serves when this server has stopped
+        self._now = 0.0
+
+    # -- what may be asked -----------------------------------------------------------------------------
+
+    @property
+    def target(self) -> Generation:
+        """The generation that is wanted."""
+        return self.generation if self.coming is None else self.coming
+
+    @property
+    def newest(self) -> Generation:
+        """The last generation that was ever wanted."""
+        return self._newest
+
+    @property
+    def started(self) -> bool:
+        """True once as many workers as wanted have served."""
+        return self._started
+
+    def next_deadline(self) -> float | None:
+        """When `tick` wants to be called next, or None."""
+        moments = [moment for worker in self.workers.values() for moment in _moments(worker)]
+        if not self.stopping:
+            pauses = [self._pause_until, *(place.not_before for place in self._places.values())]
+            moments += [moment for moment in pauses if moment > self._now]
+        return min(moments, default=None)
+
+    # -- events ----------------------------------------------------------------------------------------
+
+    def begin(self, now: float) -> Sequence[Action]:
+        """The server begins."""
+        return self._reconcile(now)
+
+    def tick(self, now: float) -> Sequence[Action]:
+        """Time has passed."""
+        actions: list[Action] = []
+        for worker in list(self.workers.values()):
+            if worker.deadline is not None and worker.deadline <= now:
+                actions += self._overdue(worker, now)
+            if worker.retire_at is not None and worker.retire_at <= now:
+                worker.retire_at = None
+                worker.retiring = True
+        return [*actions, *self._reconcile(now)]
+
+    def readied(self, number: WorkerNumber, now: float) -> Sequence[Action]:
+        """The worker serves."""
+        worker = self.workers.get(number)
+        if worker is None or worker.state is not State.BOOTING:
+            return ()
+        worker.state = step(worker.state, Event.READIED)
+        worker.deadline = None
+        worker.young_until = now + _YOUNG_S
+        if self.settings.max_age_s is not None:
+            worker.retire_at = now + self.settings.max_age_s * self.spread(number)
+        self.boot_failures = 0
+        self._pause_until = 0.0
+        self._proven.add(worker.generation)
+        return self._reconcile(now)
+
+    def exited(self, number: WorkerNumber, now: float, why: str = "") -> Sequence[Action]:
+        """The worker is dead, or has done with serving."""
+        worker = self.workers.pop(number, None)
+        if worker is None:
+            return ()
+        before = worker.state
+        worker.state = step(before, Event.EXITED)
+        actions: list[Action] = []
+        if before is State.BOOTING:
+            actions += self._boot_failed(worker, now, why)
+        elif before is State.SERVING:
+            self._died(worker, now)
+        return [*actions, *self._reconcile(now)]
+
+    def retire(self, number: WorkerNumber, now: float) -> Sequence[Action]:
+        """The worker has done its share (requests, memory): it is to be replaced, without a gap."""
+        worker = self.workers.get(number)
+        if worker is None or worker.state is not State.SERVING:
+            return ()
+        worker.retiring = True
+        return self._reconcile(now)
+
+    def closed(self, number: WorkerNumber, now: float) -> Sequence[Action]:
+        """The worker, which drains, accepts nothing any more."""
+        worker = self.workers.get(number)
+        if worker is None:
+            return ()
+        worker.closed = True
+        return self._reconcile(now)
+
+    def hung(self, number: WorkerNumber, now: float, why: str) -> Sequence[Action]:
+        """The worker has not moved on for longer than it may."""
+        worker = self.workers.get(number)
+        if worker is None or worker.state is State.ENDING:
+            return ()
+        return [*self._end(worker, now, why, stuck=True), *self._reconcile(now)]
+
+    def reload(self, now: float) -> Sequence[Action]:
+        """New code is wanted: a new generation, in place of whatever was coming."""
+        if self.stopping:
+            return ()
+        self._newest += 1
+        self._open.add(self._newest)
+        if self.coming in self._proven:
+            assert self.coming is not None
+            self.generation = self.coming  # the newest of which workers have served is what one falls back to
+        self.coming = self._newest
+        self._pause_until = 0.0
+        self.boot_failures = 0
+        return self._reconcile(now)
+
+    def scale(self, wanted: int, now: float) -> Sequence[Action]:
+        """So many workers are wanted from now on."""
+        self.wanted = max(1, wanted)
+        return self._reconcile(now)
+
+    def stop(self, grace_s: float, now: float, handed_over: bool = False) -> Sequence[Action]:
+        """The server is to end within `grace_s`, at once if that is 0. A later stop can only be sooner.
+
+        Args:
+            handed_over: another process serves in its place.
+        """
+        self._leaving = not handed_over
+        self._grace_s = min(grace_s, self._grace_s) if self.stopping else grace_s
+        self.stopping = True
+        actions: list[Action] = []
+        for worker in list(self.workers.values()):
+            if grace_s <= 0:
+                actions += self._end(worker, now, "the server was stopped at once")
+            elif worker.state is State.DRAINING:
+                until = now + grace_s + _DRAIN_MARGIN_S
+                if worker.deadline is None or until < worker.deadline:
+                    worker.deadline = until
+                    actions.append(DrainWorker(worker.number, grace_s, self._leaving))
+        return [*actions, *self._reconcile(now)]
+
+    # -- how ---------------------------------------------------------------------------------------------
+
+    def spread(self, number: WorkerNumber) -> float:
+        """A factor within `jitter` of 1 for the worker, evenly spread: so that not all are retired at once."""
+        return 1.0 + self.settings.jitter * (2.0 * (number * 0.6180339887 % 1.0) - 1.0)
+
+    def _reconcile(self, now: float) -> list[Action]:
+        """Do what is missing between what is there and what is wanted."""
+        self._now = now
+        if self.stopping:
+            return self._wind_up(now)
+        actions: list[Action] = []
+        for worker in list(self.workers.values()):
+            surplus = worker.slot >= self.wanted
+            if worker.stays and (surplus or self._is_superseded(worker)):
+                actions += self._dismiss(worker, now)
+        replacing = 0
+        for slot in range(self.wanted):
+            actions += self._take_over(slot, now)
+        for slot in range(self.wanted):
+            replacing += self._is_being_replaced(slot)
+        for slot in range(self.wanted):
+            wanted = self._missing(slot, now, replacing < self.settings.batch)
+            if wanted is not None:
+                replacing += bool(self._staying(slot))
+                actions.append(self._start(slot, wanted, now))
+        return [*actions, *self._conclude()]
+
+    def _staying(self, slot: SlotNumber) -> list[Worker]:
+        return [worker for worker in self.workers.values() if worker.slot == slot and worker.stays]
+
+    def _is_fresh(self, worker: Worker) -> bool:
+        return worker.generation == self.target and not worker.retiring
+
+    def _is_superseded(self, worker: Worker) -> bool:
+        """True for one that boots with code that is not wanted any more, and that is not needed to fill a gap."""
+        if worker.state is not State.BOOTING or worker.generation == self.target:
+            return False
+        serves = any(each.state is State.SERVING for each in self._staying(worker.slot))
+        return serves or worker.generation != self.generation
+
+    def _is_being_replaced(self, slot: SlotNumber) -> bool:
+        here = self._staying(slot)
+        return len(here) > 1 and any(worker.state is State.BOOTING for worker in here)
+
+    def _take_over(self, slot: SlotNumber, now: float) -> Iterator[Action]:
+        """Once the slot's fresh worker serves, the others may go."""
+        here = self._staying(slot)
+        if any(self._is_fresh(worker) and worker.state is State.SERVING for worker in here):
+            for worker in here:
+                if not self._is_fresh(worker):
+                    yield from self._dismiss(worker, now)
+
+    def _missing(self, slot: SlotNumber, now: float, may_replace: bool) -> Generation | None:
+        """Of which generation a worker is to be started in the slot now, or None."""
+        here = self._staying(slot)
+        if any(self._is_fresh(worker) or worker.state is State.BOOTING for worker in here):
+            return None
+        if now < self._pause_until or now < self._place(slot).not_before:
+            return None
+        if here:
+            return self.target if may_replace else None
+        # The place is empty. Until the new code has shown that it boots, it is the old that fills gaps; but for the
+        # first place of all, or nobody would ever show it.
+        if self.coming is None or self.coming in self._proven or self.generation not in self._proven:
+            return self.target
+        return self.generation
+
+    def _start(self, slot: SlotNumber, generation: Generation, now: float) -> StartWorker:
+        self._numbers += 1
+        deadline = now + self.settings.boot_timeout_s
+        self.workers[self._numbers] = Worker(self._numbers, slot, generation, deadline)
+        return StartWorker(self._numbers, slot, generation)
+
+    def _dismiss(self, worker: Worker, now: float) -> list[Action]:
+        before = worker.state
+        worker.state = step(before, Event.DISMISSED)
+        worker.retire_at = None
+        if worker.state is State.ENDING:
+            worker.deadline = None
+            return [EndWorker(worker.number, "it is not wanted any more")]
+        if before is State.SERVING:
+            grace_s = self._grace_s if self.stopping else self.settings.grace_s
+            worker.deadline = now + grace_s + _DRAIN_MARGIN_S
+            return [DrainWorker(worker.number, grace_s, self.stopping and self._leaving)]
+        return []
+
+    def _end(self, worker: Worker, now: float, why: str, stuck: bool = False) -> list[Action]:
+        before = worker.state
+        worker.state = step(before, Event.OVERDUE)
+        worker.deadline = worker.retire_at = None
+        if before is State.ENDING:
+            return []
+        actions: list[Action] = [EndWorker(worker.number, why, stuck)]
+        if before is State.BOOTING and not self.stopping:
+            actions += self._boot_failed(worker, now, why)
+        elif before is State.SERVING:
+            self._died(worker, now)
+        return actions
+
+    def _overdue(self, worker: Worker, now: float) -> list[Action]:
+        if worker.state is State.BOOTING:
+            why = f"it was not ready after boot_timeout={self.settings.boot_timeout_s:g} seconds"
+        else:
+            why = "it had not finished when its grace was over"
+        return self._end(worker, now, why, stuck=True)
+
+    def _place(self, slot: SlotNumber) -> _Place:
+        return self._places.setdefault(slot, _Place())
+
+    def _died(self, worker: Worker, now: float) -> None:
+        """A worker that served has died, unasked: the next one comes at once, unless this happens again and again."""
+        place = self._place(worker.slot)
+        if now >= worker.young_until:
+            place.deaths = 0
+            return
+        place.deaths += 1
+        if place.deaths > 1:
+            place.not_before = now + min(
+                _FIRST_PAUSE_S * 2.0 ** min(place.deaths - 2, 16), _LONGEST_DEATH_PAUSE_S
+            )
+
+    def _boot_failed(self, worker: Worker, now: float, why: str) -> list[Action]:
+        if self.stopping:
+            return []
+        self.boot_failures += 1
+        limit = self.settings.boot_limit
+        if worker.generation == self.coming:
+            if worker.generation not in self._proven or self.boot_failures >= limit:
+                return self._abandon(worker.generation, now, why)
+        elif worker.generation != self.generation:
+            return []
+        elif self.boot_failures >= limit and self.coming is None and not self._anybody_serves():
+            self.stopping = True
+            self._grace_s = 0.0
+            return [
+                GaveUp(
+                    f"{self.boot_failures} workers in a row failed to boot, and none serves; the last: {why}"
+                )
+            ]
+        pause_s = min(_FIRST_PAUSE_S * 2.0 ** min(self.boot_failures - 1, 16), _LONGEST_BOOT_PAUSE_S)
+        self._pause_until = now + pause_s
+        return []
+
+    def _abandon(self, generation: Generation, now: float, why: str) -> list[Action]:
+        self.coming = None
+        self.boot_failures = 0
+        self._pause_until = 0.0
+        actions: list[Action] = [Abandoned(generation, why)]
+        for worker in list(self.workers.values()):
+            if worker.generation == generation and worker.state is State.BOOTING:
+                actions += self._dismiss(worker, now)
+        return actions
+
+    def _anybody_serves(self) -> bool:
+        return any(worker.state is State.SERVING for worker in self.workers.values())
+
+    def _conclude(self) -> Iterator[Action]:
+        """Tell what has come to be, and let go of generations that nobody needs any more."""
+        slots = range(self.wanted)
+        settled = all(
+            (here := self._staying(slot))
+            and all(self._is_fresh(worker) and worker.state is State.SERVING for worker in here)
+            for slot in slots
+        )
+        if settled and not self._started:
+            self._started = True
+            yield Started()
+        if settled and self.coming is not None and not any(map(self._may_accept, self.workers.values())):
+            self.generation, self.coming = self.coming, None
+            yield Reloaded(self.generation)
+        used = {worker.generation for worker in self.workers.values()} | {self.generation, self.target}
+        for generation in sorted(self._open - used):
+            self._open.remove(generation)
+            yield CloseGeneration(generation)
+
+    def _may_accept(self, worker: Worker) -> bool:
+        """True for one of older code that may still take connections."""
+        return worker.generation != self.target and not worker.closed
+
+    def _wind_up(self, now: float) -> list[Action]:
+        actions: list[Action] = []
+        for worker in list(self.workers.values()):
+            if self._grace_s <= 0:
+                actions += self._end(worker, now, "the server was stopped at once")
+            elif worker.stays:
+                actions += self._dismiss(worker, now)
+        if not self.workers and not self._over:
+            self._over = True
+            actions += [CloseGeneration(generation) for generation in sorted(self._open)]
+            self._open.clear()
+            actions.append(Over())
+        return actions
+
+    def _check(self) -> None:
+        """Assert the invariants; for the tests."""
+        for slot in {worker.slot for worker in self.workers.values()}:
+            here = self._staying(slot)
+            # Invariant: at most one worker boots in a slot, and at most one that is to stay serves there.
+            assert sum(worker.state is State.BOOTING for worker in here) <= 1
+            assert sum(self._is_fresh(worker) for worker in here) <= 1
+        # Invariant: nobody is gone and still here; whoever boots or drains has a deadline.
+        for worker in self.workers.values():
+            assert worker.state is not State.GONE
+            assert (worker.deadline is not None) == (worker.state in (State.BOOTING, State.DRAINING))
+        # Invariant: a generation is open as long as a worker is of it, or may come to be.
+        if not self._over:
+            assert {worker.generation for worker in self.workers.values()} <= self._open
+            assert {self.generation, self.target} <= self._open
+
+
+def _moments(worker: Worker) -> Iterator[float]:
+    for moment in (worker.deadline, worker.retire_at):
+        if moment is not None:
+            yield moment

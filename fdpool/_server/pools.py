@@ -1,0 +1,77 @@
+"""The pools of a server: one for each generation of its code, so that new code comes in a fresh supervisor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..pool import Pool, StartMethod
+from . import checks
+
+
+class Pools:
+    """Makes a generation's pool when its first worker is wanted. Not thread-safe, but for `close`.
+
+    Args:
+        preload: names of modules to import in each pool's supervisor.
+        start_method: as for `Pool`.
+
+    Attributes:
+        interface: which kind of application it is, if that is known by now: what that needs is imported there, too.
+    """
+
+    #: Most workers of one generation at a time, the draining ones included. A slot costs nothing before it is used.
+    MOST_WORKERS = 2 * checks.MOST_WORKERS
+
+    def __init__(
+        self, interface: str | None, preload: Sequence[str], start_method: StartMethod | None
+    ) -> None:
+        self.interface = interface
+        self._preload = tuple(preload)
+        self._start_method = start_method
+        self._pools: dict[int, Pool] = {}
+        self._closing: list[Pool] = []
+
+    def of(self, generation: int, anew: bool = False) -> Pool:
+        """The generation's pool; with `anew`, another one, as the one that there was is broken."""
+        if anew:
+            self.close(generation)
+        pool = self._pools.get(generation)
+        if pool is None:
+            preload = [*checks.modules_to_serve(self.interface), *self._preload]
+            # One task a worker: each server worker is to be a fresh process.
+            pool = Pool(
+                self.MOST_WORKERS,
+                max_tasks_per_child=1,
+                preload=preload,
+                start_method=self._start_method,
+            )
+            self._pools[generation] = pool
+        return pool
+
+    def kill(self, generation: int) -> None:
+        """Kill what the generation's pool runs, its supervisor too if that does not do as it is told."""
+        pool = self._pools.pop(generation, None)
+        if pool is not None:
+            pool.kill_workers()
+            self._closing.append(pool)
+
+    def close(self, generation: int) -> None:
+        """The generation is over; its pool ends by itself. Does not wait."""
+        pool = self._pools.pop(generation, None)
+        if pool is not None:
+            pool.shutdown(wait=False)
+            self._closing.append(pool)
+
+    def join(self, kill: bool = False) -> None:
+        """End every pool, and wait until nothing of any is left.
+
+        Args:
+            kill: kill what still runs.
+        """
+        for generation in list(self._pools):
+            self.close(generation)
+        for pool in self._closing:
+            if kill:
+                pool.kill_workers()
+            pool.shutdown(wait=True)
+        self._closing.clear()

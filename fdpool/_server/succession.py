@@ -1,0 +1,105 @@
+"""Waiting for the process that is to replace this one: until it serves, has failed, or has taken too long."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from .._broken import describe_status
+from .news import say
+from .upgrade import Successor
+
+if TYPE_CHECKING:
+    from .listeners import Listeners
+    from .turns import Turns
+
+_LOOKS, _LOOK_S = 10, 0.05
+
+
+class Succession:
+    """At most one successor at a time. Runs in: the server's thread.
+
+    Args:
+        limit_s: how long it may take until it serves.
+        on_ready: called when it does.
+
+    Attributes:
+        pid: of the successor that serves, or None.
+    """
+
+    def __init__(
+        self, turns: Turns, listeners: Listeners, limit_s: float, on_ready: Callable[[], object]
+    ) -> None:
+        self._turns = turns
+        self._listeners = listeners
+        self._limit_s = limit_s
+        self._on_ready = on_ready
+        self._coming: Successor | None = None
+        self.pid: int | None = None
+
+    def begin(self) -> None:
+        """Start a successor, if none is coming or there already."""
+        if self._coming is not None or self.pid is not None:
+            say("upgrade_refused", "a successor is on its way already", level=logging.WARNING)
+            return
+        try:
+            coming = self._coming = Successor(self._listeners.all())
+        except OSError as error:
+            self._failed(f"it could not be started: {error}")
+            return
+        say("upgrading", "process %d is to replace this one", coming.pid, successor_pid=coming.pid)
+        self._turns.watch(coming.control, self._hear)
+        self._turns.later(self._limit_s, lambda: self._give_up(coming))
+
+    def _hear(self) -> None:
+        coming = self._coming
+        assert coming is not None
+        try:
+            if not coming.is_ready():
+                return
+        except EOFError:
+            self._end(coming)
+            self._bury(coming, _LOOKS)
+            return
+        self._end(coming)
+        self.pid = coming.pid
+        say("upgraded", "process %d serves in place of this one", coming.pid, successor_pid=coming.pid)
+        self._on_ready()
+
+    def _bury(self, coming: Successor, looks: int) -> None:
+        """Say how it has ended. A process closes its files a moment before it can be reaped."""
+        status = coming.reap()
+        if status is None and looks:
+            self._turns.later(_LOOK_S, lambda: self._bury(coming, looks - 1))
+            return
+        if status is None:
+            coming.kill()  # it goes on, without ever serving
+        self._failed("it gave up its part" if status is None else f"it {describe_status(status)}")
+
+    def _give_up(self, coming: Successor) -> None:
+        if self._coming is coming:
+            self._end(coming)
+            coming.kill()
+            self._failed(f"it did not serve after {self._limit_s:g} seconds, and was killed")
+
+    def _end(self, coming: Successor) -> None:
+        self._turns.unwatch(coming.control)
+        coming.close()
+        self._coming = None
+
+    def _failed(self, why: str) -> None:
+        say(
+            "upgrade_failed",
+            "no successor, so this process goes on: %s",
+            why,
+            level=logging.ERROR,
+            reason=why,
+        )
+
+    def close(self) -> None:
+        """The server ends: so does a successor that does not serve yet, as it could not know."""
+        coming = self._coming
+        if coming is not None:
+            self._end(coming)
+            coming.kill()

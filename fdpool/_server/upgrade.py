@@ -1,0 +1,177 @@
+"""A new process of the server itself, with new code of everything, in place of this one; without a closed port.
+
+This process starts the same command again, with the listeners among its descriptors, and a variable that says which is
+which. When the successor's workers serve, it says so, and this one drains. If it fails before, nothing has happened.
+
+    FDPOOL_UPGRADE    {"of": our pid, "control": fd, "listeners": {bind: [[slot, "fd:7?owns=1-2"], ...]}}
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterable, Mapping, MutableMapping
+from typing import Any
+
+from .._bind import Listener
+from .._systemd import successor_environment
+from ..errors import ServerFailed
+from ..fds import close_all
+from ..sockets import StreamSocket
+
+VARIABLE = "FDPOOL_UPGRADE"
+
+Inherited = dict[str, list[tuple[int, str]]]
+
+_taken: Predecessor | None = None
+
+
+class Predecessor:
+    """The process that this one is to replace.
+
+    Attributes:
+        listeners: by the bind that they were opened for, the slot and the bind that makes each here.
+    """
+
+    def __init__(self, control: StreamSocket, listeners: Inherited) -> None:
+        self.listeners = listeners
+        self._control: StreamSocket | None = control
+
+    def tell_ready(self) -> None:
+        """Say that this process serves; the other one drains then. Safe to call again."""
+        control, self._control = self._control, None
+        if control is not None:
+            try:
+                control.send({"say": "ready", "pid": os.getpid()})
+            except OSError:
+                pass  # it is gone already, so nobody needs to be told
+            control.close()
+
+    def abandon(self) -> None:
+        """This process will not serve: the other one goes on. Safe to call again."""
+        control, self._control = self._control, None
+        if control is not None:
+            control.close()
+
+    def close_listeners(self) -> None:
+        """Close what was inherited, as the descriptors themselves; those that are used have been duplicated."""
+        close_all({_number_in(bind) for binds in self.listeners.values() for _, bind in binds})
+        self.listeners = {}
+
+
+def is_successor() -> bool:
+    """True if this process was started to replace another server, now or before `take` was called."""
+    return _taken is not None or _announced(os.environ) is not None
+
+
+def announced_binds(environment: Mapping[str, str] = os.environ) -> list[str]:
+    """The binds for which a process that is to be replaced hands its listeners to this one."""
+    found = _announced(environment)
+    return [] if found is None else list(found["listeners"])
+
+
+def take(environment: MutableMapping[str, str] = os.environ) -> Predecessor | None:
+    """The process that this one is to replace, once; None if there is none. Removes the variable."""
+    global _taken
+    found = _announced(environment)
+    environment.pop(VARIABLE, None)
+    if found is None:
+        return None
+    try:
+        control = StreamSocket.from_fd(int(found["control"]))
+    except (OSError, ValueError) as error:
+        raise ServerFailed(f"{VARIABLE} names no descriptor of the process to replace: {error}") from error
+    os.set_inheritable(control.fileno(), False)
+    listeners = {
+        key: [(int(slot), str(bind)) for slot, bind in binds] for key, binds in found["listeners"].items()
+    }
+    for binds in listeners.values():
+        for _, bind in binds:
+            os.set_inheritable(_number_in(bind), False)
+    _taken = Predecessor(control, listeners)
+    return _taken
+
+
+def _announced(environment: Mapping[str, str]) -> dict[str, Any] | None:
+    """What the variable says, if it is meant for this process: it is inherited by others, too."""
+    try:
+        found = json.loads(environment.get(VARIABLE, ""))
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) and found.get("of") == os.getppid() else None
+
+
+class Successor:
+    """The process that is to replace this one.
+
+    Args:
+        listeners: every one, with the bind it was opened for and its slot; borrowed.
+
+    Raises:
+        OSError: it cannot be started.
+    """
+
+    def __init__(self, listeners: Iterable[tuple[str, int, Listener]]) -> None:
+        self.control, theirs = StreamSocket.pair()
+        said: dict[str, list[tuple[int, str]]] = {}
+        passed = [theirs.fileno()]
+        for key, slot, listener in listeners:
+            number = listener.socket.fileno()
+            passed.append(number)
+            said.setdefault(key, []).append((slot, listener.handover(number)))
+        text = json.dumps({"of": os.getpid(), "control": theirs.fileno(), "listeners": said})
+        environment = {**successor_environment(os.environ), VARIABLE: text}
+        try:
+            self.pid = os.posix_spawn(
+                sys.executable,
+                [sys.executable, *sys.orig_argv[1:]],
+                environment,
+                # Onto itself: all that this does is to clear close-on-exec (posix_spawn(3)).
+                file_actions=[(os.POSIX_SPAWN_DUP2, fd, fd) for fd in passed],
+                setsigmask=(),
+                setsigdef=sorted(signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}),
+            )
+        except BaseException:
+            self.control.close()
+            raise
+        finally:
+            theirs.close()
+
+    def is_ready(self) -> bool:
+        """True if it has said so.
+
+        Raises:
+            EOFError: it has ended instead, or closed its end.
+        """
+        try:
+            received = self.control.try_receive_with_fds()
+        except OSError as error:
+            raise EOFError(str(error)) from error
+        return received is not None
+
+    def reap(self) -> int | None:
+        """Its wait status if it has ended and was not reaped before; never waits."""
+        try:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+        except ChildProcessError:
+            return None
+        return status if pid else None
+
+    def kill(self) -> None:
+        """End it with SIGKILL, and wait until it is gone; its workers die with it."""
+        try:
+            os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+        except (ProcessLookupError, ChildProcessError):
+            pass  # it has ended by itself
+
+    def close(self) -> None:
+        """Close the stream to it."""
+        self.control.close()
+
+
+def _number_in(bind: str) -> int:
+    """The descriptor in "fd:7" or "fd:7?owns=1-2"."""
+    return int(bind.removeprefix("fd:").partition("?")[0])

@@ -1,0 +1,105 @@
+"""What the server looks for in its workers every so often: requests that do not end, memory, workers that were stopped.
+
+A look costs a read of the page that a worker writes, and where memory is limited or a worker seems still, one of its
+/proc files. What is found is judged by `judge`, which is pure.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import psutil  # here, and not where it is first needed: there may be no descriptor left to import it with
+
+from .progress import Seen
+
+if TYPE_CHECKING:
+    from .link import WorkerLink
+
+_LOOK_S = 0.5
+_MOST_STOPPED_S = 10.0  # how long a worker may be stopped (SIGSTOP), if requests have no limit
+
+
+def judge(seen: Seen, now: float, request_timeout_s: float | None) -> str | None:
+    """Why a worker that has got so far is stuck, or None."""
+    if request_timeout_s is None:
+        return None
+    stuck_s = seen.stuck_s(now)
+    if stuck_s <= request_timeout_s:
+        return None
+    what = "its event loop has not turned" if seen.oldest is None else "a request has not moved on"
+    return f"{what} for {stuck_s:.1f} seconds, and request_timeout={request_timeout_s:g}"
+
+
+class Watch:
+    """Looks at workers, at times of its own.
+
+    Args:
+        request_timeout_s: how long a request, or an event loop, may go without moving on.
+        max_memory: bytes of resident memory above which a worker is replaced.
+
+    Attributes:
+        next_look: when `look` is due.
+    """
+
+    def __init__(self, request_timeout_s: float | None, max_memory: int | None) -> None:
+        self._request_timeout_s = request_timeout_s
+        self._max_memory = max_memory
+        self._pause_s = (
+            _LOOK_S if request_timeout_s is None else min(_LOOK_S, max(0.02, request_timeout_s / 4))
+        )
+        self._retired: set[int] = set()
+        self.next_look: float | None = time.monotonic() + self._pause_s
+
+    def look(self, links: Sequence[WorkerLink], now: float) -> Iterator[tuple[int, str | None]]:
+        """If it is time, the workers with which something is wrong, and why; None if they are just to be replaced."""
+        if self.next_look is None or now < self.next_look:
+            return
+        self.next_look = now + self._pause_s
+        for link in links:
+            if link.ready_at is None:
+                continue
+            why = judge(link.see(), now, self._request_timeout_s) or self._stopped(link, now)
+            if why is not None:
+                yield link.number, why
+            elif self._is_large(link):
+                self._retired.add(link.number)
+                yield link.number, None
+
+    def forget(self, number: int) -> None:
+        """The worker has gone."""
+        self._retired.discard(number)
+
+    def _is_large(self, link: WorkerLink) -> bool:
+        if self._max_memory is None or link.number in self._retired:
+            return False
+        size = resident_bytes(link.pid)
+        return size is not None and size > self._max_memory
+
+    def _stopped(self, link: WorkerLink, now: float) -> str | None:
+        """Why it must go, if it has been stopped for too long. One that a debugger has stopped is left alone."""
+        if not is_stopped(link.pid):
+            link.stopped_since = None
+            return None
+        if link.stopped_since is None:
+            link.stopped_since = now
+        most_s = _MOST_STOPPED_S if self._request_timeout_s is None else self._request_timeout_s
+        stopped_s = now - link.stopped_since
+        return f"it has been stopped (SIGSTOP) for {stopped_s:.1f} seconds" if stopped_s > most_s else None
+
+
+def resident_bytes(pid: int | None) -> int | None:
+    """The resident memory of a process, what it shares with others included; None if it has gone."""
+    try:
+        return None if pid is None else int(psutil.Process(pid).memory_info().rss)
+    except (psutil.Error, OSError):  # OSError: no descriptor is left to look with
+        return None
+
+
+def is_stopped(pid: int | None) -> bool:
+    """True if a process is stopped by a signal."""
+    try:
+        return pid is not None and psutil.Process(pid).status() == psutil.STATUS_STOPPED
+    except (psutil.Error, OSError):
+        return False

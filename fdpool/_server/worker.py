@@ -1,0 +1,255 @@
+"""A server worker: one long task of a pool, which loads the application and serves until it is told to drain.
+
+Runs in: a worker of the generation's pool. The main thread boots and serves. A second thread listens to the server, so
+that a drain arrives while the main thread is busy; it only ever sets something or posts something. What runs is told
+in memory that the server sees (`_server.progress`).
+
+    to the server     hello (pid; its pidfd comes along), ready, retire (why), closed, failed (why, traceback)
+    to the worker     drain (grace_s, leaving), reopen
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import os
+import select
+import signal
+import socket
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from .. import _platform, payload
+from .._links import Waker
+from ..fds import Fd
+from ..sockets import StreamSocket
+from . import apps, doors
+from .context import Face, Order, ServerWorker, become
+from .logs import reopen_logs
+from .progress import STACKS_AT, Progress
+
+#: Has faulthandler write the stacks of all threads, even while C code holds the interpreter.
+STACKS_SIGNAL = signal.SIGRTMIN + 6 if hasattr(signal, "SIGRTMIN") else signal.SIGUSR2
+
+_MOST_TRACEBACK = 32 * 1024
+_EXIT_S = 5.0  # how long threads and exit handlers may keep a worker that has served
+_LOG = logging.getLogger("fdpool.server")
+
+
+def main(
+    order: Order,
+    control: Fd,
+    page: Fd,
+    inbox: Fd | None,
+    listeners: Sequence[socket.socket],
+    app_fds: Sequence[Fd],
+) -> str:
+    """Boot and serve as the task of a pool's worker; returns why it has ended."""
+    stream = StreamSocket.from_fd(control.detach())
+    _say_hello(stream)
+    _register_stacks(page.fileno())
+    progress = Progress(page.fileno())
+    worker = ServerWorker(order.slot, order.generation, progress, lambda message: _tell(stream, message))
+    door: doors.Door = (
+        doors.Listening(listeners) if inbox is None else doors.HandedOver(inbox.detach(), progress)
+    )
+    try:
+        return _boot_and_serve(order, stream, worker, door, listeners, [fd.detach() for fd in app_fds])
+    finally:
+        threading.Thread(target=_exit_at_last, name="fdpool-server-exit", daemon=True).start()
+        door.close()
+
+
+def _boot_and_serve(
+    order: Order,
+    stream: StreamSocket,
+    worker: ServerWorker,
+    door: doors.Door,
+    listeners: Sequence[socket.socket],
+    app_fds: list[int],
+) -> str:
+    become(worker)
+    listening = _Listening(stream, worker)
+    on_exit: Callable[[ServerWorker], object] | None = None
+    try:
+        listening.start()
+        app, on_start, on_exit = payload.loads(order.body, app_fds, order.spilled)
+        if on_start is not None:
+            on_start(worker)
+        if order.target is not None:
+            app = apps.load(order.target)
+        interface = order.interface or apps.interface_of(app)
+        face = _face(interface, app, order, worker, door, listeners)
+        worker.interface = interface
+        worker.max_requests = order.max_requests
+        listening.serves(face, interface)
+    except BaseException as error:
+        _tell(stream, {"say": "failed", "why": _why(error), "traceback": _formatted(error)})
+        if isinstance(error, Exception):
+            return f"it could not be booted: {_why(error)}"
+        raise
+    try:
+        face.serve(worker.ready)
+    except BaseException as error:
+        if not worker.is_ready:
+            _tell(stream, {"say": "failed", "why": _why(error), "traceback": _formatted(error)})
+        raise
+    finally:
+        if on_exit is not None:
+            try:
+                on_exit(worker)
+            except Exception:
+                _LOG.exception(
+                    "on_worker_exit failed in worker %d", worker.slot, extra={"event": "hook_failed"}
+                )
+    return "drained" if worker.draining else "its application has ended"
+
+
+def _face(
+    interface: str,
+    app: Any,
+    order: Order,
+    worker: ServerWorker,
+    door: doors.Door,
+    listeners: Sequence[socket.socket],
+) -> Face:
+    """The way to serve this kind of application. What it needs is imported here: each needs something else."""
+    if interface == "asgi":
+        from .asgi import AsgiFace
+
+        return AsgiFace(app, order, worker, door, listeners)
+    if interface == "wsgi":
+        from .wsgi import WsgiFace
+
+        return WsgiFace(app, order, worker, door, listeners)
+    from . import handler
+
+    if interface == "listeners":
+        if not isinstance(door, doors.Listening):
+            raise ValueError(
+                "an application that accepts for itself cannot be handed connections (dispatch='handoff')"
+            )
+        return handler.ListenersFace(app, worker, listeners)
+    handle = handler.handler_of(app, listeners) if interface == "socketserver" else app
+    return handler.HandlerFace(handle, worker, door, order.threads or 1)
+
+
+# -- listening to the server -------------------------------------------------------------------------------
+
+
+class _Listening:
+    """The thread that listens to the server, and to signals: SIGTERM asks for a successor, SIGUSR1 reopens logs.
+
+    A signal handler only writes a byte, as a stream is not to be used in one.
+    """
+
+    def __init__(self, stream: StreamSocket, worker: ServerWorker) -> None:
+        self._stream = stream
+        self._worker = worker
+        self._waker = Waker()
+        self._signalled: set[int] = set()
+        self._face: Face | None = None
+        self._told: tuple[float, bool] | None = None  # a drain that came before there was a face
+        self._lock = threading.Lock()
+
+    def start(self) -> None:
+        """Begin; in the main thread."""
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._on_signal)
+        threading.Thread(target=self._run, name="fdpool-server-control", daemon=True).start()
+
+    def serves(self, face: Face, interface: str) -> None:
+        """The face is there, and drains are its own from now on."""
+        if interface == "listeners":
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # what accepts for itself may have ways of its own
+        with self._lock:
+            self._face, told = face, self._told
+        if told is not None:
+            face.drain(*told)
+
+    def _on_signal(self, number: int, _frame: object) -> None:
+        self._signalled.add(number)
+        self._waker.wake()
+
+    def _run(self) -> None:
+        poll = select.poll()
+        poll.register(self._stream.fileno(), select.POLLIN)
+        poll.register(self._waker.fileno(), select.POLLIN)
+        try:
+            while True:
+                ready = {fd for fd, _ in poll.poll()}
+                if self._waker.fileno() in ready:
+                    self._waker.clear()
+                    self._heed_signals()
+                if self._stream.fileno() in ready:
+                    received = self._stream.try_receive_with_fds()
+                    if received is not None:
+                        self._do(received[0])
+        except (EOFError, OSError):
+            return  # the server is gone, and the pool's supervisor ends this process
+
+    def _heed_signals(self) -> None:
+        if signal.SIGUSR1 in self._signalled:
+            self._signalled.discard(signal.SIGUSR1)
+            reopen_logs()
+        if signal.SIGTERM in self._signalled:
+            self._worker.retire("it was sent SIGTERM")
+
+    def _do(self, message: Any) -> None:
+        if message["do"] == "reopen":
+            reopen_logs()
+        elif message["do"] == "drain":
+            self._worker.start_draining()
+            told = (float(message["grace_s"]), bool(message["leaving"]))
+            with self._lock:
+                face = self._face
+                if face is None:
+                    self._told = told
+            if face is not None:
+                face.drain(*told)
+
+
+# -- small things ------------------------------------------------------------------------------------------
+
+
+def _say_hello(stream: StreamSocket) -> None:
+    """Tell who this is; with a pidfd, so that nobody else can ever be taken for it."""
+    pidfd = _platform.open_pidfd(os.getpid())
+    try:
+        stream.send_with_fds({"say": "hello", "pid": os.getpid()}, [] if pidfd is None else [pidfd])
+    finally:
+        if pidfd is not None:
+            os.close(pidfd)
+
+
+def _tell(stream: StreamSocket, message: object) -> None:
+    try:
+        stream.send(message)
+    except OSError:
+        pass  # the server is gone
+
+
+def _register_stacks(page_fd: int) -> None:
+    fd = os.dup(page_fd)  # kept open for good, for the handler
+    os.lseek(fd, STACKS_AT, os.SEEK_SET)
+    faulthandler.register(STACKS_SIGNAL, file=fd, all_threads=True)
+
+
+def _why(error: BaseException) -> str:
+    if isinstance(error, SystemExit):
+        return f"it exited with code {error.code!r}"
+    text = str(error)
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _formatted(error: BaseException) -> str:
+    return "".join(traceback.format_exception(error))[-_MOST_TRACEBACK:]
+
+
+def _exit_at_last() -> None:
+    """Threads and exit handlers that never end must not keep a process that serves nobody."""
+    time.sleep(_EXIT_S)
+    os._exit(0)

@@ -1,0 +1,210 @@
+"""Serving a WSGI application with waitress, in a server worker.
+
+What is ours: where connections come from, when to stop taking them, what becomes of those that are kept alive
+meanwhile, and telling how far requests are. What speaks HTTP, buffers slow clients and keeps the threads is waitress.
+"""
+
+from __future__ import annotations
+
+import logging
+import select
+import socket
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from waitress import wasyncore
+from waitress.channel import HTTPChannel
+from waitress.server import BaseWSGIServer, create_server
+from waitress.task import ThreadedTaskDispatcher, WSGITask
+
+from .context import Order, ServerWorker
+from .doors import Door, Listening
+
+_IDLE_S = 5.0  # how long a client that keeps its connection has for one more request, while the worker drains
+_TURN_S = 1.0
+_NO_LOG = logging.Logger("fdpool.server.queue", logging.CRITICAL)
+
+
+class WsgiFace:
+    """waitress on the worker's listeners, or on connections that it is handed."""
+
+    def __init__(
+        self, app: Any, order: Order, worker: ServerWorker, door: Door, listeners: Sequence[socket.socket]
+    ) -> None:
+        self._worker = worker
+        self._door = door
+        self._map: dict[int, Any] = {}
+        self._tasks = ThreadedTaskDispatcher()
+        self._tasks.queue_logger = _NO_LOG  # a warning for each request that waits, while others are served
+        self._until: float | None = None  # a drain's end
+        self._idle_at = 0.0
+        options = {"threads": order.threads or 4, "backlog": order.backlog, "ident": None, **order.options}
+        accepts = isinstance(door, Listening)
+        self._servers: list[BaseWSGIServer] = [
+            create_server(
+                app, map=self._map, _start=accepts, _dispatcher=self._tasks, sockets=[listener], **options
+            )
+            for listener in listeners
+        ]
+        self._tasks.set_thread_count(self._servers[0].adj.threads)
+        channel = _channel_class(worker, door)
+        for server in self._servers:
+            server.channel_class = channel
+            if accepts:
+                _accept_by(server, door)
+            else:
+                server.del_channel()  # never to be polled: the server hands its connections over
+        if not accepts:
+            for fileno in door.filenos():
+                self._map[fileno] = _Intake(fileno, door, worker, self._servers)
+
+    def serve(self, ready: Callable[[], None]) -> None:
+        ready()
+        while self._until is None or not self._has_drained(self._until):
+            timeout_s = _TURN_S if self._until is None else 0.05
+            wasyncore.loop(
+                timeout=max(0.001, min(timeout_s, self._door.pause_s() or timeout_s)),
+                use_poll=True,
+                map=self._map,
+                count=1,
+            )
+        left_s = max(0.0, self._until - time.monotonic())
+        self._tasks.shutdown(timeout=left_s)
+        wasyncore.close_all(self._map, ignore_all=True)
+        for server in self._servers:
+            server.close()
+
+    def drain(self, grace_s: float, leaving: bool) -> None:
+        now = time.monotonic()
+
+        def begin() -> None:
+            self._idle_at = now if leaving else now + _IDLE_S
+            if self._until is None:
+                for server in self._servers:
+                    # Not its own close(): that would close its trigger, with which threads wake the loop.
+                    wasyncore.dispatcher.close(server)
+                for fileno in self._door.filenos():
+                    self._map.pop(fileno, None)
+                self._door.close()
+                self._worker.closed()
+            self._until = now + grace_s
+
+        # Runs `begin` in the loop's thread.
+        self._servers[0].trigger.pull_trigger(begin)
+
+    def _has_drained(self, until: float) -> bool:
+        now = time.monotonic()
+        channels = [channel for server in self._servers for channel in list(server.active_channels.values())]
+        if now >= self._idle_at:
+            for channel in channels:
+                if not channel.requests and not channel.total_outbufs_len and not _has_input(channel):
+                    channel.will_close = True
+        return not channels or now >= until
+
+
+def _accept_by(server: Any, door: Door) -> None:
+    """Have a waitress server take its connections as every worker does, the limit of descriptors included."""
+    fileno = server.socket.fileno()
+    readable = server.readable
+
+    def accept() -> tuple[socket.socket, Any] | None:
+        connection = door.take(fileno)
+        if connection is None:
+            return None
+        try:
+            return connection, connection.getpeername()
+        except OSError:
+            connection.close()  # the client has gone
+            return None
+
+    server.accept = accept
+    server.readable = lambda: not door.pause_s() and readable()
+
+
+class _Intake:
+    """Stands in waitress's loop for the worker's inbox."""
+
+    def __init__(self, fileno: int, door: Door, worker: ServerWorker, servers: Sequence[Any]) -> None:
+        self._worker = worker
+        self._fileno = fileno
+        self._door = door
+        self._servers = servers
+
+    def readable(self) -> bool:
+        for server in self._servers:
+            server.readable()  # which also closes connections that have been idle for too long
+        return not self._door.pause_s()
+
+    def writable(self) -> bool:
+        return False
+
+    def handle_read_event(self) -> None:
+        connection = self._door.take(self._fileno)
+        if connection is None:
+            return
+        try:
+            server = self._server_for(connection)
+            server.set_socket_options(connection)
+            address = server.fix_addr(connection.getpeername())
+            server.channel_class(server, connection, address, server.adj, map=server._map)
+            self._count_open()
+        except OSError:
+            connection.close()  # the client has gone
+
+    def _count_open(self) -> None:
+        self._worker.progress.has_open(sum(len(server.active_channels) for server in self._servers))
+
+    def _server_for(self, connection: socket.socket) -> Any:
+        """Of which listener the connection is: it tells the application its port."""
+        name = connection.getsockname()
+        for server in self._servers:
+            if server.family == connection.family and (
+                not isinstance(name, tuple) or str(server.effective_port) == str(name[1])
+            ):
+                return server
+        return self._servers[0]
+
+    def close(self) -> None:
+        """For wasyncore.close_all."""
+
+
+def _channel_class(worker: ServerWorker, door: Door) -> type[Any]:
+    """waitress's connection, with its requests told, and its answers marked while the worker drains."""
+
+    class Task(WSGITask):  # type: ignore[misc]  # waitress has no types
+        def build_response_header(self) -> Any:
+            if worker.draining:
+                self.request.headers["CONNECTION"] = "close"
+            return super().build_response_header()
+
+    class Channel(HTTPChannel):  # type: ignore[misc]
+        task_class = Task
+        token = 0
+
+        def service(self) -> None:
+            self.token = worker.progress.begin()
+            try:
+                super().service()
+            finally:
+                worker.ended(worker.progress.end(self.token))
+
+        def write_soon(self, data: Any) -> Any:
+            worker.progress.touch(self.token)
+            return super().write_soon(data)
+
+        def handle_close(self) -> None:
+            super().handle_close()
+            worker.progress.has_open(len(self.server.active_channels))
+            door.ended()
+
+    return Channel
+
+
+def _has_input(channel: Any) -> bool:
+    """True if the client has sent something that was not read yet."""
+    if channel.socket is None or channel.request is not None:
+        return channel.request is not None
+    poll = select.poll()
+    poll.register(channel.socket, select.POLLIN)
+    return bool(poll.poll(0))
