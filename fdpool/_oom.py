@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import os
 import signal
+import time
+
+_TOGETHER_S = 5.0  # within which those that were killed together have all been looked at
 
 
 class Witness:
@@ -21,6 +24,8 @@ class Witness:
         self._root = root
         self._own = own
         self._known = self._kills()
+        self._unexplained = 0  # kills that were counted, and whose victim nobody has asked about yet
+        self._asked_at = 0.0
 
     def explain(self, number: int) -> str:
         """Who may have sent a worker the signal `number`, which the pool did not send; "" if nobody knows."""
@@ -29,7 +34,13 @@ class Witness:
         before, self._known = self._known, self._kills()
         if self._known is None or before is None:
             return "not by the pool; perhaps by the kernel for want of memory, see `dmesg`"
-        if self._known > before:
+        now = time.monotonic()
+        if now - self._asked_at > _TOGETHER_S:
+            self._unexplained = 0  # others have died, of whom we know nothing
+        self._asked_at = now
+        self._unexplained += self._known - before
+        if self._unexplained > 0:
+            self._unexplained -= 1
             return "by the kernel's out-of-memory killer, as its control group counts: it held too much"
         return "not by the pool, nor for want of memory, as far as its control group counts"
 

@@ -13,6 +13,7 @@ import pytest
 from fdpool import Pool, WorkerLost
 from fdpool._oom import Witness
 from tests.contract import helpers
+from tests.memory_group import memory_group
 
 
 def read_nowhere() -> None:
@@ -125,32 +126,41 @@ def test_without_control_groups_it_may_have_been_anybody(tmp_path: Path) -> None
     assert "perhaps by the kernel" in witness.explain(signal.SIGKILL)
 
 
+def test_several_that_are_killed_together_are_all_named_and_nobody_much_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """W3: the count has risen for all of them before the first is looked at."""
+    own, events = group(tmp_path, "0::/app\n", "app/memory.events")
+    events.write_text("oom_kill 0\n")
+    now = 100.0
+    monkeypatch.setattr("fdpool._oom.time.monotonic", lambda: now)
+    witness = Witness(str(tmp_path), own)
+    events.write_text("oom_kill 4\n")
+    assert "out-of-memory killer" in witness.explain(signal.SIGKILL)
+    assert "out-of-memory killer" in witness.explain(signal.SIGKILL)
+    now += 60.0
+    assert "nor for want of memory" in witness.explain(signal.SIGKILL)
+
+
 def test_a_real_kill_for_want_of_memory_is_recognised() -> None:
-    """W3: a control group of our own, if this process may make one, and a task that does not fit into it."""
-    group = Path("/sys/fs/cgroup/memory") / f"fdpool-test-{os.getpid()}"
-    try:
-        group.mkdir()
-        (group / "memory.limit_in_bytes").write_text(str(150 << 20))
-        (group / "cgroup.procs")
-    except OSError:
-        pytest.skip("no control group of version 1 can be made here")
+    """W3: a task that does not fit into the control group; the other worker, and the pool, go on."""
 
     def grow() -> None:
         kept = []
         while True:
             kept.append(bytearray(10 << 20))
 
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            (group / "cgroup.procs").write_text(str(os.getpid()))
-            with Pool(1, start_method="fork") as pool:
-                error = pool.submit(grow).exception(timeout=60)
-            status = 0 if "out-of-memory killer, as its control group counts" in str(error) else 2
-        finally:
-            os._exit(status)
-    try:
+    with memory_group(150 << 20) as members:
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                members.write_text(str(os.getpid()))
+                with Pool(2, start_method="fork") as pool:
+                    other = pool.submit(os.getpid).result(timeout=60)
+                    error = pool.submit(grow).exception(timeout=60)
+                    assert pool.submit(os.getpid).result(timeout=60) != os.getpid() != other
+                status = 0 if "out-of-memory killer, as its control group counts" in str(error) else 2
+            finally:
+                os._exit(status)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    finally:
-        group.rmdir()
