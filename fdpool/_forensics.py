@@ -24,7 +24,10 @@ _BOOT_LINE = 'File "<string>", line 4 in <module>'
 
 
 def write_stacks_to(fd: int) -> None:
-    """Runs in: a worker. Write the stacks of all threads to `fd` at a fault (SIGSEGV and its like), or when asked."""
+    """Runs in: a worker. Write the stacks of all threads to `fd` at a fault (SIGSEGV and its like), or when asked.
+
+    The last call counts. `fd` is kept: it must stay open.
+    """
     import faulthandler
 
     faulthandler.enable(fd)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 from collections.abc import Iterable
 from typing import Any
 
+from .._options import check_count, check_seconds
 from ..errors import ServerFailed
 from . import apps
 
@@ -30,23 +30,15 @@ MOST_WORKERS = 512
 def check_counts(optional: bool = False, **counts: int | None) -> None:
     """Raise TypeError or ValueError unless each is an integer above 0."""
     for name, count in counts.items():
-        if count is None and optional:
-            continue
-        if not isinstance(count, int) or isinstance(count, bool):
-            raise TypeError(f"{name} must be an integer, not {count!r}")
-        if count < 1:
-            raise ValueError(f"{name} must be at least 1, not {count}")
+        if count is not None or not optional:
+            check_count(name, count, 1)
 
 
 def check_times(optional: bool = False, **times: float | None) -> None:
     """Raise TypeError or ValueError unless each is a number of seconds; `grace` may be 0."""
     for name, seconds in times.items():
-        if seconds is None and optional:
-            continue
-        if not isinstance(seconds, (int, float)) or isinstance(seconds, bool):
-            raise TypeError(f"{name} must be a number of seconds, not {seconds!r}")
-        if not math.isfinite(seconds) or seconds < 0 or (seconds == 0 and name != "grace"):
-            raise ValueError(f"{name} must be a number of seconds above 0, not {seconds!r}")
+        if seconds is not None or not optional:
+            check_seconds(name, seconds, zero=name == "grace")
 
 
 def checked_interface(app: Any, interface: str | None, dispatch: str) -> str | None:

@@ -13,7 +13,7 @@ from .._broken import PoolBroken
 from ..errors import FdpoolError, PoolShutDown
 from . import checks, news
 from .context import Order
-from .link import WorkerLink
+from .link import End, WorkerLink, in_one_line
 
 if TYPE_CHECKING:
     import socket
@@ -89,7 +89,10 @@ class Crew:
         self.links: dict[int, WorkerLink] = {}
         self.started = 0
         self.failure = ""
-        self._last_traceback = ""
+        self._told = (
+            0,
+            "",
+        )  # the last failed boot of which the log has it all: its generation, its traceback
 
     def start(self, number: int, slot: int, generation: int) -> None:
         """Have a worker started. That it cannot be is told in a later turn, as every end is."""
@@ -116,7 +119,7 @@ class Crew:
                 inbox,
                 self._listeners.of(link.slot),
                 self._task.app,
-                lambda why: self._turns.post(partial(self._ended, link, why)),
+                lambda end: self._turns.post(partial(self._ended, link, end)),
             )
         except (PoolBroken, PoolShutDown):
             if anew or _process.exiting():
@@ -124,7 +127,7 @@ class Crew:
             self._begin(link, inbox, anew=True)
 
     def _never_began(self, number: int, slot: int, error: BaseException) -> None:
-        self.failure = f"{type(error).__name__}: {error}"
+        self.failure = in_one_line(f"{type(error).__name__}: {error}")
         news.say(
             "worker_failed",
             "worker %d could not be started: %s",
@@ -162,9 +165,9 @@ class Crew:
                 link.pid,
                 boot_s=round(link.ready_at - link.began_at, 3),
             )
-            self._pools.interface = interface = str(message["interface"])
+            self._pools.interface = link.interface = str(message["interface"])
             if self._handoff is not None:
-                most = checks.handed_at_most(interface, self._task.order.threads)
+                most = checks.handed_at_most(link.interface, self._task.order.threads)
                 self._handoff.opened(link.number, most)
             self._boss.worker_ready(link.number)
         elif said == "retire":
@@ -175,22 +178,24 @@ class Crew:
         elif said == "closed":
             self._boss.worker_closed(link.number)
         elif said == "failed":
-            link.why, link.traceback = str(message["why"]), str(message["traceback"])
+            link.why, link.traceback = in_one_line(str(message["why"])), str(message["traceback"]).rstrip()
 
-    def _ended(self, link: WorkerLink, why: str) -> None:
+    def _ended(self, link: WorkerLink, end: End) -> None:
         """The pool says that the worker's task has ended, in whichever way."""
         if link.number not in self.links:
             return
         if not link.control.closed:
             self._hear(link)  # what it said before
         self._stop_hearing(link)
-        why = link.why or why
-        expected = link.draining or self._boss.stopping
-        if link.ready_at is None and not expected:
+        why = link.why or end.why
+        expected = (link.draining or self._boss.stopping) and (link.killed or not end.unasked)
+        if link.ready_at is None and not (link.draining or self._boss.stopping):
             self.failure = why
-        repeated = bool(link.traceback) and link.traceback == self._last_traceback
-        self._last_traceback = link.traceback or self._last_traceback
-        news.worker_ended(link, why, expected, repeated)
+            repeated = bool(link.traceback) and self._told == (link.generation, link.traceback)
+            self._told = (link.generation, link.traceback)
+            news.worker_failed(link, why, end, repeated)
+        else:
+            news.worker_exited(link, why, end, expected)
         del self.links[link.number]
         self._let_go(link)
         self._boss.worker_ended(link.number, why)
@@ -230,6 +235,16 @@ class Crew:
         else:
             self._kill_stuck(link)
 
+    def show(self, number: int, why: str) -> None:
+        """Have the log say where a worker is, and let it go on."""
+        link = self.links.get(number)
+        if link is not None and link.ask_for_stacks():
+            self._turns.later(_STACKS_S, partial(self._show, link, why))
+
+    def _show(self, link: WorkerLink, why: str) -> None:
+        if link.number in self.links:
+            news.worker_slow(link, why)
+
     def _kill_stuck(self, link: WorkerLink) -> None:
         if link.number in self.links:
             news.worker_killed(link)
@@ -238,6 +253,7 @@ class Crew:
     def _kill(self, link: WorkerLink) -> None:
         if link.number not in self.links:
             return
+        link.killed = True
         if not link.kill() and link.pid is None:
             # It has not even begun, so its generation's supervisor hangs (in a preload, say): nobody else can end it.
             self._pools.kill(link.generation)

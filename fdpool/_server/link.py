@@ -7,11 +7,12 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
+from .. import _forensics
 from .._broken import WorkerLost
 from .._frames import encode_json
-from ..errors import FdTransferError, WireError
+from ..errors import FdTransferError, RemoteTraceback, WireError
 from ..fds import Fd, close_all
 from ..sockets import StreamSocket
 from . import worker
@@ -25,6 +26,23 @@ if TYPE_CHECKING:
     from .context import Order
 
 _MAX_MESSAGE = 1 << 20
+_LONGEST_LINE = 500
+
+
+class End(NamedTuple):
+    """How a worker has ended.
+
+    Attributes:
+        why: in one line.
+        unasked: it has neither returned nor gone at a SIGTERM, which is how some applications drain.
+        traceback: of what it has raised, if it has.
+        stderr: the end of what it wrote there, if it was killed.
+    """
+
+    why: str
+    unasked: bool = False
+    traceback: str = ""
+    stderr: str = ""
 
 
 class WorkerLink:
@@ -34,8 +52,10 @@ class WorkerLink:
         number: what the plan calls it.
         pid: once it has said hello.
         ready_at: when it said that it serves.
-        why: why it failed to boot, or is to be ended, if that is known.
+        interface: which kind of application it serves, once it serves.
+        why: why it failed to boot, or is to be ended, if that is known; in one line.
         traceback: of a failed boot.
+        killed: the server has killed it, or is about to.
     """
 
     def __init__(self, number: int, slot: int, generation: int) -> None:
@@ -45,8 +65,10 @@ class WorkerLink:
         self.pid: int | None = None
         self.began_at = time.monotonic()
         self.ready_at: float | None = None
+        self.interface = ""
         self.why = ""
         self.traceback = ""
+        self.killed = False
         self.draining = False
         self.stopped_since: float | None = None  # SIGSTOP
         self._pidfd: int | None = None
@@ -66,12 +88,12 @@ class WorkerLink:
         inbox: socket.socket | None,
         listeners: Sequence[socket.socket],
         app: Payload,
-        on_end: Callable[[str], object],
+        on_end: Callable[[End], object],
     ) -> None:
         """Have a worker of the pool begin. All descriptors are borrowed.
 
         Args:
-            on_end: called with the reason, once, in any thread.
+            on_end: called once, in any thread.
 
         Raises: as `Pool.submit`; the worker is not there then.
         """
@@ -86,7 +108,7 @@ class WorkerLink:
         )
         self._future = future
         self._theirs.close()
-        future.add_done_callback(lambda done: on_end(reason_of(done)))
+        future.add_done_callback(lambda done: on_end(end_of(done)))
 
     def receive(self) -> dict[str, object] | None:
         """The next message that has come, or None. The end of the stream is no news: the future tells of it.
@@ -126,11 +148,12 @@ class WorkerLink:
 
     def ask_for_stacks(self) -> bool:
         """Have it write down what its threads are at; `stacks` has it a little later. False if it cannot be asked."""
-        return self.pid is not None and self._signal(worker.STACKS_SIGNAL)
+        number = _forensics.ASK_SIGNAL
+        return number is not None and self.pid is not None and self._signal(number)
 
     def stacks(self) -> str:
-        """What it has written down."""
-        return self._page.stacks()
+        """What it has written down since this was last called."""
+        return self._page.stacks().rstrip()
 
     def kill(self) -> bool:
         """SIGKILL it; its pool's supervisor kills what descends from it. False if nobody knows its pid yet."""
@@ -156,13 +179,13 @@ class WorkerLink:
         self._page.close()
 
 
-def reason_of(done: Future[str]) -> str:
-    """Why a worker has ended, by its task's settled future; in words about a server, not about a task."""
+def end_of(done: Future[str]) -> End:
+    """How a worker has ended, by its task's settled future; in words about a server, not about a task."""
     if done.cancelled():
-        return "it was not started any more"
+        return End("it was not started any more")
     error = done.exception()
     if error is None:
-        return done.result()
+        return End(in_one_line(done.result()))
     if isinstance(error, WorkerLost):
         # Its own text is about a task, and who runs a server has never heard of one.
         how = (
@@ -171,8 +194,17 @@ def reason_of(done: Future[str]) -> str:
         if error.signal == signal.SIGKILL and "out-of-memory killer" in str(error):
             how += " by the kernel's out-of-memory killer, as its control group counts"
         said = error.stderr.strip().splitlines()
-        return f"it {how}" + (f"; the last that it wrote to stderr: {said[-1]}" if said else "")
-    return f"{type(error).__name__}: {error}"
+        last = f"; the last that it wrote to stderr: {in_one_line(said[-1])}" if said else ""
+        return End(f"it {how}{last}", error.signal != signal.SIGTERM, stderr=error.stderr)
+    cause = error.__cause__
+    traceback = cause.tb.rstrip() if isinstance(cause, RemoteTraceback) else ""
+    return End(in_one_line(f"{type(error).__name__}: {error}"), True, traceback)
+
+
+def in_one_line(text: str) -> str:
+    """The first line of a text, and not too much of that; all of it is in the traceback."""
+    first, _, more = text.strip().partition("\n")
+    return f"{first[:_LONGEST_LINE]} ..." if more or len(first) > _LONGEST_LINE else first
 
 
 def _name(number: int) -> str:

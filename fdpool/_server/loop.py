@@ -35,7 +35,7 @@ from .plan import (
 )
 from .succession import Succession
 from .turns import Turns
-from .watch import Watch
+from .watch import Finding, Verdict, Watch
 
 if TYPE_CHECKING:
     from .listeners import Listeners
@@ -206,11 +206,8 @@ class Loop:
             while not self._over:
                 self.turns.take(self._wanted_at())
                 now = time.monotonic()
-                for number, why in self._watch.look(list(self.crew.links.values()), now):
-                    actions = (
-                        self._plan.retire(number, now) if why is None else self._plan.hung(number, now, why)
-                    )
-                    self._perform(actions)
+                for finding in self._watch.look(list(self.crew.links.values()), now):
+                    self._heed(finding, now)
                 self._perform(self._plan.tick(now))
         except BaseException as error:
             self.exit_code = FAILED
@@ -226,6 +223,15 @@ class Loop:
     def _wanted_at(self) -> float | None:
         moments = (self._plan.next_deadline(), self._watch.next_look)
         return min((moment for moment in moments if moment is not None), default=None)
+
+    def _heed(self, finding: Finding, now: float) -> None:
+        number, verdict, why = finding
+        if verdict is Verdict.STUCK:
+            self._perform(self._plan.hung(number, now, why))
+        elif verdict is Verdict.LARGE:
+            self._perform(self._plan.retire(number, now))
+        else:
+            self.crew.show(number, why)
 
     def _perform(self, actions: Sequence[Action]) -> None:
         for action in actions:

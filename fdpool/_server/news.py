@@ -1,8 +1,8 @@
 """What a server says of its life: one record of the logger "fdpool.server" for each event.
 
 Each has `event` among its attributes, a word that does not change, and others as they apply: `slot`, `generation`,
-`worker_pid`, `successor_pid`, `reason`, `traceback`, `stacks`, `requests`, `lost`, `boot_s`, `addresses`, `workers`,
-`exit_code`.
+`worker_pid`, `successor_pid`, `reason`, `traceback`, `stacks`, `stderr`, `requests`, `lost`, `boot_s`, `addresses`,
+`workers`, `exit_code`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import logging
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .link import WorkerLink
+    from .link import End, WorkerLink
 
 LOG = logging.getLogger("fdpool.server")
 
@@ -40,35 +40,63 @@ def say_of(
     )
 
 
-def worker_ended(link: WorkerLink, why: str, expected: bool, repeated: bool) -> None:
-    """A worker is not there any more; `repeated` if the last one has failed with the same traceback."""
-    if link.ready_at is None and not expected:
-        text = f"\n{link.traceback}" if link.traceback else ""
-        text = " (as the one before)" if repeated else text
-        say_of(
-            link,
-            "worker_failed",
-            "of generation %d failed to boot: %s%s",
-            link.generation,
-            why,
-            text,
-            level=logging.ERROR,
-            reason=why,
-            traceback=link.traceback,
-        )
-        return
+def worker_failed(link: WorkerLink, why: str, end: End, repeated: bool) -> None:
+    """A worker has not come to serve; `repeated` if the last of its generation has failed with the same traceback."""
+    traceback = "" if repeated else link.traceback or end.traceback
+    details = traceback or link.stacks()
+    say_of(
+        link,
+        "worker_failed",
+        "of generation %d failed to boot: %s%s",
+        link.generation,
+        why,
+        " (as the one before)" if repeated else _below(details),
+        level=logging.ERROR,
+        reason=why,
+        traceback=traceback,
+        stderr=end.stderr,
+    )
+
+
+def worker_exited(link: WorkerLink, why: str, end: End, expected: bool) -> None:
+    """A worker that has served, or was not to serve any more, is not there any more."""
     seen = link.see()
+    stacks = "" if expected else link.stacks()  # what it has left at a fault
     say_of(
         link,
         "worker_exited",
-        "(process %s) has ended: %s",
+        "(process %s) has ended: %s%s",
         link.pid,
         why,
+        "" if expected else _below(end.traceback or stacks),
         level=logging.INFO if expected else logging.WARNING,
         reason=why,
+        traceback=end.traceback,
+        stacks=stacks,
+        stderr=end.stderr,
         requests=seen.finished,
         lost=seen.in_flight,
     )
+
+
+def worker_slow(link: WorkerLink, why: str) -> None:
+    """A worker has not moved on for long, and is left alone."""
+    stacks = link.stacks()
+    say_of(
+        link,
+        "worker_slow",
+        "(process %s): %s; without a request_timeout it may go on%s",
+        link.pid,
+        why,
+        _below(stacks),
+        level=logging.WARNING,
+        reason=why,
+        stacks=stacks,
+    )
+
+
+def _below(details: str) -> str:
+    return f"\n{details}" if details else ""
 
 
 def worker_killed(link: WorkerLink) -> None:

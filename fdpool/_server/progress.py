@@ -1,7 +1,7 @@
 """How far a server worker has got, in memory that the server sees too: it need not be asked, so a busy
 interpreter, or one that C code keeps from running, cannot fail to answer.
 
-A file of one page, and behind it whatever faulthandler writes when the worker is told to show its stacks.
+A file of one page, and behind it whatever faulthandler writes: at a fault, or when the worker is asked for its stacks.
 
     begun, finished     requests (connections, where the application is called with those) so far
     oldest              when the one that runs longest began, or last moved on; 0 if none runs
@@ -65,6 +65,7 @@ class SeenPage(_Page):
 
     def __init__(self) -> None:
         self.fd = _platform.anonymous_file("fdpool-server")
+        self._read_to = STACKS_AT
         try:
             os.ftruncate(self.fd, mmap.PAGESIZE)
             super().__init__(self.fd)
@@ -90,8 +91,10 @@ class SeenPage(_Page):
         self._words[_WAITED_FOR] = int(wanted)
 
     def stacks(self) -> str:
-        """What faulthandler has written so far."""
-        return os.pread(self.fd, _MOST_STACKS, STACKS_AT).decode(errors="replace")
+        """What faulthandler has written since this was last called."""
+        found = os.pread(self.fd, _MOST_STACKS, self._read_to)
+        self._read_to += len(found)
+        return found.decode(errors="replace")
 
     def close(self) -> None:
         """Unmap and close the file; safe to call again."""

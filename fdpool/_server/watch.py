@@ -6,9 +6,11 @@ A look costs a read of the page that a worker writes, and where memory is limite
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from enum import Enum
+from typing import TYPE_CHECKING, NamedTuple
 
 import psutil  # here, and not where it is first needed: there may be no descriptor left to import it with
 
@@ -19,17 +21,37 @@ if TYPE_CHECKING:
 
 _LOOK_S = 0.5
 _MOST_STOPPED_S = 10.0  # how long a worker may be stopped (SIGSTOP), if requests have no limit
+_SLOW_S = 30.0  # without moving on, which the log is to say even if nothing has a limit
+_NEVER_LONG = ("asgi", "wsgi")  # interfaces where a request that says nothing for so long is no usual one
+
+
+class Verdict(Enum):
+    """What is wrong with a worker."""
+
+    STUCK = "stuck"  # to be killed
+    LARGE = "large"  # to be replaced
+    SLOW = "slow"  # worth a word in the log
+
+
+class Finding(NamedTuple):
+    """A worker with which something is wrong, and what."""
+
+    number: int
+    verdict: Verdict
+    why: str = ""
 
 
 def judge(seen: Seen, now: float, request_timeout_s: float | None) -> str | None:
     """Why a worker that has got so far is stuck, or None."""
-    if request_timeout_s is None:
+    if request_timeout_s is None or seen.stuck_s(now) <= request_timeout_s:
         return None
-    stuck_s = seen.stuck_s(now)
-    if stuck_s <= request_timeout_s:
-        return None
+    return f"{how_long(seen, now)}, and request_timeout={request_timeout_s:g}"
+
+
+def how_long(seen: Seen, now: float) -> str:
+    """What has not moved on, and for how long."""
     what = "its event loop has not turned" if seen.oldest is None else "a request has not moved on"
-    return f"{what} for {stuck_s:.1f} seconds, and request_timeout={request_timeout_s:g}"
+    return f"{what} for {seen.stuck_s(now):.1f} seconds"
 
 
 class Watch:
@@ -50,26 +72,42 @@ class Watch:
             _LOOK_S if request_timeout_s is None else min(_LOOK_S, max(0.02, request_timeout_s / 4))
         )
         self._retired: set[int] = set()
+        self._told: dict[
+            int, float
+        ] = {}  # of slow workers, the moment since which they were when the log was told
         self.next_look: float | None = time.monotonic() + self._pause_s
 
-    def look(self, links: Sequence[WorkerLink], now: float) -> Iterator[tuple[int, str | None]]:
-        """If it is time, the workers with which something is wrong, and why; None if they are just to be replaced."""
+    def look(self, links: Sequence[WorkerLink], now: float) -> Iterator[Finding]:
+        """If it is time, the workers with which something is wrong."""
         if self.next_look is None or now < self.next_look:
             return
         self.next_look = now + self._pause_s
         for link in links:
             if link.ready_at is None:
                 continue
-            why = judge(link.see(), now, self._request_timeout_s) or self._stopped(link, now)
+            seen = link.see()
+            why = judge(seen, now, self._request_timeout_s) or self._stopped(link, now)
             if why is not None:
-                yield link.number, why
+                yield Finding(link.number, Verdict.STUCK, why)
             elif self._is_large(link):
                 self._retired.add(link.number)
-                yield link.number, None
+                yield Finding(link.number, Verdict.LARGE)
+            elif self._is_slow(link, seen, now):
+                yield Finding(link.number, Verdict.SLOW, how_long(seen, now))
 
     def forget(self, number: int) -> None:
         """The worker has gone."""
         self._retired.discard(number)
+        self._told.pop(number, None)
+
+    def _is_slow(self, link: WorkerLink, seen: Seen, now: float) -> bool:
+        """True once for each time that it stands still."""
+        since = now - seen.stuck_s(now)
+        if now - since <= _SLOW_S or link.interface not in _NEVER_LONG:
+            return False
+        known = self._told.get(link.number, -math.inf)
+        self._told[link.number] = since
+        return since - known > _SLOW_S / 2
 
     def _is_large(self, link: WorkerLink) -> bool:
         if self._max_memory is None or link.number in self._retired:

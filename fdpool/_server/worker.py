@@ -10,7 +10,6 @@ in memory that the server sees (`_server.progress`).
 
 from __future__ import annotations
 
-import faulthandler
 import logging
 import os
 import select
@@ -22,7 +21,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .. import _platform, payload
+from .. import _forensics, _platform, payload
 from .._links import Waker
 from ..fds import Fd
 from ..sockets import StreamSocket
@@ -30,9 +29,6 @@ from . import apps, doors
 from .context import Face, Order, ServerWorker, become
 from .logs import reopen_logs
 from .progress import STACKS_AT, Progress
-
-#: Has faulthandler write the stacks of all threads, even while C code holds the interpreter.
-STACKS_SIGNAL = signal.SIGRTMIN + 6 if hasattr(signal, "SIGRTMIN") else signal.SIGUSR2
 
 _MOST_TRACEBACK = 32 * 1024
 _EXIT_S = 5.0  # how long threads and exit handlers may keep a worker that has served
@@ -50,7 +46,7 @@ def main(
     """Boot and serve as the task of a pool's worker; returns why it has ended."""
     stream = StreamSocket.from_fd(control.detach())
     _say_hello(stream)
-    _register_stacks(page.fileno())
+    _write_stacks_to(page.fileno())
     progress = Progress(page.fileno())
     worker = ServerWorker(order.slot, order.generation, progress, lambda message: _tell(stream, message))
     door: doors.Door = (
@@ -96,7 +92,8 @@ def _boot_and_serve(
     except BaseException as error:
         if not worker.is_ready:
             _tell(stream, {"say": "failed", "why": _why(error), "traceback": _formatted(error)})
-        raise
+        if not (worker.draining and isinstance(error, SystemExit) and not error.code):
+            raise
     finally:
         if on_exit is not None:
             try:
@@ -232,10 +229,11 @@ def _tell(stream: StreamSocket, message: object) -> None:
         pass  # the server is gone
 
 
-def _register_stacks(page_fd: int) -> None:
+def _write_stacks_to(page_fd: int) -> None:
+    """Have stacks written where the server sees them at once, and not where the supervisor does after a death."""
     fd = os.dup(page_fd)  # kept open for good, for the handler
     os.lseek(fd, STACKS_AT, os.SEEK_SET)
-    faulthandler.register(STACKS_SIGNAL, file=fd, all_threads=True)
+    _forensics.write_stacks_to(fd)
 
 
 def _why(error: BaseException) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import select
 import signal
 import socket
 import struct
@@ -174,6 +175,58 @@ def test_a_handler_that_fails_costs_its_connection_only(
     assert "from the handler" in capfd.readouterr().err
 
 
+def test_a_worker_that_dies_of_a_fault_leaves_its_stacks_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    """W3."""
+
+    def fault(connection: socket.socket, _: object) -> None:
+        os.kill(os.getpid(), signal.SIGSEGV)
+
+    with records(caplog) as logged, Server(fault, ANY_PORT, workers=1) as server:
+        with connect(server) as client:
+            assert is_over(client)
+        wait_until(lambda: logged("worker_exited"))
+        [exited] = logged("worker_exited")
+        assert exited.reason == "it was killed by SIGSEGV"
+        assert exited.levelname == "WARNING"
+        assert "in fault" in exited.stacks
+        assert exited.stacks in exited.getMessage()
+        assert exited.lost == 1
+
+
+def test_a_worker_that_is_killed_while_it_drains_is_worth_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    with records(caplog) as logged, Server(slow_or_pid, ANY_PORT, workers=1) as server:
+        [pid] = pids(server)
+        with connect(server) as client:
+            client.sendall(b"slow")
+            wait_until(lambda: server.stats().workers[0].in_flight)
+            server.reload().result(30)
+            os.kill(pid, signal.SIGKILL)
+            assert is_over(client)
+        wait_until(lambda: logged("worker_exited"))
+        [exited] = logged("worker_exited")
+        assert (exited.reason, exited.levelname) == ("it was killed by SIGKILL", "WARNING")
+        assert exited.lost == 1
+
+
+def test_an_application_that_fails_as_it_serves_is_logged_with_its_traceback(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def serve(listeners: list[socket.socket], worker: ServerWorker) -> None:
+        worker.ready()
+        select.select(listeners, [], [])
+        listeners[0].accept()[0].close()
+        raise ValueError("out of paper\nand of ink")
+
+    with records(caplog) as logged, Server(serve, ANY_PORT, workers=1) as server:
+        with connect(server) as client:
+            assert is_over(client)
+        wait_until(lambda: logged("worker_exited"))
+        exited = logged("worker_exited")[0]
+        assert exited.reason == "ValueError: out of paper ..."
+        assert "in serve" in exited.traceback
+        assert "and of ink" in exited.getMessage()
+
+
 def test_an_application_that_returns_is_started_again_but_not_at_full_speed() -> None:
     """S4, after boot."""
 
@@ -252,6 +305,25 @@ def test_a_long_request_is_left_alone_where_no_limit_is_set() -> None:
     with Server(slow_then_pid, ANY_PORT, workers=1) as server, connect(server) as client:
         client.sendall(b"1.2")
         assert int(read_all(client)) in pids(server)
+
+
+@pytest.mark.parametrize(("app", "path"), [(asgi, "/block/600"), (wsgi, "/sleep/600")])
+def test_a_worker_that_stands_still_is_logged_with_its_stacks_and_left_alone_where_no_limit_is_set(
+    app: Any, path: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("uvicorn" if app is asgi else "waitress")
+    monkeypatch.setattr("fdpool._server.watch._SLOW_S", 0.3)
+    with records(caplog) as logged, Server(app, ANY_PORT, workers=1) as server:
+        before = pids(server)
+        with connect(server) as client:
+            client.sendall(f"GET {path} HTTP/1.0\r\n\r\n".encode())
+            wait_until(lambda: logged("worker_slow"))
+            assert pids(server) == before
+            server.stop(0)
+        [slow] = logged("worker_slow")
+        assert "helpers.py" in slow.stacks
+        assert slow.stacks in slow.getMessage()
+        assert slow.worker_pid == before[0]
 
 
 def test_an_event_loop_that_stands_still_is_killed(caplog: pytest.LogCaptureFixture) -> None:

@@ -8,7 +8,8 @@ from concurrent.futures import Future
 import pytest
 
 from fdpool import PoolBroken, WorkerLost
-from fdpool._server.link import reason_of
+from fdpool._server.link import End, end_of, in_one_line
+from fdpool.errors import RemoteTraceback
 
 
 def lost(message: str = "", **fields: object) -> WorkerLost:
@@ -35,13 +36,38 @@ def lost(message: str = "", **fields: object) -> WorkerLost:
 def test_a_death_is_told_in_words_of_a_server(error: Exception, reason: str) -> None:
     done: Future[str] = Future()
     done.set_exception(error)
-    assert reason_of(done) == reason
+    assert end_of(done).why == reason
+    assert end_of(done).unasked
 
 
 def test_what_a_worker_returns_is_why_it_has_ended() -> None:
     done: Future[str] = Future()
     done.set_result("drained")
-    assert reason_of(done) == "drained"
+    assert end_of(done) == End("drained")
     cancelled: Future[str] = Future()
     cancelled.cancel()
-    assert reason_of(cancelled) == "it was not started any more"
+    assert end_of(cancelled) == End("it was not started any more")
+
+
+def test_what_it_was_killed_for_is_one_line_and_the_rest_is_kept_beside_it() -> None:
+    done: Future[str] = Future()
+    done.set_exception(lost("a text about tasks\nin lines", signal=signal.SIGSEGV, stderr="one\ntwo\n"))
+    assert end_of(done) == End(
+        "it was killed by SIGSEGV; the last that it wrote to stderr: two", True, "", "one\ntwo\n"
+    )
+    raised: Future[str] = Future()
+    error = ValueError("one\ntwo")
+    error.__cause__ = RemoteTraceback("where it was\n")
+    raised.set_exception(error)
+    assert end_of(raised) == End("ValueError: one ...", True, "where it was")
+
+
+def test_one_that_goes_at_sigterm_has_gone_as_it_was_asked_to() -> None:
+    done: Future[str] = Future()
+    done.set_exception(lost(signal=signal.SIGTERM))
+    assert not end_of(done).unasked
+
+
+def test_a_line_is_not_too_long() -> None:
+    assert in_one_line(" short ") == "short"
+    assert len(in_one_line("x" * 10_000)) < 600

@@ -20,7 +20,7 @@ from fdpool._server.handoff import Laden, choose
 from fdpool._server.listeners import Listeners
 from fdpool._server.progress import Progress, Seen, SeenPage
 from fdpool._server.steering import queued, steer
-from fdpool._server.watch import judge
+from fdpool._server.watch import Finding, Verdict, Watch, judge
 
 # -- kinds of applications -------------------------------------------------------------------------------
 
@@ -337,3 +337,37 @@ def test_a_worker_is_stuck_if_its_oldest_request_or_its_loop_has_not_moved_on(
     seen: Seen, limit: float | None, stuck: bool
 ) -> None:
     assert (judge(seen, 100.0, limit) is not None) is stuck
+
+
+class Still:
+    """A link to a worker that does nothing, as far as `Watch` looks at it."""
+
+    number = 1
+    interface = "wsgi"
+    pid = None
+    ready_at = 0.0
+    stopped_since = None
+
+    def __init__(self) -> None:
+        self.since: float | None = 0.0
+
+    def see(self) -> Seen:
+        return Seen(1, 0, self.since, None)
+
+
+def test_a_worker_that_stands_still_is_told_once_for_each_time() -> None:
+    link, watch = Still(), Watch(None, None)
+
+    def look(now: float) -> list[Finding]:
+        watch.next_look = now
+        return list(watch.look([link], now))  # type: ignore[list-item]
+
+    assert look(29.0) == []
+    assert look(31.0) == [Finding(1, Verdict.SLOW, "a request has not moved on for 31.0 seconds")]
+    assert look(32.0) == look(300.0) == []
+    link.since = 310.0
+    assert look(320.0) == []
+    assert [found.verdict for found in look(341.0)] == [Verdict.SLOW]
+    link.interface = "handler"
+    link.since = 1000.0
+    assert look(2000.0) == []

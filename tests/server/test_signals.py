@@ -268,7 +268,8 @@ def test_a_crash_loop_ends_with_an_exit_code_and_takes_little_time_of_the_proces
         failed = [record for record in server.heard if record["event"] == "worker_failed"]
         assert len(failed) == 4
         assert "Traceback" in failed[0]["text"]
-        assert "as the one before" in failed[1]["text"]
+        assert "Traceback" in failed[0]["traceback"]
+        assert all("as the one before" in each["text"] and each["traceback"] == "" for each in failed[1:])
 
 
 def test_an_address_in_use_is_an_error_at_once(tmp_path: Path) -> None:
