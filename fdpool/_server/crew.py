@@ -94,14 +94,14 @@ class Crew:
             "",
         )  # the last failed boot of which the log has it all: its generation, its traceback
 
-    def start(self, number: int, slot: int, generation: int) -> None:
-        """Have a worker started. That it cannot be is told in a later turn, as every end is."""
+    def start(self, number: int, slot: int, generation: int, spread: float) -> None:
+        """Have a worker started, to serve `spread` times as much as one may. If that fails, a later turn says so."""
         self.started += 1
         link = None
         try:
             link = WorkerLink(number, slot, generation)
             inbox = None if self._handoff is None else self._handoff.seat(link)
-            self._begin(link, inbox, anew=False)
+            self._begin(link, inbox, self._order_of(link, spread))
         except (FdpoolError, OSError) as error:
             if link is not None:
                 self._let_go(link)
@@ -111,11 +111,20 @@ class Crew:
         self._turns.watch(link.control, partial(self._hear, link))
         news.say_of(link, "worker_started", "of generation %d boots", generation, level=logging.DEBUG)
 
-    def _begin(self, link: WorkerLink, inbox: socket.socket | None, anew: bool) -> None:
+    def _order_of(self, link: WorkerLink, spread: float) -> Order:
+        order = self._task.order
+        most = order.max_requests
+        return order._replace(
+            slot=link.slot,
+            generation=link.generation,
+            max_requests=None if most is None else max(1, round(most * spread)),
+        )
+
+    def _begin(self, link: WorkerLink, inbox: socket.socket | None, order: Order, anew: bool = False) -> None:
         try:
             link.start(
                 self._pools.of(link.generation, anew),
-                self._task.order._replace(slot=link.slot, generation=link.generation),
+                order,
                 inbox,
                 self._listeners.of(link.slot),
                 self._task.app,
@@ -124,7 +133,7 @@ class Crew:
         except (PoolBroken, PoolShutDown):
             if anew or _process.exiting():
                 raise
-            self._begin(link, inbox, anew=True)
+            self._begin(link, inbox, order, anew=True)
 
     def _never_began(self, number: int, slot: int, error: BaseException) -> None:
         self.failure = in_one_line(f"{type(error).__name__}: {error}")

@@ -35,6 +35,7 @@ class StartWorker(NamedTuple):
     worker: WorkerNumber
     slot: SlotNumber
     generation: Generation
+    spread: float  # by which factor its share of requests differs from the others'
 
 
 class DrainWorker(NamedTuple):
@@ -379,7 +380,7 @@ class Plan:
         self._numbers += 1
         deadline = now + self.settings.boot_timeout_s
         self.workers[self._numbers] = Worker(self._numbers, slot, generation, deadline)
-        return StartWorker(self._numbers, slot, generation)
+        return StartWorker(self._numbers, slot, generation, self.spread(self._numbers))
 
     def _dismiss(self, worker: Worker, now: float) -> list[Action]:
         before = worker.state

@@ -353,13 +353,19 @@ def test_a_coroutine_that_waits_for_too_long_is_cancelled_and_nobody_else_is(
 # -- workers that have done their share --------------------------------------------------------------------
 
 
-def test_workers_are_replaced_after_so_many_requests_and_none_is_lost() -> None:
+def test_workers_are_replaced_after_so_many_requests_more_or_less_and_none_is_lost(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     """P15, for requests."""
-    with Server(echo_pid, ANY_PORT, workers=2, max_requests=20) as server:
-        with Load(lambda: ask(server)[0]) as load:
-            wait_until(lambda: len(load.answered) >= 5)
-        assert load.failed == []
-        assert server.stats().started >= 5
+    with records(caplog) as logged:
+        with Server(echo_pid, ANY_PORT, workers=2, max_requests=20, jitter=0.5) as server:
+            with Load(lambda: ask(server)[0]) as load:
+                wait_until(lambda: len(load.answered) >= 5)
+            assert load.failed == []
+            assert server.stats().started >= 5
+        shares = {each.reason for each in logged("worker_retires")}
+        assert len(shares) > 1
+        assert shares <= {f"it has served {count} requests" for count in range(10, 31)}
 
 
 def test_workers_are_replaced_at_an_age_and_at_a_size() -> None:
