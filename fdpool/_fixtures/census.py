@@ -265,12 +265,20 @@ def _describe_descriptor(number: int, what: str) -> str:
         return what
     import socket
 
+    duplicate = -1
     try:
-        with socket.socket(fileno=os.dup(number)) as found:
+        duplicate = os.dup(number)
+        found = socket.socket(fileno=duplicate)
+    except OSError:  # another thread has closed it meanwhile, and the number may be something else's
+        if duplicate >= 0:
+            os.close(duplicate)
+        return what
+    with found:
+        try:
             name, kind = found.getsockname(), socket.SocketKind(found.type).name
             return f"{what}, {found.family.name} {kind}{f' at {name}' if name else ''}"
-    except (OSError, ValueError, AttributeError):
-        return what
+        except (OSError, ValueError, AttributeError):
+            return what
 
 
 def _describe_thread(thread: threading.Thread) -> str:
