@@ -24,7 +24,7 @@ from . import _budget, _control, _dispatch, _messages, _process, _spill, _trees,
 from ._answers import task_lost
 from ._board import Board
 from ._broken import PoolBroken, describe_status
-from ._critical import Critical, Mask, block_in_main, mask_now, put_back
+from ._critical import Critical, block_in_main, mask_now, put_back
 from ._dispatch import Action, Dispatcher, Where
 from ._inboxes import RETRY_S, Inboxes
 from ._limits import Limits
@@ -33,6 +33,7 @@ from ._news import News
 from ._options import TaskOptions
 from ._pump import Pump
 from ._receiver import Receiver
+from ._signals import Mask
 from ._slots import State
 from ._staffing import Staff, Staffing
 from ._tasks import ChunkFuture, CutShort, TaskFuture

@@ -11,7 +11,6 @@ another of the program's threads cannot be kept out; then `torn` is told, rather
 
 from __future__ import annotations
 
-import importlib
 import os
 import signal
 import threading
@@ -19,8 +18,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-# The wrapper in `signal` makes an enum member of each number: 10 microseconds a pair of calls, 2 without.
-_sigmask = getattr(importlib.import_module("_signal"), "pthread_sigmask", signal.pthread_sigmask)
+from ._signals import Mask, sigmask
+
 _BLOCKED = tuple(
     int(getattr(signal, name))
     for name in (
@@ -36,9 +35,7 @@ _BLOCKED = tuple(
     )
 )
 
-
-Mask = set[int]
-_last: Mask = _sigmask(signal.SIG_BLOCK, ())
+_last: Mask = sigmask(signal.SIG_BLOCK, ())
 
 
 def block_signals() -> Mask:
@@ -51,9 +48,9 @@ def block_signals() -> Mask:
     try:
         # Runs the handlers that are due, too, which take the mask before along with what they raise. Then it is
         # taken to be what it was the last time: asking first costs a system call each time.
-        before: Mask = _sigmask(signal.SIG_BLOCK, _BLOCKED)
+        before = sigmask(signal.SIG_BLOCK, _BLOCKED)
     except BaseException:
-        _sigmask(signal.SIG_SETMASK, _last)
+        sigmask(signal.SIG_SETMASK, _last)
         raise
     if len(before) < len(_BLOCKED) and threading.get_ident() == _main_thread:  # not a block within a block
         _last = before
@@ -68,13 +65,12 @@ def block_in_main() -> Mask | None:
 def put_back(mask: Mask | None) -> None:
     """Undo what returned `mask`; a handler for what has come meanwhile runs in here, and may raise."""
     if mask is not None:
-        _sigmask(signal.SIG_SETMASK, mask)
+        sigmask(signal.SIG_SETMASK, mask)
 
 
 def mask_now() -> Mask:
     """This thread's mask."""
-    mask: Mask = _sigmask(signal.SIG_BLOCK, ())
-    return mask
+    return sigmask(signal.SIG_BLOCK, ())
 
 
 class Critical:

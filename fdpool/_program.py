@@ -10,7 +10,6 @@ them is read, and then they are closed.
 
 from __future__ import annotations
 
-import importlib
 import os
 import select
 import signal
@@ -24,11 +23,8 @@ from . import _platform, _progeny, _trees
 from ._capture import Feeder, Sink
 from ._launch import Launch, start
 from ._progeny import Progeny
+from ._signals import EVERY, sigmask
 from .fds import above_stdio
-
-# The wrapper in `signal` makes an enum member of each number: 0.2 ms of every start.
-_sigmask = getattr(importlib.import_module("_signal"), "pthread_sigmask", signal.pthread_sigmask)
-_EVERY = tuple(int(number) for number in signal.valid_signals())
 
 _AFTER_KILL_S = 2.0  # how long what was sent SIGKILL may take to die (a process in the kernel's hands)
 _FIRST_LOOK_S, _LONGEST_LOOK_S = 0.002, 0.05  # between looks for what else is left; its end wakes nobody
@@ -136,7 +132,7 @@ class Run:
             SpawnError: nothing was started.
         """
         # A handler that raises between the start and the note would leave a program that nobody knows.
-        before = _sigmask(signal.SIG_BLOCK, _EVERY)
+        before = sigmask(signal.SIG_BLOCK, EVERY)
         try:
             pid = start(launch)
             self.progeny.add(pid, leads_group=not launch.group)
@@ -148,7 +144,7 @@ class Run:
             else:
                 self._unseen = True
         finally:
-            _sigmask(signal.SIG_SETMASK, before)
+            sigmask(signal.SIG_SETMASK, before)
         return pid
 
     def capture(self, fd: int, most: int | None) -> Sink:

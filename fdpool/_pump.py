@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from . import _messages, _spill, fds
 from ._broken import PoolBroken, describe_status
-from ._critical import Mask, block_signals, put_back
+from ._critical import block_signals, put_back
 from ._links import Exit, SlotLink, Waker
 from ._receiver import LONGEST_POLL_S, Receiver
+from ._signals import Mask
 from ._tasks import TaskFuture
 
 if TYPE_CHECKING:

@@ -7,13 +7,14 @@ fork_worker        always from the single-threaded supervisor
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterable
 from typing import NoReturn
 
-from . import _platform, _trees, fds
+from . import _platform, _signals, _trees, fds
 
 # What the interpreter runs first: the client's own search path, so that the same fdpool is found, and
 # nothing from the working directory that the client would not have found either.
@@ -22,6 +23,13 @@ sys.path[:] = sys.argv[2:]
 from fdpool._supervisor import main_fresh
 main_fresh(int(sys.argv[1]))
 """
+
+# Python itself ignores the last two from its start.
+_RESET = [
+    number
+    for number in _signals.EVERY
+    if number not in (signal.SIGKILL, signal.SIGSTOP, signal.SIGPIPE, getattr(signal, "SIGXFSZ", None))
+]
 
 
 def spawn_supervisor(control_fd: int) -> int:
@@ -78,7 +86,12 @@ def fork_supervisor(main: Callable[[], NoReturn]) -> int:
         warnings.simplefilter("ignore", DeprecationWarning)
         pid = _fork_masked()
     if pid == 0:
-        _run_child(main)
+
+        def child() -> None:
+            _reset_stdin()
+            main()
+
+        _run_child(child)
     _set_group(pid)
     return pid
 
@@ -114,14 +127,14 @@ def fork_worker(main: Callable[[], None], close: Iterable[int]) -> int:
 
 def _fork_masked() -> int:
     """Fork with every signal blocked, so that no handler of the parent's ever runs in the child."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    before = _signals.sigmask(signal.SIG_BLOCK, _signals.EVERY)
     try:
         pid = os.fork()
     except BaseException:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        _signals.sigmask(signal.SIG_SETMASK, before)
         raise
     if pid:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        _signals.sigmask(signal.SIG_SETMASK, before)
     return pid
 
 
@@ -131,7 +144,7 @@ def _run_child(main: Callable[[], object]) -> NoReturn:
     try:
         os.setpgid(0, 0)
         _reset_signals()
-        _reset_exit_and_stdin()
+        atexit._clear()  # the parent's
         main()
         status = 0
     except SystemExit as leaving:
@@ -157,18 +170,14 @@ def flush_standard_streams() -> None:
 def _reset_signals() -> None:
     """Default dispositions and an empty mask, save what Python itself ignores at start-up (SIGPIPE, SIGXFSZ)."""
     signal.set_wakeup_fd(-1)
-    kept = {signal.SIGKILL, signal.SIGSTOP, signal.SIGPIPE, getattr(signal, "SIGXFSZ", None)}
-    for number in signal.valid_signals() - kept:
-        if signal.getsignal(number) is not signal.SIG_DFL:
-            signal.signal(number, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    for number in _RESET:
+        if _signals.getsignal(number) != _signals.DEFAULT:
+            _signals.set_handler(number, _signals.DEFAULT)
+    _signals.sigmask(signal.SIG_SETMASK, ())
 
 
-def _reset_exit_and_stdin() -> None:
-    """Forget the parent's exit handlers and its half-read stdin."""
-    import atexit
-
-    atexit._clear()
+def _reset_stdin() -> None:
+    """Forget the parent's half-read stdin: there is nothing to read."""
     null = os.open(os.devnull, os.O_RDONLY)
     if null != 0:
         os.dup2(null, 0)

@@ -11,22 +11,17 @@ in 6 microseconds in all is asked after each message; the rest (`look_closely`) 
 from __future__ import annotations
 
 import _locale
-import importlib
 import os
 import resource
 import signal
 import sys
-from typing import Any
 
-# Without the wrappers in `signal`, which make enum members: 3 microseconds for all handlers in place of 60.
-_signal: Any = importlib.import_module("_signal")
+from . import _signals
 
 # Without the real-time signals, which would double the time.
-_NUMBERS = sorted(int(number) for number in signal.valid_signals() if number < 32)
-_SLOW_TIMERS = (
-    signal.ITIMER_VIRTUAL,
-    signal.ITIMER_PROF,
-)  # they count processor time, so they are not due soon
+_NUMBERS = [number for number in _signals.EVERY if number < 32]
+# They count processor time, so they are not due soon.
+_SLOW_TIMERS = (signal.ITIMER_VIRTUAL, signal.ITIMER_PROF)
 _FROM_OUTSIDE = {signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT}
 _STREAMS = ("stdin", "stdout", "stderr")
 _LIMITS = sorted({value for name, value in vars(resource).items() if name.startswith("RLIMIT_")})
@@ -39,10 +34,12 @@ class Surroundings:
         self._cwd = _cwd()
         self._umask = os.umask(0o077)
         os.umask(self._umask)
-        self._handlers = [_signal.getsignal(number) for number in _NUMBERS]
-        self._mask = _signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        self._handlers = [_signals.getsignal(number) for number in _NUMBERS]
+        self._mask = _signals.sigmask(signal.SIG_BLOCK, ())
         # Whether they run: then the initializer has set them, and they are its business.
-        self._timers = {timer: any(_signal.getitimer(timer)) for timer in (signal.ITIMER_REAL, *_SLOW_TIMERS)}
+        self._timers = {
+            timer: any(_signals.getitimer(timer)) for timer in (signal.ITIMER_REAL, *_SLOW_TIMERS)
+        }
         self._streams = [getattr(sys, name) for name in _STREAMS]
         self._environ = os.environ
         self._environment = dict(os.environ._data)  # type: ignore[attr-defined]  # bytes: to compare, none is decoded
@@ -57,16 +54,16 @@ class Surroundings:
         """Undo what can be undone; returns what cannot, in words, or ""."""
         os.umask(self._umask)
         if not self._timers[signal.ITIMER_REAL]:
-            _signal.setitimer(signal.ITIMER_REAL, 0)
-        mask = _signal.pthread_sigmask(signal.SIG_BLOCK, ())
+            _signals.setitimer(signal.ITIMER_REAL, 0)
+        mask = _signals.sigmask(signal.SIG_BLOCK, ())
         if mask != self._mask:
             # What the task has kept waiting was its own, and would end the worker; but who wants that end is obeyed.
-            for number in (_signal.sigpending() & set(_NUMBERS)) - self._mask - _FROM_OUTSIDE:
+            for number in (_signals.sigpending() & set(_NUMBERS)) - self._mask - _FROM_OUTSIDE:
                 signal.signal(number, signal.SIG_IGN)  # drops it
-        if [_signal.getsignal(number) for number in _NUMBERS] != self._handlers:
+        if [_signals.getsignal(number) for number in _NUMBERS] != self._handlers:
             self._put_handlers_back()
         if mask != self._mask:
-            _signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
+            _signals.sigmask(signal.SIG_SETMASK, self._mask)
         imported = len(sys.modules) != self._modules
         self._modules = len(sys.modules)
         os.environ = self._environ  # noqa: B003 - the object itself, not its contents
@@ -82,7 +79,7 @@ class Surroundings:
         """As `put_back`, for the rest."""
         for timer in _SLOW_TIMERS:
             if not self._timers[timer]:
-                _signal.setitimer(timer, 0)
+                _signals.setitimer(timer, 0)
         if _locale.setlocale(_locale.LC_ALL) != self._locale:
             _locale.setlocale(_locale.LC_ALL, self._locale)
         if _standard_files() != self._files:
@@ -109,7 +106,7 @@ class Surroundings:
 
     def _put_handlers_back(self) -> None:
         for number, handler in zip(_NUMBERS, self._handlers):
-            if handler is not None and _signal.getsignal(number) is not handler:
+            if handler is not None and _signals.getsignal(number) is not handler:
                 signal.signal(number, handler)
 
     def _put_environment_back(self, imported: bool) -> None:
