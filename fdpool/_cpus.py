@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
-_CGROUP_ROOT = Path("/sys/fs/cgroup")
+_CGROUP_ROOT = "/sys/fs/cgroup"
 
 
-def usable_cpus(cgroup_root: Path = _CGROUP_ROOT, membership: Path = Path("/proc/self/cgroup")) -> int:
+def usable_cpus(cgroup_root: str = _CGROUP_ROOT, membership: str = "/proc/self/cgroup") -> int:
     """At least 1: the least of the affinity mask and every CPU quota above this process.
 
     Where Python has `os.process_cpu_count` (3.13) its answer is taken for the affinity, so that
@@ -27,7 +26,7 @@ def usable_cpus(cgroup_root: Path = _CGROUP_ROOT, membership: Path = Path("/proc
     return max(1, count)
 
 
-def _quotas(root: Path, membership: Path) -> list[tuple[int, int]]:
+def _quotas(root: str, membership: str) -> list[tuple[int, int]]:
     """(quota, period) in microseconds, for each cgroup on the way from the root to ours that has one."""
     found = []
     for line in _read(membership).splitlines():
@@ -35,29 +34,29 @@ def _quotas(root: Path, membership: Path) -> list[tuple[int, int]]:
         if controllers == "":
             base, v2 = root, True
         elif "cpu" in controllers.split(","):
-            base, v2 = root / controllers, False
-            if not base.is_dir():
-                base = root / "cpu"
+            base, v2 = os.path.join(root, controllers), False
+            if not os.path.isdir(base):
+                base = os.path.join(root, "cpu")
         else:
             continue
-        folder = base / path.lstrip("/")
-        for place in (folder, *folder.parents):
+        folder = base
+        for name in ["", *filter(None, path.split("/"))]:
+            folder = os.path.join(folder, name) if name else base
             if v2:
-                words = _read(place / "cpu.max").split()
+                words = _read(os.path.join(folder, "cpu.max")).split()
             else:
                 words = [
-                    *_read(place / "cpu.cfs_quota_us").split(),
-                    *_read(place / "cpu.cfs_period_us").split(),
+                    *_read(os.path.join(folder, "cpu.cfs_quota_us")).split(),
+                    *_read(os.path.join(folder, "cpu.cfs_period_us")).split(),
                 ]
             if len(words) == 2 and words[0].isdigit() and words[1].isdigit() and int(words[1]) > 0:
                 found.append((int(words[0]), int(words[1])))
-            if place == base:
-                break
     return found
 
 
-def _read(path: Path) -> str:
+def _read(path: str) -> str:
     try:
-        return path.read_text(encoding="ascii")
+        with open(path, encoding="ascii") as file:
+            return file.read()
     except (OSError, UnicodeDecodeError):
         return ""

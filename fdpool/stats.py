@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True)
-class PoolWorkerStats:
+class PoolWorkerStats(NamedTuple):
     """One worker.
 
     Attributes:
@@ -28,8 +27,7 @@ class PoolWorkerStats:
     waiting: int
 
 
-@dataclass(frozen=True)
-class LeftStats:
+class LeftStats(NamedTuple):
     """What tasks have left behind in their workers, so far.
 
     Attributes:
@@ -43,8 +41,7 @@ class LeftStats:
     latest: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class PoolStats:
+class PoolStats(NamedTuple):
     """A whole pool.
 
     Attributes:

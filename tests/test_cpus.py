@@ -16,7 +16,7 @@ def cgroup(tmp_path: Path, membership: str, files: dict[str, str]) -> int:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     (tmp_path / "membership").write_text(membership)
-    return usable_cpus(tmp_path / "fs", tmp_path / "membership")
+    return usable_cpus(str(tmp_path / "fs"), str(tmp_path / "membership"))
 
 
 @pytest.fixture(autouse=True)
