@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from enum import Enum
 from typing import Any, TypeVar
 
-from . import _budget, _control, _dispatch, _messages, _process, _spill, _trees, wire
+from . import _budget, _control, _cpus, _dispatch, _messages, _process, _spill, _trees, wire
 from ._answers import task_lost
 from ._board import Board
 from ._broken import PoolBroken, describe_status
@@ -57,11 +57,7 @@ _OUTSIDE = (
 _REPORT_S = 1.0  # how long the report of a worker's start may come after its first answer
 _LEAVE_S = 5.0  # how long a dismissed worker may take for its exit handlers and threads
 _QUIT_S = 10.0  # how long the supervisor may take to clear up
-_RESTARTS_AFTER_S = (
-    60.0  # a supervisor is replaced if none was in so long a time; else something is wrong for good
-)
-
-
+_RESTARTS_AFTER_S = 60.0  # a supervisor is replaced if none was in so long; else something is wrong for good
 _NEVER = -1_000_000
 _MOST_REFUSALS = 20  # with a second between two
 _ROOM_S = 10.0  # how long who submits waits for a task to let go of descriptors
@@ -121,7 +117,13 @@ class Client:
         max_tasks = recycling.max_tasks
         depth = INBOX_DEPTH if max_tasks is None else min(INBOX_DEPTH, max_tasks)
         # A worker that leaves after so many tasks must not have received more.
-        self.dispatcher = Dispatcher(max_workers, depth, batching=max_tasks is None, least=staff.min_workers)
+        self.dispatcher = Dispatcher(
+            max_workers,
+            depth,
+            batching=max_tasks is None,
+            least=staff.min_workers,
+            processors=_cpus.usable_cpus(),
+        )
         self.inboxes = Inboxes(self)
         self.limits = Limits(self)
         self.staffing = Staffing(self, staff)

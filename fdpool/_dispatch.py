@@ -15,10 +15,15 @@ one has not begun (`TakeBack`), and a task that waits behind a long one never wa
 
 Where many tasks are queued that have been short so far, several travel together: as many as are done in a
 fraction of a millisecond. What goes together is run in its order by one worker, or taken back.
+
+For the same reason tasks that are short, and keep their processor busy, wake no more workers than there are processors:
+else each would cost two switches between processes. One that takes longer than expected is noticed by who performs
+this (`stalled`), and then what waits behind it goes to the others.
 """
 
 from __future__ import annotations
 
+import sys
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from enum import Enum
@@ -91,7 +96,7 @@ class Where(Enum):
 class _Seat:
     """A slot with the tasks given to its worker, oldest first; only the oldest can have begun."""
 
-    __slots__ = ("given", "held_until", "rank", "slot", "worked")
+    __slots__ = ("given", "held_until", "rank", "slot", "worked", "works")
 
     def __init__(self, slot: Slot) -> None:
         self.slot = slot
@@ -99,6 +104,7 @@ class _Seat:
         self.held_until: float | None = None  # the kernel would not take more; 0.0: until a task ends
         self.rank: int | None = None
         self.worked = 0  # how often it was given tasks
+        self.works = False  # its worker has tasks, and would be given more
 
     @property
     def waiting(self) -> int:
@@ -115,6 +121,7 @@ class Dispatcher:
         depth: most messages given to one worker, if they were full; the running task's included.
         batching: several short tasks may go as one message.
         least: workers that are to be there even if nothing is queued, from `staffed` on.
+        processors: workers that can run at a time; no more than these are woken for tasks that are short.
         boot_limit: how many workers may die before they are ready, in a row, before the pool breaks.
         kill_limit: the same where the last of them was killed from outside: somebody may kill a few that are
             innocent, but an initializer for which memory never suffices must not be tried for ever.
@@ -128,6 +135,7 @@ class Dispatcher:
         kill_limit: int = 12,
         batching: bool = True,
         least: int = 0,
+        processors: int = sys.maxsize,
     ) -> None:
         self.queued: OrderedDict[TaskId, bool] = OrderedDict()  # to whether it travels alone
         self.full = False  # tasks are queued, as nobody has room: a new one can only be queued, too
@@ -136,7 +144,10 @@ class Dispatcher:
         self.postponed_until: dict[TaskId, float] = {}  # tasks that are to be tried again, and when
         self._batching = batching
         self._least = least
-        self._busy_s = BATCH_S  # what a task takes: the longest of late
+        self._busy_s = BATCH_S  # what a task takes
+        self._waited = 0.0  # which part of late answers is of tasks that waited rather than ran
+        self._processors = processors
+        self._working = 0  # seats whose worker has tasks, and would be given more
         self._boot_limit = boot_limit
         self._kill_limit = kill_limit
         self._depth = depth
@@ -157,9 +168,13 @@ class Dispatcher:
         return not self.queued and not self._given_to and not self.postponed_until
 
     @property
-    def wanted(self) -> bool:
-        """True if a worker is idle and nothing is queued for it."""
-        return bool(self._ranks[0]) and not self.queued
+    def has_idle(self) -> bool:
+        """True if a worker is idle."""
+        return bool(self._ranks[0])
+
+    def piles(self, slot: SlotNumber) -> bool:
+        """True if the slot was given several tasks although a worker is idle."""
+        return bool(self._ranks[0]) and len(self._seats[slot].given) > 1
 
     @property
     def live(self) -> int:
@@ -208,7 +223,7 @@ class Dispatcher:
         """A new task, behind all that are queued; `alone` if it may not travel with others."""
         if not self.queued:
             self.full = False
-            seat = self._best_seat(start=False)
+            seat = self._best_seat(alone, start=False)
             if seat is not None:
                 # Beyond this, tasks had better gather to be sent together.
                 if self.batch > 1 and len(seat.given) >= self._depth:
@@ -234,12 +249,13 @@ class Dispatcher:
         return self._assign()
 
     def finished(
-        self, slot: SlotNumber, tasks: Sequence[TaskId], busy_s: float | None = None
+        self, slot: SlotNumber, tasks: Sequence[TaskId], busy_s: float | None = None, waited: bool = False
     ) -> Sequence[Action]:
         """The slot's worker has answered the tasks; stray answers change nothing.
 
         Args:
             busy_s: how long it was busy with all of them, if that is known.
+            waited: most of that time it did not run.
         """
         seat = self._seats[slot]
         given = seat.given
@@ -252,7 +268,7 @@ class Dispatcher:
         seat.held_until = None
         self._place(seat)
         if self._batching and busy_s is not None:
-            self._learn(busy_s / len(tasks))
+            self._learn(busy_s / len(tasks), waited)
         if self.queued:
             return self._assign()
         return self._relieve() if self._given_to else NOTHING
@@ -288,13 +304,28 @@ class Dispatcher:
         self, slot: SlotNumber, tasks: Iterable[TaskId], dropping: Iterable[TaskId] = ()
     ) -> Sequence[Action]:
         """These tasks were still in the slot's inbox: they are first in the queue again, or `dropping` forgotten."""
+        self._seats[slot].held_until = None
+        return self._taken_back(slot, tasks, dropping)
+
+    def _taken_back(
+        self, slot: SlotNumber, tasks: Iterable[TaskId], dropping: Iterable[TaskId] = ()
+    ) -> Sequence[Action]:
         seat = self._seats[slot]
-        seat.held_until = None
         self._requeue(seat, [task for task in tasks if task in seat.given])
         for task in dropping:
             self.queued.pop(task, None)
         self._place(seat)
         return self._assign()
+
+    def stalled(self, slot: SlotNumber, tasks: Iterable[TaskId]) -> Sequence[Action]:
+        """The slot's worker is in a task that takes longer than expected, and these were taken from behind it.
+
+        It gets no other before that ends. It may be that the machine is busy, or that all tasks are long now: where it
+        happens again, they soon go one by one.
+        """
+        self._seats[slot].held_until = 0.0
+        self._reckon_with(min(4 * self._busy_s, 2 * BATCH_S))
+        return self._taken_back(slot, tasks)
 
     # -- workers -------------------------------------------------------------------------------------
 
@@ -432,7 +463,7 @@ class Dispatcher:
         actions: list[Action] = []
         queued = self.queued
         while queued:
-            seat = self._best_seat()
+            seat = self._best_seat(next(iter(queued.values())))
             if seat is None:
                 break
             if seat.slot.state is State.VACANT:
@@ -464,10 +495,19 @@ class Dispatcher:
             tasks.append(task)
         return tasks
 
-    def _learn(self, busy_s: float) -> None:
-        """Reckon with the longest task of late: up at once, down slowly."""
+    def _learn(self, busy_s: float, waited: bool) -> None:
+        """Reckon with what tasks have taken of late.
+
+        One that took far longer counts for little: it may have been kept from its processor, as one in a hundred is
+        where several pools are at work. Those that are long by themselves follow each other, or `stalled` tells.
+        """
+        self._waited += 0.2 * (waited - self._waited)
         known = self._busy_s
-        self._busy_s = min(busy_s, 2 * BATCH_S) if busy_s > known else known + 0.2 * (busy_s - known)
+        self._reckon_with(known + 0.2 * (min(busy_s, 4 * known + 1e-6, 2 * BATCH_S) - known))
+
+    def _reckon_with(self, busy_s: float) -> None:
+        """Tasks take so long: see how many may go together."""
+        self._busy_s = busy_s
         batch = LARGEST_BATCH
         while batch > 1 and batch * self._busy_s > BATCH_S:
             batch //= 2
@@ -476,12 +516,16 @@ class Dispatcher:
             for seat in self._seats:
                 self._place(seat)
 
-    def _best_seat(self, start: bool = True) -> _Seat | None:
-        """Where the next task begins soonest, or None if every inbox is at its depth.
+    def _best_seat(self, alone: bool, start: bool = True) -> _Seat | None:
+        """Where the next task begins soonest, or None if there is no room. If it needs not go `alone`, and enough
+        workers are awake, one of these.
 
         Without `start`, None as well if a worker is to be started for it.
         """
         ranks = self._ranks
+        if not alone and self._enough_are_awake():
+            seat = self._least_laden()
+            return seat if seat.rank != len(ranks) - 1 else None
         if ranks[0]:
             return next(reversed(ranks[0].values()))
         if ranks[1]:
@@ -493,10 +537,20 @@ class Dispatcher:
                 return next(iter(rank.values()))
         return None
 
+    def _enough_are_awake(self) -> bool:
+        """True if one more worker would only take a processor from another."""
+        return self._working >= self._processors and self.batch > 1 and self._waited < 0.5
+
+    def _least_laden(self) -> _Seat:
+        """Of those that work."""
+        return next(seat for rank in self._ranks[2:] for seat in rank.values() if seat.works)
+
     def _relieve(self) -> Sequence[Action]:
         """Nothing is queued: if a worker is idle while another has tasks waiting, take those back."""
         if not self._given_to or not self._ranks[0] or self.queued:
             return NOTHING
+        if self._enough_are_awake():
+            return NOTHING  # they are done soon, or it `stalled`
         # Rank 2 is passed over where nobody in it has a task waiting, or 256 busy workers would be looked at.
         for rank in reversed(self._ranks[2 if self.batch > 1 else 3 :]):
             for seat in rank.values():
@@ -520,6 +574,9 @@ class Dispatcher:
             if rank is not None:
                 self._ranks[rank][number] = seat
             seat.rank = rank
+        works = seat.slot.state is State.READY and bool(seat.given) and seat.held_until is None
+        self._working += works - seat.works
+        seat.works = works
         if seat.held_until:
             self._paused[seat.slot.number] = seat
 
@@ -556,6 +613,11 @@ class Dispatcher:
                 [] if seat.rank is None else [seat.rank]
             )
             assert not seat.given or seat.slot.state in (State.STARTING, State.READY, State.LEAVING)
+        # Invariant: as many work as are counted.
+        assert self._working == sum(
+            seat.slot.state is State.READY and bool(seat.given) and seat.held_until is None
+            for seat in self._seats
+        )
         # Invariant: exactly the vacant slots can be filled, once each.
         vacant = [s.slot.number for s in self._seats if s.slot.state is State.VACANT]
         assert sorted(self._vacant) == sorted(vacant)

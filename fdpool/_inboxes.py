@@ -29,9 +29,8 @@ if TYPE_CHECKING:
 #: How often the pump looks after tasks that were sent together: whether one of them takes long, and holds up others.
 _LOOK_S = 0.004
 
-RETRY_S = (
-    0.01  # pause before the kernel is asked again to take a message, where nothing of ours is in its way
-)
+#: Pause before the kernel is asked again to take a message, where nothing of ours is in its way.
+RETRY_S = 0.01
 
 
 class Inboxes:
@@ -46,8 +45,8 @@ class Inboxes:
         self._tasks = client.tasks
         self._links = client.links
         self._dispatcher = client.dispatcher
-        # Slots that were sent several tasks as one message, or a chunk, and what their worker had begun (the task, and
-        # the item of a chunk) when last looked at.
+        # Slots that were sent a chunk, or several tasks as one message or while others were idle, and what their worker
+        # had begun (the task, and the item of a chunk) when last looked at.
         self._batched: dict[int, tuple[int, int]] = {}
         self.looks_at: float | None = None
         # What the workers of slots will say that they have not begun, as is known already.
@@ -107,6 +106,8 @@ class Inboxes:
             sent = False
         if not sent:
             return self._inbox_full(slot, tasks)
+        if self._dispatcher.piles(slot):
+            self._watch(slot)
         if record.options is not None and record.options.is_watched:
             self._client.limits.sent(slot, record.options)
         if numbers and call.carries_fds and not record.may_retry:
@@ -219,14 +220,14 @@ class Inboxes:
             elif now != before or begun not in given:
                 self._batched[slot] = now
             elif type(chunk := self._tasks.get(begun)) is ChunkFuture:
-                if self._dispatcher.wanted and chunk.stop - self._board.claimed(slot) > 0:
+                if self._dispatcher.has_idle and chunk.stop - self._board.claimed(slot) > 0:
                     actions += self._part_running(slot, begun, chunk)
             else:
                 self._client.receiver.take_log(slot, self._board)
-                if self._dispatcher.wanted:
+                if self._dispatcher.has_idle:
                     inbox = self._emptied(slot)
                     if inbox is not None:  # else nobody can tell what lies in there from what was received
-                        actions += self._dispatcher.taken_back(slot, self._recall(slot, inbox) + inbox)
+                        actions += self._dispatcher.stalled(slot, self._recall(slot, inbox) + inbox)
         self.looks_at = time.monotonic() + _LOOK_S if self._batched else None
         return actions
 

@@ -31,6 +31,7 @@ HEADER_BYTES = _HEADER.size
 MAX_BODY = MAX_DATAGRAM - HEADER_BYTES
 _SPILLED = 1
 _RELEASED = 2
+_WAITED = 4
 
 # Kinds. To the worker:
 TASK = 1  # body: the call
@@ -79,6 +80,7 @@ class Header(NamedTuple):
     task: int
     micros: int  # of an answer: how long the worker was busy with it, 65535 for any longer
     released: bool = False  # of an answer: nobody sees the memory file of the task any more
+    waited: bool = False  # of an answer: most of that time the worker did not run
 
 
 _new: Callable[..., Header] = tuple.__new__  # half the cost of Header(...), which is a Python function
@@ -92,12 +94,13 @@ def pack_header(
     spilled: bool = False,
     micros: int = 0,
     released: bool = False,
+    waited: bool = False,
 ) -> bytes:
     """The header of a datagram whose body and descriptors are those counted here."""
     return _HEADER.pack(
         VERSION,
         kind,
-        (_SPILLED if spilled else 0) | (_RELEASED if released else 0),
+        (_SPILLED if spilled else 0) | (_RELEASED if released else 0) | (_WAITED if waited else 0),
         fd_count,
         micros if micros < 0xFFFF else 0xFFFF,
         body_bytes,
@@ -120,7 +123,8 @@ def unpack_header(data: bytes) -> Header:
         raise WireError(
             f"a header promises {body_bytes} bytes of body, the datagram has {len(data) - HEADER_BYTES}"
         )
-    return _new(Header, (kind, bool(flags & _SPILLED), fd_count, task, micros, bool(flags & _RELEASED)))
+    released, waited = bool(flags & _RELEASED), bool(flags & _WAITED)
+    return _new(Header, (kind, bool(flags & _SPILLED), fd_count, task, micros, released, waited))
 
 
 def split(data: bytes, start: int = HEADER_BYTES) -> list[tuple[int, int, bytes]]:

@@ -325,7 +325,7 @@ class Receiver:
             client.critical.post_blocked(client.break_pool, broken)
         elif header.kind == _messages.ANSWERS:
             close_all(received.fds)
-            self._take_answers(slot, received.data, HEADER_BYTES, header.task / 1e9)
+            self._take_answers(slot, received.data, HEADER_BYTES, header.task / 1e9, header.waited)
         elif header.kind not in _OF_ONE_TASK or client.dispatcher.slot_of(header.task) != slot:
             close_all(received.fds)
         elif type(future := client.tasks.get(header.task)) is ChunkFuture:
@@ -334,7 +334,7 @@ class Receiver:
             answer = (header, received.data[HEADER_BYTES:], received.fds)
             self._to_settle.append((header.task, answer, None))
             client.critical.post_blocked(
-                client.dispatcher.finished, slot, (header.task,), header.micros / 1e6
+                client.dispatcher.finished, slot, (header.task,), header.micros / 1e6, header.waited
             )
 
     def _take_piece(self, slot: int, future: ChunkFuture, header: Header, received: wire.Received) -> None:
@@ -354,7 +354,9 @@ class Receiver:
             client.critical.post_blocked(client.inboxes.chunk_cut, slot, header.task, parts)
             self._to_settle.append((header.task, None, None))
 
-    def _take_answers(self, slot: int, data: bytes, start: int, busy_s: float | None) -> None:
+    def _take_answers(
+        self, slot: int, data: bytes, start: int, busy_s: float | None, waited: bool = False
+    ) -> None:
         """Post what answers mean that come together, from the offset `start` on."""
         client = self._client
         slot_of = client.dispatcher.slot_of
@@ -371,7 +373,7 @@ class Receiver:
                 done.append(task)
                 self._to_settle.append((task, (_PLAIN[kind], body, _NOTHING), None))
         if done:
-            client.critical.post_blocked(client.dispatcher.finished, slot, done, busy_s)
+            client.critical.post_blocked(client.dispatcher.finished, slot, done, busy_s, waited)
         if returned:
             client.critical.post_blocked(client.inboxes.returned, slot, returned)
 

@@ -33,6 +33,8 @@ from .payload import Payload
 #: Longest that answers to tasks that came together are kept for each other, if those tasks take longer than expected.
 FLUSH_S = 200e-6
 
+_SHORT_WAIT_S = 50e-6  # for a page of memory, say
+
 _NONE = -1
 
 _IDLE_MS = 20  # a worker that has had nothing to do for so long has time to look at what tasks have left
@@ -52,6 +54,22 @@ class Boot(NamedTuple):
     log_level: int | None
 
 
+class _Clock:
+    """How long something takes, and whether it runs meanwhile."""
+
+    __slots__ = ("_ran", "began")
+
+    def start(self) -> None:
+        self.began = time.monotonic()
+        self._ran = time.thread_time()
+
+    def read(self) -> tuple[float, bool]:
+        """Seconds since the start, and whether this thread ran for less than half of them: it waited for something, or
+        others had the processor."""
+        busy_s = time.monotonic() - self.began
+        return busy_s, busy_s > 2 * (time.thread_time() - self._ran) + _SHORT_WAIT_S
+
+
 class Worker:
     """One worker's state: its socket, and whether user code is running (a `_chunks.Guard`)."""
 
@@ -62,6 +80,7 @@ class Worker:
         self.items: Iterator[object] = iter(())
         os.register_at_fork(after_in_child=self._drop_items)
         self._page = page
+        self._clock = _Clock()
         self._previous = _NONE  # the task that ran last
         self._name = ""  # of that task's function
         self._memory: _spill.Watch | None = None  # what the running task came in
@@ -77,7 +96,7 @@ class Worker:
         spin = Spin()
         poll = select.poll()
         poll.register(self._inbox, select.POLLIN)
-        ready = poll.poll
+        ready, clock = poll.poll, self._clock
         while not upkeep.over:
             soon = spin.look(ready)
             if not soon and upkeep.has_unseen and not ready(_IDLE_MS):
@@ -110,7 +129,6 @@ class Worker:
             if received.fds_lost or received.bytes_cut or len(received.fds) != header.fd_count:
                 self._refuse(header, received)
                 continue
-            began = time.monotonic()
             if header.kind == _messages.CHUNK:
                 if self._may_begin(header):
                     self._run_chunk(header, received)
@@ -118,12 +136,13 @@ class Worker:
                 continue
             if not self._may_begin(header):
                 continue
+            clock.start()
             answer, kind = self._run_task(received.data[HEADER_BYTES:], received.fds, header.spilled)
             del received
             released = self._memory is not None and self._memory.is_over()
             self._memory = None
-            busy_s = time.monotonic() - began
-            self._send(kind, header.task, answer, int(busy_s * 1e6), released)
+            busy_s, waited = clock.read()
+            self._send(kind, header.task, answer, int(busy_s * 1e6), released, waited)
             del answer
             self._tell_left(upkeep.ran(self._name, 1, busy_s))
         self._send(_messages.GOING, 0, None)
@@ -152,9 +171,10 @@ class Worker:
         """
         page = self._page
         answers: list[bytes] = []
-        began = last_sent = time.monotonic()
+        clock = self._clock
+        clock.start()
         previous = self._previous
-        first, count = began, len(calls)
+        first, count = clock.began, len(calls)
         calls.reverse()
         while calls:
             _, task, body = calls.pop()
@@ -171,17 +191,16 @@ class Worker:
             if not answer.fds:
                 record = _messages.pack_header(kind, task, len(answer.body)) + answer.body
             if not record or not page.log(record):
-                self._send_answers(answers, began)
+                self._send_answers(answers)
                 self._send(kind, task, answer)
-                began = last_sent = time.monotonic()
+                clock.start()
                 continue
             answers.append(record)
-            now = time.monotonic()
-            if now - last_sent > FLUSH_S and calls:
-                self._send_answers(answers, began)
-                began = last_sent = now
+            if calls and time.monotonic() - clock.began > FLUSH_S:
+                self._send_answers(answers)
+                clock.start()
         self._previous = previous
-        self._send_answers(answers, began)
+        self._send_answers(answers)
         self._tell_left(self._upkeep.ran(self._name, count - len(calls), time.monotonic() - first))
 
     def _run_chunk(self, header: Header, received: wire.Received) -> None:
@@ -212,11 +231,11 @@ class Worker:
         name = f"items of a map of {_name_of(fn)}"
         self._tell_left(self._upkeep.ran(name, reached - start, time.monotonic() - began))
 
-    def _send_answers(self, answers: list[bytes], began: float) -> None:
-        """Send what `answers` holds, if anything, and forget it."""
+    def _send_answers(self, answers: list[bytes]) -> None:
+        """Send what `answers` holds, if anything, and forget it. They have taken since the clock was started."""
         if answers:
-            busy_ns = int((time.monotonic() - began) * 1e9)
-            self._send(_messages.ANSWERS, busy_ns, Payload(b"".join(answers)))
+            busy_s, waited = self._clock.read()
+            self._send(_messages.ANSWERS, int(busy_s * 1e9), Payload(b"".join(answers)), waited=waited)
             answers.clear()
             self._page.forget_log()
 
@@ -303,13 +322,19 @@ class Worker:
         self._send(_messages.REFUSED, header.task, Payload(body))
 
     def _send(
-        self, kind: int, task: int, answer: Payload | None, micros: int = 0, released: bool = False
+        self,
+        kind: int,
+        task: int,
+        answer: Payload | None,
+        micros: int = 0,
+        released: bool = False,
+        waited: bool = False,
     ) -> None:
         """Send one answer, waiting as long as it takes: the client reads, or it is dead and so are we."""
         body = b"" if answer is None else answer.body
         fds = answer.fds.numbers if answer is not None and answer.fds else []
         spilled = answer is not None and answer.spilled
-        header = _messages.pack_header(kind, task, len(body), len(fds), spilled, micros, released)
+        header = _messages.pack_header(kind, task, len(body), len(fds), spilled, micros, released, waited)
         pause_s = 0.001
         while True:
             try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 from fdpool._dispatch import (
@@ -36,9 +37,9 @@ def same(actions: Sequence[Action], *expected: Action) -> bool:
     )
 
 
-def ready_pool(workers: int, depth: int = 4) -> Dispatcher:
+def ready_pool(workers: int, depth: int = 4, processors: int = sys.maxsize) -> Dispatcher:
     """A dispatcher whose workers are all ready and idle."""
-    dispatcher = Dispatcher(workers, depth)
+    dispatcher = Dispatcher(workers, depth, processors=processors)
     for task in range(-workers, 0):
         dispatcher.submitted(task)
     for slot in range(workers):
@@ -238,3 +239,71 @@ def test_closing_returns_what_was_not_done() -> None:
         dispatcher.submitted(task)
     assert dispatcher.closed() == [1, 2, 3]
     assert dispatcher.idle
+
+
+def of_two_processors(workers: int, busy_s: float, waited: bool = False) -> Dispatcher:
+    """Ready and idle workers on two processors, after many tasks that took so long."""
+    dispatcher = ready_pool(workers, depth=16, processors=2)
+    for _ in range(50):
+        (action,) = dispatcher.submitted(0, alone=False)
+        assert isinstance(action, SendTasks)
+        dispatcher.finished(action.slot, [0], busy_s, waited)
+    return dispatcher
+
+
+def used(dispatcher: Dispatcher) -> list[int]:
+    return [slot for slot in range(6) if dispatcher.has_given(slot)]
+
+
+def test_short_tasks_wake_no_more_workers_than_there_are_processors() -> None:
+    dispatcher = of_two_processors(6, 1e-6)
+    for task in range(1, 200):
+        dispatcher.submitted(task, alone=False)
+    assert len(used(dispatcher)) == 2
+    while not dispatcher.idle:
+        slot = used(dispatcher)[0]
+        dispatcher.finished(slot, dispatcher.given(slot), 1e-6)
+        assert len(used(dispatcher)) <= 2
+
+
+def test_longer_tasks_and_such_as_go_alone_wake_whoever_is_idle() -> None:
+    dispatcher = of_two_processors(6, 1e-3)
+    for task in range(1, 7):
+        dispatcher.submitted(task, alone=False)
+    assert len(used(dispatcher)) == 6
+    dispatcher = of_two_processors(6, 1e-6)
+    for task in range(1, 7):
+        dispatcher.submitted(task, alone=True)
+    assert len(used(dispatcher)) == 6
+
+
+def test_short_tasks_that_wait_for_something_wake_whoever_is_idle() -> None:
+    dispatcher = of_two_processors(6, 20e-6, waited=True)
+    for task in range(1, 7):
+        dispatcher.submitted(task, alone=False)
+    assert len(used(dispatcher)) == 6
+
+
+def test_what_waits_behind_a_task_that_takes_long_after_all_goes_to_the_idle() -> None:
+    dispatcher = of_two_processors(6, 1e-6)
+    for task in range(1, 9):
+        dispatcher.submitted(task, alone=False)
+    other = max(used(dispatcher), key=lambda slot: len(dispatcher.given(slot)))
+    first, *behind = dispatcher.given(other)
+    assert behind
+    assert dispatcher.piles(other)
+    moved = {slot for slot, _ in sent(dispatcher.stalled(other, behind))}
+    assert dispatcher.given(other) == [first]
+    assert moved
+    assert other not in moved
+    # The next does not go there either, until what it is in has ended.
+    for task in range(9, 100):
+        assert other not in [slot for slot, _ in sent(dispatcher.submitted(task, alone=False))]
+    dispatcher.finished(other, [first], 1e-6)
+    while not dispatcher.idle:
+        slot = used(dispatcher)[0]
+        dispatcher.finished(slot, dispatcher.given(slot), 1e-3)
+    for task in range(100, 106):
+        dispatcher.submitted(task, alone=True)
+    assert other in used(dispatcher)
+    dispatcher._check()

@@ -29,9 +29,11 @@ INBOX_LIMIT = 3  # smaller than the depth, so that the model's kernel refuses no
 class Kernel(RuleBasedStateMachine):
     """The world around a dispatcher: inboxes that outlive workers, and workers that read them or die."""
 
+    processors = SLOTS
+
     def __init__(self) -> None:
         super().__init__()
-        self.dispatcher = Dispatcher(SLOTS, DEPTH, boot_limit=1000)
+        self.dispatcher = Dispatcher(SLOTS, DEPTH, boot_limit=1000, processors=self.processors)
         self.now = 0.0
         self.ids = iter(range(1, 1_000_000))
         self.inboxes: list[deque[list[int]]] = [deque() for _ in range(SLOTS)]  # each message holds tasks
@@ -136,7 +138,9 @@ class Kernel(RuleBasedStateMachine):
             self.answer(slot, None)
             back = list(self.received[slot]) + self.empty_inbox(slot)
             self.received[slot].clear()
-            self.perform(self.dispatcher.taken_back(slot, back))
+            self.perform(self.dispatcher.stalled(slot, back))
+            assert self.idle() == [] or not self.dispatcher.queued
+            assert self.idle() == [] or self.dispatcher.given(slot) == [self.running[slot]]
 
     @rule(slot=st.integers(0, SLOTS - 1))
     def cut_short(self, slot: int) -> None:
@@ -224,13 +228,26 @@ class Kernel(RuleBasedStateMachine):
 
     @invariant()
     def no_task_waits_behind_a_running_one_while_a_ready_worker_is_idle(self) -> None:
-        idle = [
+        """Unless there are no processors for more, and all tasks have been short."""
+        if self.idle() and self.dispatcher.queued:
+            working = [slot for slot in range(SLOTS) if self.dispatcher.given(slot)]
+            assert len(working) >= self.processors
+            assert self.dispatcher.batch > 1
+            assert next(iter(self.dispatcher.queued)) not in self.alone
+
+    def idle(self) -> list[int]:
+        return [
             slot
             for slot in range(SLOTS)
             if self.dispatcher.state(slot) is State.READY and not self.dispatcher.given(slot)
         ]
-        assert not (idle and self.dispatcher.queued)
+
+
+class KernelOfOneProcessor(Kernel):
+    processors = 1
 
 
 TestKernel = Kernel.TestCase
 TestKernel.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
+TestKernelOfOneProcessor = KernelOfOneProcessor.TestCase
+TestKernelOfOneProcessor.settings = TestKernel.settings

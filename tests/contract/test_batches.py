@@ -13,6 +13,7 @@ import pytest
 
 import fdpool
 from fdpool import Pool, _messages
+from fdpool._cpus import usable_cpus
 from fdpool.errors import WireError
 from tests.contract import helpers
 from tests.process_state import wait_until
@@ -181,3 +182,17 @@ def test_lengths_that_do_not_add_up_are_refused() -> None:
     for bad in (good[:-1], good + b"x", good + good[:19], good[:20]):
         with pytest.raises(WireError):
             _messages.split(bad, 0)
+
+
+def test_tasks_that_wait_for_each_other_all_run_though_short_ones_would_have_shared_workers(
+    tmp_path: Path,
+) -> None:
+    """More of them than processors; those that wait behind others move on to idle workers."""
+    workers = usable_cpus() + 6
+    with Pool(workers) as pool:
+        for round_number in range(3):
+            folder = tmp_path / str(round_number)
+            folder.mkdir()
+            warm(pool)
+            futures = [pool.submit(helpers.meet, str(folder), n, workers) for n in range(workers)]
+            assert all(future.result(timeout=30) for future in futures)
