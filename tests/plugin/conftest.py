@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -15,9 +15,6 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 Run = Callable[..., "Outcome"]
-
-#: What there is to be had of pytest's plugins would otherwise change how the runs of these tests go.
-_PLAIN = ("-p", "no:cacheprovider", "-p", "no:randomly", "-p", "no:asyncio", "-p", "no:anyio", "-p", "no:cov")
 
 
 class Outcome:
@@ -49,7 +46,7 @@ class Outcome:
 
 @pytest.fixture
 def run_pytest(tmp_path: Path) -> Run:
-    """Run pytest on a test file of the given text: `run_pytest(text, *arguments, env=..., plain=True)`."""
+    """Run pytest on a test file of the given text: `run_pytest(text, *arguments, plugins=["xdist"], env=...)`."""
 
     def run(
         text: str,
@@ -57,13 +54,13 @@ def run_pytest(tmp_path: Path) -> Run:
         conftest: str = "",
         ini: str = "",
         env: Mapping[str, str] | None = None,
-        plain: bool = True,
+        plugins: Sequence[str] = (),
         **options: object,
     ) -> Outcome:
         write_project(tmp_path, text, conftest, ini)
         return Outcome(
             subprocess.run(  # type: ignore[call-overload]
-                command(*arguments, plain=plain),
+                command(*arguments, plugins=plugins),
                 cwd=tmp_path,
                 env=environment(env),
                 **{"stdin": subprocess.DEVNULL, "capture_output": True, **options},
@@ -83,13 +80,20 @@ def write_project(folder: Path, text: str, conftest: str = "", ini: str = "") ->
     (folder / "pytest.ini").write_text("[pytest]\n" + textwrap.dedent(ini))
 
 
-def command(*arguments: str, plain: bool = True) -> list[str]:
-    """The command that runs pytest with the plugin."""
-    plugins = ("-p", "fdpool.pytest_plugin", *(_PLAIN if plain else ()))
-    return [sys.executable, "-m", "pytest", *plugins, *arguments]
+def command(*arguments: str, plugins: Sequence[str] = ()) -> list[str]:
+    """The command that runs pytest with the plugin.
+
+    Args:
+        plugins: of others, by their entry points. No others are loaded, whatever is installed: they change how a run
+            goes, and take longer to import than most of these runs take.
+    """
+    loaded = ["-p", "no:cacheprovider", "-p", "fdpool.pytest_plugin"]
+    for name in plugins:
+        loaded += ["-p", name]
+    return [sys.executable, "-m", "pytest", *loaded, *arguments]
 
 
 def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """Of a run that knows nothing of the one that it is started by."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "COV_"))}
-    return {**kept, "PYTHONPATH": str(ROOT), **(extra or {})}
+    return {**kept, "PYTHONPATH": str(ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", **(extra or {})}

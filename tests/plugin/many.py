@@ -35,7 +35,7 @@ def run(servers: int, processes: int, folder: Path) -> subprocess.CompletedProce
     """One run of pytest with so many tests, a server each."""
     write_project(folder, TEXT.replace("{count}", str(servers)))
     return subprocess.run(
-        command("-q", f"-n{processes}", "--fdpool-leaks=fail"),
+        command("-q", f"-n{processes}", "--fdpool-leaks=fail", plugins=["xdist"]),
         cwd=folder,
         env=environment(),
         stdin=subprocess.DEVNULL,

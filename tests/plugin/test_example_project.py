@@ -17,7 +17,7 @@ def test_the_example_project_passes_in_two_processes(tmp_path: Path) -> None:
     folder = tmp_path / "project"
     shutil.copytree(ROOT / "examples" / "testing", folder, ignore=shutil.ignore_patterns("__pycache__"))
     done = subprocess.run(
-        command("-W", "error", "-n2"),
+        command("-W", "error", "-n2", plugins=["xdist"]),
         cwd=folder,
         env=environment(),
         stdin=subprocess.DEVNULL,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import signal
 import subprocess
 import time
@@ -36,7 +35,8 @@ HANGING = """
     @pytest.fixture(scope="session")
     def service(session_service): return session_service("idle", beget)
 
-    def test_hanging(serve, worker_pool, shared_worker_pool, service):
+    @pytest.fixture
+    def started(serve, worker_pool, shared_worker_pool, service):
         served = serve(beget)
         program = serve.command(["sh", "-c", "sleep 60 & echo $!; wait"])
         worker_pool.submit(work)
@@ -46,15 +46,16 @@ HANGING = """
         with open("pids.new", "w") as file:
             print(*pids, *worker_pool.worker_pids(), *shared_worker_pool.worker_pids(), file=file)
         os.rename("pids.new", "pids")
+
+    def test_hanging(started):
         {how}
 
     @pytest.mark.run_isolated
     def test_isolated(): pass
 """
 WAITING = "while True: time.sleep(1)"
-LEAVING = (
-    "threading.Timer(0.05, os._exit, (1,)).start(); time.sleep(60)"  # as pytest-timeout's thread does it
-)
+#: What pytest-timeout does where it cannot use a signal: a thread of it writes the stacks, and calls os._exit.
+TIMEOUT = ("--timeout=0.05", "--timeout-method=thread", "-o", "timeout_func_only=true")
 
 
 def _leave(process: subprocess.Popen[str]) -> None: ...
@@ -64,6 +65,10 @@ def _kill(process: subprocess.Popen[str]) -> None:
     process.kill()
 
 
+def _terminate(process: subprocess.Popen[str]) -> None:
+    process.terminate()
+
+
 def _interrupt_twice(process: subprocess.Popen[str]) -> None:
     process.send_signal(signal.SIGINT)
     time.sleep(0.02)  # the second comes in the middle of what the first has begun
@@ -71,38 +76,51 @@ def _interrupt_twice(process: subprocess.Popen[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("how", "end"),
+    ("how", "end", "arguments"),
     [
-        ("assert 0", _leave),
-        (WAITING, _kill),
-        (WAITING, _interrupt_twice),
-        (LEAVING, _leave),
+        ("assert 0", _leave, ()),
+        (WAITING, _kill, ()),
+        (WAITING, _terminate, ()),
+        (WAITING, _interrupt_twice, ()),
+        (WAITING, _leave, TIMEOUT),
     ],
-    ids=["failure", "SIGKILL", "Ctrl-C twice", "os._exit of a thread"],
+    ids=["failure", "SIGKILL", "SIGTERM", "Ctrl-C twice", "pytest-timeout's thread"],
 )
-def test_nothing_is_left_a_second_after_pytest_has_ended(how: str, end, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_nothing_is_left_a_second_after_pytest_has_ended(  # type: ignore[no-untyped-def]
+    how: str, end, arguments: tuple[str, ...], tmp_path: Path
+) -> None:
     """F3: in whatever way it ends."""
     write_project(tmp_path, HANGING.replace("{how}", how))
     pids = tmp_path / "pids"
-    with subprocess.Popen(
-        command("-q"),
-        cwd=tmp_path,
-        env=environment(),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    ) as process:
+    with (
+        open(tmp_path / "said", "w+") as said,
+        subprocess.Popen(
+            command("-q", *arguments, plugins=["timeout"] if arguments else []),
+            cwd=tmp_path,
+            env=environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=said,
+            stderr=said,
+            text=True,
+        ) as process,
+    ):
         wait_until(lambda: pids.exists() or process.poll() is not None, 30)
         assert pids.exists()
-        # Those that have ended meanwhile, as the run was not to wait, need no looking after.
-        started = [
-            psutil.Process(int(pid)) for pid in pids.read_text().split() if psutil.pid_exists(int(pid))
-        ]
+        started = [process for pid in pids.read_text().split() for process in _running(int(pid))]
         end(process)
         process.wait(30)
         assert seconds_until_gone(started) < 1.0
-    assert process.returncode != 0
+        assert process.returncode != 0
+        said.seek(0)
+        assert (" Timeout " in said.read()) == (arguments == TIMEOUT)
+
+
+def _running(pid: int) -> list[psutil.Process]:
+    """The process of that id; none if it has ended, as the run was not to wait."""
+    try:
+        return [psutil.Process(pid)]
+    except psutil.NoSuchProcess:
+        return []
 
 
 EVERYTHING = """
@@ -137,7 +155,7 @@ EVERYTHING = """
             "-p",
             "no:threadexception",
         ],
-        ["--capture=fd", "-p", "no:junitxml", "-p", "no:timeout", "-p", "no:xdist", "-W", "error", "-v"],
+        ["--capture=fd", "-p", "no:junitxml", "-W", "error", "-v"],
     ],
     ids=["no capture", "tee", "few plugins"],
 )
@@ -176,15 +194,9 @@ def test_it_can_be_left_out_and_is_never_loaded_twice(run_pytest: Run) -> None:
     entered.assert_counts(passed=1)
 
 
-# -- other plugins, where they are installed ---------------------------------------------------------------
+# -- plugins of others ------------------------------------------------------------------------------------
 
 
-def needs(*modules: str) -> pytest.MarkDecorator:
-    missing = [module for module in modules if importlib.util.find_spec(module) is None]
-    return pytest.mark.skipif(bool(missing), reason=f"needs {', '.join(missing)}")
-
-
-@needs("pytest_asyncio", "anyio")
 def test_isolated_coroutines_run_by_asyncio_and_anyio(run_pytest: Run) -> None:
     outcome = run_pytest(
         """
@@ -213,15 +225,13 @@ def test_isolated_coroutines_run_by_asyncio_and_anyio(run_pytest: Run) -> None:
         @pytest.mark.asyncio
         async def test_failing(): assert 0
         """,
-        *("-p", "asyncio", "-p", "anyio"),
         ini="asyncio_default_fixture_loop_scope = function\n",
         conftest='import pytest\n@pytest.fixture\ndef anyio_backend(): return "asyncio"\n',
-        plain=False,
+        plugins=["asyncio", "anyio"],
     )
     outcome.assert_counts(passed=3, failed=1)
 
 
-@needs("pytest_cov")
 @pytest.mark.parametrize("processes", [0, 2])
 def test_coverage_of_workers_servers_and_isolated_tests_is_kept(
     run_pytest: Run, tmp_path: Path, processes: int
@@ -244,16 +254,14 @@ def test_coverage_of_workers_servers_and_isolated_tests_is_kept(
         def test_server(serve): serve(serving)
         def test_worker(worker_pool): worker_pool.submit(measured.by_worker).result()
         """,
-        *("-p", "no:randomly", "-p", "no:asyncio", f"-n{processes}" if processes else "-q"),
-        *("--cov=measured", "--cov-report=term-missing"),
-        plain=False,
+        *(f"-n{processes}", "--cov=measured", "--cov-report=term-missing"),
+        plugins=["pytest_cov", "xdist"],
         env={"PYTHONPATH": f"{many.__file__.rpartition('/tests/')[0]}:{tmp_path}"},
     )
     outcome.assert_counts(passed=4)
     outcome.assert_says("measured.py", "90%   10")
 
 
-@needs("pytest_randomly", "pytest_rerunfailures")
 def test_reruns_and_shuffled_tests_get_fresh_fixtures(run_pytest: Run) -> None:
     """F6: a rerun sets everything up again."""
     outcome = run_pytest(
@@ -270,8 +278,18 @@ def test_reruns_and_shuffled_tests_get_fresh_fixtures(run_pytest: Run) -> None:
         @pytest.mark.run_isolated
         def test_crashing(): os._exit(1)
         """,
-        "-p",
-        "no:asyncio",
-        plain=False,
+        plugins=["randomly", "rerunfailures"],
     )
     outcome.assert_counts(passed=4, failed=1, rerun=5)
+
+
+def test_it_works_with_all_that_is_installed_at_once_and_warnings_as_errors(run_pytest: Run) -> None:
+    """Each by its entry point, as pytest does where nobody says otherwise; fdpool as well, where it is installed."""
+    outcome = run_pytest(
+        EVERYTHING,
+        *("--fdpool-leaks=fail", "-W", "error", "-n2", "--timeout=60", "--reruns=1", "--cov=test_it"),
+        ini="asyncio_default_fixture_loop_scope = function\n",
+        env={"PYTEST_DISABLE_PLUGIN_AUTOLOAD": ""},
+    )
+    outcome.assert_counts(passed=3, xfailed=1)
+    outcome.assert_says("asyncio", "rerunfailures", "xdist", "cov", "test_it.py")

@@ -143,6 +143,7 @@ def test_processes_of_xdist_share_one_server(run_pytest: Run, tmp_path: Path) ->
         """,
         "-n3",
         "--fdpool-leaks=fail",
+        plugins=["xdist"],
     )
     outcome.assert_counts(passed=17)
     lines = [line.split() for line in (tmp_path / "found").read_text().splitlines()]
