@@ -137,13 +137,20 @@ def _seconds(config: pytest.Config, name: str) -> float:
 
 @pytest.fixture(autouse=True)
 def _fdpool_leaks(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Check the test, if it is to be checked. For each, as only such a fixture is set up before the others of its test,
-    and torn down after them."""
+    """Check the test, if it is to be checked. A fixture: what lives longer than a test is set up before those of the
+    test, and what ends with it is torn down before the first of them."""
     mode = request.config.stash[_MODE]
     if "leak_check" in request.fixturenames:
         request.getfixturevalue("leak_check")
         mode = "off"
     yield from _checked(request, mode) if mode != "off" else (None,)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef[Any], request: pytest.FixtureRequest) -> None:
+    """Have the check be the first fixture of its test, also where a conftest or another plugin has such for all."""
+    if fixturedef.scope == "function" and fixturedef.argname not in ("_fdpool_leaks", "leak_check"):
+        request.getfixturevalue("_fdpool_leaks")
 
 
 @pytest.fixture

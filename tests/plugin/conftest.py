@@ -87,9 +87,11 @@ def command(*arguments: str, plugins: Sequence[str] = ()) -> list[str]:
         plugins: of others, by their entry points. No others are loaded, whatever is installed: they change how a run
             goes, and take longer to import than most of these runs take.
     """
-    loaded = ["-p", "no:cacheprovider", "-p", "fdpool.pytest_plugin"]
-    for name in plugins:
-        loaded += ["-p", name]
+    loaded = [
+        argument
+        for name in (*plugins, "fdpool.pytest_plugin", "no:cacheprovider")
+        for argument in ("-p", name)
+    ]
     return [sys.executable, "-m", "pytest", *loaded, *arguments]
 
 

@@ -185,6 +185,29 @@ def test_the_check_comes_after_other_fixtures_and_not_after_a_failure(run_pytest
     assert "left behind" not in outcome.text
 
 
+def test_what_other_plugins_set_up_for_every_test_is_torn_down_before_the_check(
+    run_pytest: Run, tmp_path: Path
+) -> None:
+    """Their fixtures may come first; and those of a conftest that names the plugin always do."""
+    (tmp_path / "early.py").write_text(
+        "import pytest\n"
+        "@pytest.fixture(autouse=True, scope='session')\n"
+        "def lasting():\n    with open(__file__) as file: yield file\n"
+        "@pytest.fixture(autouse=True)\n"
+        "def server(serve):\n"
+        "    return lambda: serve(lambda listening: listening.accept())\n"
+    )
+    outcome = run_pytest(
+        """
+        def test_it(server): server()
+        def test_strict(server, leak_check): server()
+        """,
+        "--fdpool-leaks=fail",
+        plugins=["early"],
+    )
+    outcome.assert_counts(passed=2)
+
+
 def test_garbage_is_no_leak_but_what_is_there_is_told_at_once(leak_check: LeakCheck) -> None:
     cycle: list[object] = [open(os.devnull)]
     cycle.append(cycle)
