@@ -83,12 +83,9 @@ def _serve_requests(listening: socket.socket, handler: Callable[[Any, Any, Any],
 
 
 def _serve_asgi(listening: socket.socket, app: Any) -> None:
-    import uvicorn
+    from .apps_asgi import Server
 
-    server = uvicorn.Server(uvicorn.Config(app, lifespan="auto"))
-    server.run(sockets=[listening])
-    if not server.started:
-        raise RuntimeError("the application failed at its start (lifespan)")
+    Server.of(app).run_on(listening)
 
 
 def _serve_wsgi(listening: socket.socket, app: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import http.client
 import os
@@ -9,6 +10,7 @@ import signal
 import socket
 import socketserver
 import sys
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -83,6 +85,43 @@ def test_an_asgi_and_a_wsgi_application_serve_and_end_when_told(serve: Serve) ->
         assert get(served) == f"{app.__name__[:4]} {served.pid}"
         served.stop()
         assert served.end_in_words() == f"the server {app.__name__} was stopped"
+
+
+async def asgi_counting(scope: dict[str, Any], receive: Any, send: Any) -> None:
+    if scope["type"] == "lifespan":
+        while True:
+            kind = (await receive())["type"]
+            print(kind, flush=True)
+            await send({"type": f"{kind}.complete"})
+            if kind == "lifespan.shutdown":
+                return
+    print("asked", flush=True)
+    await asyncio.sleep(0.02)
+    await asgi_page(scope, receive, send)
+
+
+def test_an_asgi_application_ends_at_once_but_answers_first_and_has_its_shutdown(serve: Serve) -> None:
+    """uvicorn by itself takes a fifth of a second to end, and so does each test that has such a server."""
+    pytest.importorskip("uvicorn")
+    served = serve(asgi_counting)
+    assert get(served).startswith("asgi ")
+    connection = http.client.HTTPConnection(*served.address, timeout=10)
+    connection.request("GET", "/")
+    wait_until(lambda: served.logs.count("asked") == 2)
+    served.stop()
+    assert connection.getresponse().read().startswith(b"asgi ")
+    connection.close()
+    assert "lifespan.shutdown" in served.logs
+    assert min(seconds_to_stop(served) for _ in range(3)) < 0.1
+    assert served.logs.count("lifespan.shutdown") == 4
+
+
+def seconds_to_stop(served: Served) -> float:
+    served.restart()
+    get(served)
+    begun = time.monotonic()
+    served.stop()
+    return time.monotonic() - begun
 
 
 def test_an_application_is_found_by_its_name(
