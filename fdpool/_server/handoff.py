@@ -93,6 +93,11 @@ class _Seat:
         self.theirs.close()
 
 
+def _is_to_be_looked_at(seat: _Seat) -> bool:
+    """True if something waits in its inbox, or it is passed over: nobody says when that is over."""
+    return seat.sent > seat.link.see().taken or (seat.serves and time.monotonic() < seat.slow_until)
+
+
 class Handoff:
     """Accepts and hands over. Runs in: the server's thread, all of it.
 
@@ -196,9 +201,7 @@ class Handoff:
         if room:
             self._ask_for_word(False)
         self._watch(room)
-        if not self._looking and (
-            self._held or any(seat.sent > seat.link.see().taken for seat in self._seats.values())
-        ):
+        if not self._looking and (self._held or any(map(_is_to_be_looked_at, self._seats.values()))):
             self._looking = True
             self._turns.later(_LOOK_S, self._look)
 

@@ -30,6 +30,7 @@ from tests.server.helpers import (
     pids,
     read_all,
     records,
+    workers,
     wsgi,
 )
 from tests.server.programs import port_in, program
@@ -149,6 +150,22 @@ def test_connections_handed_to_a_stopped_worker_go_to_another() -> None:
         os.kill(stopped, signal.SIGSTOP)
         assert {ask(server)[0] for _ in range(4)} == {other}
         os.kill(stopped, signal.SIGCONT)
+
+
+def test_a_worker_that_was_stopped_is_handed_connections_again_if_nobody_else_is_left() -> None:
+    with Server(echo_pid, ANY_PORT, workers=2, dispatch="handoff") as server:
+        first = workers(server)[0].pid
+        assert first is not None
+        os.kill(first, signal.SIGSTOP)
+        try:
+            handoff = server._loop.handoff  # type: ignore[union-attr]
+            while not handoff.taken_back:  # type: ignore[union-attr]
+                ask(server)
+            server.scale(1)
+            wait_until(lambda: [each.slot for each in workers(server)] == [0])
+        finally:
+            os.kill(first, signal.SIGCONT)
+        assert ask(server)[0] == first
 
 
 @pytest.mark.parametrize("dispatch", ["shared", "handoff"])
