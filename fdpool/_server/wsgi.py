@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import select
 import socket
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -51,6 +52,7 @@ class WsgiFace:
         channel = _channel_class(worker, door)
         for server in self._servers:
             server.channel_class = channel
+            _wake_once(server)
             if accepts:
                 _accept_by(server, door)
             else:
@@ -69,6 +71,7 @@ class WsgiFace:
                 map=self._map,
                 count=1,
             )
+            self._close_what_is_done()
         left_s = max(0.0, self._until - time.monotonic())
         self._tasks.shutdown(timeout=left_s)
         wasyncore.close_all(self._map, ignore_all=True)
@@ -93,9 +96,18 @@ class WsgiFace:
         # Runs `begin` in the loop's thread.
         self._servers[0].trigger.pull_trigger(begin)
 
+    def _channels(self) -> list[Any]:
+        return [channel for server in self._servers for channel in list(server.active_channels.values())]
+
+    def _close_what_is_done(self) -> None:
+        """Close connections whose last answer has gone; by itself waitress would take another turn of its loop."""
+        for channel in self._channels():
+            if channel.close_when_flushed and not channel.total_outbufs_len:
+                channel.handle_write()
+
     def _has_drained(self, until: float) -> bool:
         now = time.monotonic()
-        channels = [channel for server in self._servers for channel in list(server.active_channels.values())]
+        channels = self._channels()
         if now >= self._idle_at:
             for channel in channels:
                 if not channel.requests and not channel.total_outbufs_len and not _has_input(channel):
@@ -108,18 +120,43 @@ def _accept_by(server: Any, door: Door) -> None:
     fileno = server.socket.fileno()
     readable = server.readable
 
-    def accept() -> tuple[socket.socket, Any] | None:
+    def handle_accept() -> None:
         connection = door.take(fileno)
-        if connection is None:
-            return None
-        try:
-            return connection, connection.getpeername()
-        except OSError:
-            connection.close()  # the client has gone
-            return None
+        if connection is not None:
+            _take_on(server, connection)
 
-    server.accept = accept
+    server.handle_accept = handle_accept
     server.readable = lambda: not door.pause_s() and readable()
+
+
+def _take_on(server: Any, connection: socket.socket) -> None:
+    """Have waitress serve a connection; owned from here on."""
+    try:
+        server.set_socket_options(connection)
+        address = server.fix_addr(connection.getpeername())
+        channel = server.channel_class(server, connection, address, server.adj, map=server._map)
+    except OSError:
+        connection.close()  # the client has gone
+    else:
+        channel.read_at_once()
+
+
+def _wake_once(server: Any) -> None:
+    """Have waitress's threads wake its loop once for all that they have done meanwhile, and not each for itself."""
+    trigger = server.trigger
+    pull, read = trigger._physical_pull, trigger.handle_read
+    pulled = threading.Event()
+
+    def pull_once() -> None:
+        if not pulled.is_set():
+            pulled.set()
+            pull()
+
+    def handle_read() -> None:
+        pulled.clear()  # before it is looked at what there is: who comes later pulls again
+        read()
+
+    trigger._physical_pull, trigger.handle_read = pull_once, handle_read
 
 
 class _Intake:
@@ -143,14 +180,8 @@ class _Intake:
         connection = self._door.take(self._fileno)
         if connection is None:
             return
-        try:
-            server = self._server_for(connection)
-            server.set_socket_options(connection)
-            address = server.fix_addr(connection.getpeername())
-            server.channel_class(server, connection, address, server.adj, map=server._map)
-            self._count_open()
-        except OSError:
-            connection.close()  # the client has gone
+        _take_on(self._server_for(connection), connection)
+        self._count_open()
 
     def _count_open(self) -> None:
         self._worker.progress.has_open(sum(len(server.active_channels) for server in self._servers))
@@ -181,6 +212,17 @@ def _channel_class(worker: ServerWorker, door: Door) -> type[Any]:
     class Channel(HTTPChannel):  # type: ignore[misc]
         task_class = Task
         token = 0
+
+        def read_at_once(self) -> None:
+            """Most clients send with the connection: that is read here, a turn of the loop earlier."""
+            try:
+                data = self.socket.recv(self.adj.recv_bytes)
+            except OSError:
+                return  # nothing yet; or a reset, of which the loop hears
+            if data:
+                self.received(data)
+            else:
+                self.handle_close()
 
         def service(self) -> None:
             self.token = worker.progress.begin()

@@ -72,6 +72,23 @@ def test_an_http_application_serves(app: Any) -> None:
         assert int(body) in pids(server)
 
 
+@pytest.mark.parametrize("dispatch", ["shared", "handoff"])
+def test_a_request_is_served_in_whatever_pieces_it_comes(dispatch: Any) -> None:
+    """Waitress is given what came with the connection at once, which may be nothing, a part, or the end."""
+    pytest.importorskip("waitress")
+    with Server(wsgi, ANY_PORT, workers=1, dispatch=dispatch) as server:
+        connect(server).close()
+        with connect(server) as silent, connect(server) as halved, connect(server) as several:
+            several.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" * 2 + b"GET / HTTP/1.0\r\n\r\n")
+            assert read_all(several).count(b"200 OK") == 3
+            halved.sendall(b"GET / HT")
+            assert get(server)[0] == 200
+            halved.sendall(b"TP/1.0\r\n\r\n")
+            assert b"200 OK" in read_all(halved)
+            silent.sendall(b"GET / HTTP/1.0\r\n\r\n")
+            assert b"200 OK" in read_all(silent)
+
+
 def test_an_application_that_is_named_is_found() -> None:
     with Server("tests.server.helpers:echo_pid", ANY_PORT, workers=1, preload=True) as server:
         assert ask(server)[0] in pids(server)
