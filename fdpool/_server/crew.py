@@ -154,6 +154,8 @@ class Crew:
         try:
             while (message := link.receive()) is not None:
                 self._heed(link, message)
+            if link.killed and link.number in self.links:
+                link.kill()  # it was not there yet as it was to be ended
         except EOFError:
             self._stop_hearing(link)
 
@@ -236,6 +238,7 @@ class Crew:
         if link is None:
             return
         link.why = why
+        link.stuck = stuck
         if not stuck:
             link.draining = True  # its end is no news
             self._kill(link)
@@ -264,9 +267,17 @@ class Crew:
             return
         link.killed = True
         if not link.kill() and link.pid is None:
-            # It has not even begun, so its generation's supervisor hangs (in a preload, say): nobody else can end it.
-            self._pools.kill(link.generation)
+            self._kill_unborn(link)
         self._turns.later(_KILL_AGAIN_S, partial(self._kill, link))
+
+    def _kill_unborn(self, link: WorkerLink) -> None:
+        """End one that has not said hello: there is no process yet, or its generation's supervisor hangs."""
+        generation = [each for each in self.links.values() if each.generation == link.generation]
+        if all(each.killed for each in generation):
+            self._pools.kill(link.generation)  # the supervisor, too, which may hang in a preload
+        elif not link.cancel() and link.stuck:
+            # Others serve, and are not to suffer. Whoever comes next comes of another supervisor.
+            self._pools.close(link.generation)
 
     def close(self) -> None:
         """Close what is held for those that are left."""

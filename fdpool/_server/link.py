@@ -56,6 +56,7 @@ class WorkerLink:
         why: why it failed to boot, or is to be ended, if that is known; in one line.
         traceback: of a failed boot.
         killed: the server has killed it, or is about to.
+        stuck: because it had not moved on.
     """
 
     def __init__(self, number: int, slot: int, generation: int) -> None:
@@ -69,6 +70,7 @@ class WorkerLink:
         self.why = ""
         self.traceback = ""
         self.killed = False
+        self.stuck = False
         self.draining = False
         self.stopped_since: float | None = None  # SIGSTOP
         self._pidfd: int | None = None
@@ -154,6 +156,10 @@ class WorkerLink:
     def stacks(self) -> str:
         """What it has written down since this was last called."""
         return self._page.stacks().rstrip()
+
+    def cancel(self) -> bool:
+        """Have it not begin; False if it may have."""
+        return self._future is not None and self._future.cancel()
 
     def kill(self) -> bool:
         """SIGKILL it; its pool's supervisor kills what descends from it. False if nobody knows its pid yet."""

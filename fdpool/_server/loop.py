@@ -47,6 +47,7 @@ _STEP_S = 0.02
 _HANDSHAKE_S = 0.5  # a connection on its way may still come to a listener that gets no others any more
 _SCALE_LOOKS = 500  # for how many steps it is waited until such a listener's queue is empty
 _NO_STEERING = "%d workers stay: the kernel cannot keep connections from a listener of dispatch='reuseport'"
+_RELOAD_PAUSE_S = 0.25  # after a reload has begun, before the next one may
 _SUCCESSOR_S = 30.0  # how much longer than a worker a whole successor may take
 FAILED = 70  # exit code: a defect of the server (EX_SOFTWARE, sysexits.h)
 
@@ -93,6 +94,8 @@ class Loop:
         self.started: Future[None] = Future()
         self._failure = ""
         self._asked: set[Future[int]] = set()
+        self._joined: list[Future[int]] = []  # of the next reload, which has not begun
+        self._next_reload_at = 0.0
         self._reloads: dict[int, Future[int]] = {}
         self._over = False
         self.is_running = True
@@ -253,6 +256,16 @@ class Loop:
     # -- orders --------------------------------------------------------------------------------------------
 
     def _reload(self, future: Future[int]) -> None:
+        """Reload now; or a moment later, with all who want it meanwhile: each begins with a new supervisor."""
+        self._joined.append(future)
+        if len(self._joined) == 1:
+            self.turns.later(max(0.0, self._next_reload_at - time.monotonic()), self._begin_reload)
+
+    def _begin_reload(self) -> None:
+        self._next_reload_at = time.monotonic() + _RELOAD_PAUSE_S
+        (future, *others), self._joined = self._joined, []
+        for other in others:
+            future.add_done_callback(partial(_pass_on, other))
         if self._stopping:
             _fail(future, "the server is ending")
             return
@@ -279,7 +292,8 @@ class Loop:
         wanted = self._wanted = max(1, change(before))
         if wanted == before or self._stopping:
             return
-        say("scaled", "%d workers are wanted, not %d", wanted, before, workers=wanted)
+        are = "worker is" if wanted == 1 else "workers are"
+        say("scaled", "%d %s wanted, not %d", wanted, are, before, workers=wanted)
         if wanted < before:
             # Whoever has a listener of its own goes when that gets no connections any more, and has none left.
             if not self._listeners.steer(wanted):

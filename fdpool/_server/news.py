@@ -69,7 +69,7 @@ def worker_exited(link: WorkerLink, why: str, end: End, expected: bool) -> None:
         link.pid,
         why,
         "" if expected else _below(end.traceback or stacks),
-        level=logging.INFO if expected else logging.WARNING,
+        level=_level_of(link, expected),
         reason=why,
         traceback=end.traceback,
         stacks=stacks,
@@ -77,6 +77,12 @@ def worker_exited(link: WorkerLink, why: str, end: End, expected: bool) -> None:
         requests=seen.finished,
         lost=seen.in_flight,
     )
+
+
+def _level_of(link: WorkerLink, expected: bool) -> int:
+    if not expected:
+        return logging.WARNING
+    return logging.INFO if link.pid is not None else logging.DEBUG  # one that never was
 
 
 def worker_slow(link: WorkerLink, why: str) -> None:

@@ -234,10 +234,38 @@ def test_a_hook_can_call_a_reload_off() -> None:
 def test_of_several_reloads_the_last_wins_and_all_get_its_outcome() -> None:
     """S3."""
     with Server(echo_pid, ANY_PORT, workers=2) as server, Load(lambda: ask(server)[0], clients=2) as load:
-        reloads = [server.reload() for _ in range(5)]
-        assert [each.result(60) for each in reloads] == [6] * 5
-        assert {each.generation for each in server.stats().workers if each.state == "serving"} == {6}
+        reloads = [server.reload()]
+        wait_until(lambda: any(each.generation == 2 for each in server.stats().workers))
+        reloads += [server.reload() for _ in range(5)]
+        last = reloads[-1].result(60)
+        assert last >= 3
+        assert [each.result(60) for each in reloads] == [last] * 6
+        assert {each.generation for each in server.stats().workers if each.state == "serving"} == {last}
     assert load.failed == []
+
+
+def test_reloads_that_come_in_a_flood_are_few() -> None:
+    """S3: each costs an interpreter, so that a flood would keep the server from everything else."""
+    with Server(echo_pid, ANY_PORT, workers=1) as server:
+        reloads = [server.reload() for _ in range(200)]
+        assert max(reload.result(60) for reload in reloads) < 20
+        assert server.stats().started < 20
+
+
+def test_who_boots_and_is_not_wanted_any_more_takes_nobody_along() -> None:
+    """S3: there is no process to kill before it has said hello, and its generation has others who serve."""
+    with Server(echo_pid, ANY_PORT, workers=1) as server:
+        before = pids(server)
+        for _ in range(5):
+            server.scale(3)
+            server.scale(1)
+        wait_until(lambda: len(server.stats().workers) == 1)
+        assert pids(server) == before
+        server.scale(3)
+        reload = server.reload()
+        server.scale(1)
+        assert reload.result(60) == 2
+        assert server.stats().generation == 2
 
 
 def test_scaling_during_a_reload_loses_nothing() -> None:
