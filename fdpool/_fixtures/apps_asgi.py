@@ -13,6 +13,9 @@ from typing import Any
 import uvicorn
 
 
+_TURNS = 3  # of the event loop, in which it learns of clients that have gone: one to hear of it, one to act on it
+
+
 class Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may not be installed
     """uvicorn's server without its two rests. It looks every tenth of a second whether it is to end, and then waits
     another one: a fifth of a second in each test, where all the rest takes a hundredth."""
@@ -51,6 +54,8 @@ class Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may not
                 pass
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for _ in range(_TURNS):
+            await asyncio.sleep(0)
         if self.server_state.connections or self.server_state.tasks:
             await super().shutdown(sockets=sockets)
             return

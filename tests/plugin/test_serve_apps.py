@@ -117,8 +117,9 @@ def test_an_asgi_application_ends_at_once_but_answers_first_and_has_its_shutdown
 
 
 def seconds_to_stop(served: Served) -> float:
+    starts = served.logs.count("lifespan.startup")
     served.restart()
-    get(served)
+    wait_until(lambda: served.logs.count("Application startup complete") > starts)
     begun = time.monotonic()
     served.stop()
     return time.monotonic() - begun
