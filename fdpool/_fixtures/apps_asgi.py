@@ -12,8 +12,8 @@ from typing import Any
 
 import uvicorn
 
-
-_TURNS = 3  # of the event loop, in which it learns of clients that have gone: one to hear of it, one to act on it
+# Of the event loop, in which it learns of clients that have just gone: it hears of it in one, and acts in the next.
+_TURNS = 3
 
 
 class Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may not be installed

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-from .holdings import MEMORY, Holdings, holdings_of, live_pools
+from .holdings import LASTING, MEMORY, Holdings, holdings_of, live_pools
 
 #: Set in the process of the tests, and so in what these start: the same test may be running elsewhere as well.
 MARK = "FDPOOL_TESTS"
@@ -161,7 +161,7 @@ def _descriptors_left(before: Census, after: Census, held: Holdings, pools: bool
     for number, what in sorted(after.descriptors.items()):
         if before.descriptors.get(number) == what or number in held.descriptors:
             continue
-        if (pools and what.startswith(MEMORY)) or number in _lasting_numbers():
+        if (pools and what.startswith(MEMORY)) or number in LASTING or number in _lasting_numbers():
             continue
         yield Leak("descriptor", f"{number}: {_describe_descriptor(number, what)}", number)
 

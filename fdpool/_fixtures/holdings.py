@@ -17,6 +17,9 @@ _PURE = {f"{_PREFIX}_dispatch", f"{_PREFIX}_slots"}
 #: Attributes with a descriptor's number as it stands.
 _NUMBERS = {"_read", "_write", "_inner_fd", "_outer_fd"}
 
+#: Numbers of descriptors that live as long as the whole run, whichever test has asked for them first.
+LASTING: set[int] = set()
+
 #: Names that fdpool gives to its memory files; the mapping of one holds a duplicate that no attribute names.
 MEMORY = "/memfd:fdpool"
 

@@ -34,8 +34,13 @@ main(sys.argv[1])
 
 
 class Order(NamedTuple):
-    """What to serve: `serve(*args, **options)`, or `serve.command(...)`. Pickled, as it goes to a fresh interpreter."""
+    """What to serve: `serve(*args, **options)`, or `serve.command(...)`. Pickled, as it goes to a fresh interpreter.
 
+    Attributes:
+        what: the same for all processes that mean the same, and different for others.
+    """
+
+    what: str
     command: bool
     args: tuple[Any, ...]
     options: dict[str, Any]
@@ -59,8 +64,11 @@ def spawn(path: str, door: socket.socket, order: bytes, log_fd: int) -> None:
     actions: list[tuple[object, ...]] = [(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)]
     actions += [(os.POSIX_SPAWN_DUP2, high[at], number) for at, number in ((2, 1), (2, 2), (0, 3), (1, 4))]
     arguments = [sys.executable, "-c", _BOOT, path, *sys.path]
+    environment = {
+        name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"
+    }  # it is no test's
     try:
-        pid = os.posix_spawn(sys.executable, arguments, os.environ, file_actions=actions, setsid=True)
+        pid = os.posix_spawn(sys.executable, arguments, environment, file_actions=actions, setsid=True)
     finally:
         close_all(high)
     os.waitpid(pid, 0)
@@ -74,13 +82,14 @@ def main(path: str) -> None:
     pool = Pool(2, max_tasks_per_child=1)
     serve = Serve(pool)
     try:
-        answer: dict[str, Any]
+        answer: dict[str, Any] = {"what": order.what}
         try:
             served = (serve.command if order.command else serve)(*order.args, **order.options)
-            answer = {"kind": served.listener.kind, "pid": served.pid}
+            answer |= {"kind": served.listener.kind, "pid": served.pid}
             numbers = [served.listener.fileno(), served.log_fd]
         except BaseException as error:
-            answer, numbers = {"error": f"{error}", "traceback": traceback.format_exc()}, []
+            answer |= {"error": f"{error}", "traceback": traceback.format_exc()}
+            numbers = []
         _keep(door, answer, numbers)
     finally:
         door.close()

@@ -20,6 +20,9 @@ Kind = Literal["tcp", "tcp6", "unix"]
 
 BACKLOG = 128
 
+# Kernel: the path of a Unix socket has room for 107 bytes (unix(7)), on macOS for 103. So it is not in tmp_path either.
+PATH_BYTES = 103
+
 _HOSTS = {"tcp": "127.0.0.1", "tcp6": "::1"}
 
 
@@ -80,8 +83,7 @@ class Listener:
 
     @classmethod
     def _open_unix(cls, backlog: int) -> Listener:
-        # Not in pytest's tmp_path: a socket's path has room for 107 bytes (unix(7)).
-        folder = tempfile.mkdtemp(prefix="fdpool-")
+        folder = tempfile.mkdtemp(prefix="fdpool-", dir=folder_for_sockets())
         listening = socket.socket(socket.AF_UNIX)
         try:
             listening.bind(f"{folder}/socket")
@@ -244,6 +246,12 @@ class ListenerFactory:
         """Close all of them."""
         while self._made:
             self._made.pop().close()
+
+
+def folder_for_sockets(room: int = 40) -> str:
+    """The folder for temporary files; or /tmp, if a path of `room` more bytes would be too long for a Unix socket."""
+    folder = tempfile.gettempdir()
+    return folder if len(os.fsencode(folder)) + room <= PATH_BYTES else "/tmp"
 
 
 def _bound(kind: Kind, host: str) -> socket.socket:

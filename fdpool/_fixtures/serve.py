@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, Union
 
+from .._options import check_seconds
 from .._server.apps import Interface as AppInterface
 from ..fds import HasFileno
 from ..pool import Pool
@@ -27,6 +28,7 @@ class Serve:
 
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
+        self._owner = os.getpid()
         self._served: list[Served] = []
         self._listeners: list[Listener] = []
 
@@ -57,6 +59,7 @@ class Serve:
             NotPicklable, DescriptorRefused: it cannot travel to a worker, or its arguments cannot.
             ServerDied: it ended before it was ready, or took too long.
         """
+        self._check(ready_timeout)
         if not callable(app) and not isinstance(app, str):
             raise TypeError(
                 f"serve() takes a function or an application, not {app!r}; serve.command() takes a program"
@@ -107,8 +110,15 @@ class Serve:
             TypeError, ValueError, DescriptorRefused: as `Pool.popen`.
             ServerDied: it could not be started, ended before it was ready, or took too long.
         """
+        self._check(ready_timeout)
         if isinstance(argv, (str, bytes)):
             raise TypeError(f"serve.command() takes a list of arguments, not the string {argv!r}")
+        if not argv:
+            raise ValueError("serve.command() takes a program and its arguments, and this list is empty")
+        if fds is not None and not isinstance(fds, Mapping):
+            raise TypeError(
+                f"fds= maps numbers in the program to descriptors here, such as {{3: listener}}, not {fds!r}"
+            )
         if listener is None and fds:
             listener = next((each for each in fds.values() if isinstance(each, Listener)), None)
         if fds == {} and listener is None:
@@ -125,12 +135,22 @@ class Serve:
 
         return self._begin(" ".join(arguments), chosen, start, ready, ready_timeout)
 
+    def _check(self, ready_timeout: float) -> None:
+        check_seconds("ready_timeout", ready_timeout, zero=True)
+        if os.getpid() != self._owner:
+            raise RuntimeError(
+                "serve cannot start a server here: this is an isolated test, a fork of the process that has the "
+                "workers. Start it in a fixture, which is set up there"
+            )
+
     def _listener(self, given: Listener | None, kind: Kind) -> Listener:
         if given is None:
             given = Listener.open(kind)
             self._listeners.append(given)
         elif not isinstance(given, Listener):
             raise TypeError(f"listener= takes what the fixture listener_factory makes, not {given!r}")
+        elif given.fileno() < 0:
+            raise ValueError(f"nothing can be served on {given!r}")
         return given
 
     def _begin(

@@ -122,7 +122,15 @@ class Served(Reachable):
         self.begin(self._is_ready, ready_timeout)
 
     def kill(self, number: int = signal.SIGKILL) -> None:
-        """Send it a signal. If it ends by that, it has not died by itself. Does not wait: `wait` does."""
+        """Send it a signal. If it ends by that, it has not died by itself. Does not wait: `wait` does.
+
+        Raises:
+            TypeError, ValueError: there is no such signal.
+        """
+        if not isinstance(number, int):
+            raise TypeError(f"kill() takes a signal's number such as signal.SIGTERM, not {number!r}")
+        if number not in signal.valid_signals():
+            raise ValueError(f"there is no signal {number}")
         if self._run is not None:
             self._sent.add(int(number))
             self._run.signal(number)

@@ -11,7 +11,6 @@ import hashlib
 import os
 import socket
 import stat
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,11 +19,13 @@ from .. import _platform
 from ..sockets import StreamSocket
 from . import keeper
 from .errors import ServerDied
+from .holdings import LASTING
 from .keeper import Order
-from .listener import Listener, Reachable
+from .listener import PATH_BYTES, Listener, Reachable, folder_for_sockets
 from .runs import pickled_for_others
 
 _ATTEMPTS = 10
+_NAME_ROOM = 60  # for the folder's own name, 29 bytes, and that of a service
 
 
 class Service(Reachable):
@@ -32,16 +33,22 @@ class Service(Reachable):
 
     Attributes:
         name: what it is called by all of them.
+        what: what serves: the name of a function or an application, or a command.
         listener: the socket that it serves on; a duplicate of this process's own.
         pid: of the process that serves.
     """
 
-    def __init__(self, name: str, hold: StreamSocket, listener: Listener, log_fd: int, pid: int) -> None:
+    def __init__(
+        self, name: str, what: str, hold: StreamSocket, listener: Listener, log_fd: int, pid: int
+    ) -> None:
         self.name = name
+        self.what = what
         self.listener = listener
         self.pid = pid
         self._hold = hold
         self._log_fd = log_fd
+        self._numbers = {hold.fileno(), listener.fileno(), log_fd}
+        LASTING.update(self._numbers)
 
     @property
     def logs(self) -> str:
@@ -50,6 +57,7 @@ class Service(Reachable):
 
     def close(self) -> None:
         """Let go of it."""
+        LASTING.difference_update(self._numbers)
         self._hold.close()
         self.listener.socket.close()
         os.close(self._log_fd)
@@ -67,7 +75,7 @@ class Services:
 
     def __init__(self, run: str) -> None:
         digest = hashlib.sha256(f"{os.getuid()} {run}".encode()).hexdigest()[:16]
-        self._folder = os.path.join(tempfile.gettempdir(), f"fdpool-tests-{digest}")
+        self._folder = os.path.join(folder_for_sockets(_NAME_ROOM), f"fdpool-tests-{digest}")
         self._held: dict[str, Service] = {}
 
     def __call__(self, name: str, app: Any, *args: Any, **options: Any) -> Service:
@@ -77,14 +85,15 @@ class Services:
             name: the same in all processes; a file's name is made of it.
 
         Raises:
+            ValueError: the name is none, or is that of another service.
             ServerDied: it could not be started, whoever has tried.
             NotPicklable: it cannot travel. Descriptors cannot.
         """
-        return self._get(name, Order(False, (app, *args), options))
+        return self._get(name, Order(_name_of(app), False, (app, *args), options))
 
     def command(self, name: str, argv: list[str], **options: Any) -> Service:
         """As a call, for `serve.command(argv, **options)`."""
-        return self._get(name, Order(True, (argv,), options))
+        return self._get(name, Order(" ".join(argv), True, (argv,), options))
 
     def close(self) -> None:
         """Let go of all."""
@@ -94,16 +103,24 @@ class Services:
     def _get(self, name: str, order: Order) -> Service:
         if not isinstance(name, str) or not name or "/" in name:
             raise ValueError(f"a service is named by a string without slashes, not {name!r}")
-        if name not in self._held:
-            self._held[name] = self._connect(name, pickled_for_others(order))
-        return self._held[name]
-
-    def _connect(self, name: str, order: bytes) -> Service:
         path = os.path.join(self._folder, name)
+        if len(os.fsencode(path)) > PATH_BYTES:
+            raise ValueError(f"the service's name is too long for a Unix socket in {self._folder}: {name!r}")
+        if name not in self._held:
+            self._held[name] = self._connect(name, path, order)
+        found = self._held[name]
+        if found.what != order.what:
+            raise ValueError(
+                f"the service {name!r} is {found.what}, and {order.what} needs a name of its own"
+            )
+        return found
+
+    def _connect(self, name: str, path: str, order: Order) -> Service:
+        pickled = pickled_for_others(order)
         for _ in range(_ATTEMPTS):
             log_fd = _platform.anonymous_file("fdpool-keeper-log")
             try:
-                hold = self._hold(path, order, log_fd)
+                hold = self._hold(path, pickled, log_fd)
                 try:
                     answer, numbers = hold.receive_with_fds()
                 except (EOFError, ConnectionError):  # the last holder went as we came
@@ -116,7 +133,8 @@ class Services:
                 hold.close()
                 raise ServerDied(f"the service {name} could not be started: {answer['error']}")
             listening = socket.socket(fileno=numbers[0])
-            return Service(name, hold, Listener(listening, answer["kind"]), numbers[1], answer["pid"])
+            listener = Listener(listening, answer["kind"])
+            return Service(name, answer["what"], hold, listener, numbers[1], answer["pid"])
         raise ServerDied(f"the service {name} could not be started", said)
 
     def _hold(self, path: str, order: bytes, log_fd: int) -> StreamSocket:
@@ -169,3 +187,10 @@ class Services:
                 raise PermissionError(
                     f"{self._folder} is not a folder that only this user may enter"
                 ) from None
+
+
+def _name_of(app: Any) -> str:
+    if isinstance(app, str):
+        return app
+    named = app if hasattr(app, "__qualname__") else type(app)
+    return f"{named.__module__}.{named.__qualname__}"

@@ -78,7 +78,7 @@ def test_each_kind_of_leak_fails_the_test_that_left_it_and_is_named(run_pytest: 
         "ERROR at teardown of test_zombie",
         ": true, dead and not waited for",
         "ERROR at teardown of test_daemon",
-        ": sleep 30 (it has left this process's tree)",
+        "sleep 30 (it has left this process's tree)",
         "ERROR at teardown of test_thread",
         "thread 'spinner', which runs Event.wait (a daemon)",
         "ERROR at teardown of test_shared_memory",

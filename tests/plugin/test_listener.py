@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,18 @@ def test_closing_takes_the_path_along_and_is_safe_to_repeat() -> None:
     listener.close()
     assert not folder.exists()
     assert "closed" in repr(listener)
+
+
+def test_a_long_folder_for_temporary_files_is_passed_over_by_unix_sockets(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Kernel: the path of a Unix socket has room for 107 bytes (unix(7))."""
+    long = tmp_path / ("x" * 100)
+    long.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    with Listener.open("unix") as listener:
+        assert listener.path.startswith("/tmp/fdpool-")
+        listener.connect().close()
 
 
 @pytest.mark.parametrize("kind", KINDS)

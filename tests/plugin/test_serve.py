@@ -396,6 +396,35 @@ def test_what_cannot_serve_is_refused_with_the_way_out(serve: Serve) -> None:
         serve.command(["x"], kind="unix", fds={})
     with pytest.raises(fdpool.NotPicklable):
         serve(shout, (each for each in "x"))
+    with pytest.raises(TypeError, match="ready_timeout must be a number of seconds, not 'soon'"):
+        serve(shout, ready_timeout="soon")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="takes a program and its arguments, and this list is empty"):
+        serve.command([])
+    with pytest.raises(
+        TypeError, match=r"fds= maps numbers in the program .* such as {3: listener}, not \[3\]"
+    ):
+        serve.command(["true"], fds=[3])  # type: ignore[arg-type]
+    closed = Listener.open()
+    closed.close()
+    with pytest.raises(ValueError, match="nothing can be served on <Listener tcp 127.0.0.1:.* closed>"):
+        serve(shout, listener=closed)
+
+
+def test_a_signal_that_is_none_is_refused(serve: Serve) -> None:
+    served = serve(shout)
+    with pytest.raises(TypeError, match="takes a signal's number such as signal.SIGTERM, not 'TERM'"):
+        served.kill("TERM")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="there is no signal 4000"):
+        served.kill(4000)
+    assert ask(served, b"still here") == b"STILL HERE"
+
+
+@pytest.mark.run_isolated
+def test_an_isolated_test_is_told_to_start_its_servers_in_a_fixture(serve: Serve) -> None:
+    with pytest.raises(RuntimeError, match=r"this is an isolated test, a fork .*\. Start it in a fixture"):
+        serve(shout)
+    with pytest.raises(RuntimeError, match="serve cannot start a server here"):
+        serve.command(["true"])
 
 
 def test_everything_of_a_server_goes_with_its_factory(listener_factory: ListenerFactory) -> None:

@@ -104,13 +104,47 @@ def test_misuse_is_refused() -> None:
     services = Services("misuse")
     with pytest.raises(ValueError, match="a service is named by a string without slashes, not 'a/b'"):
         services("a/b", tell_pid)
+    with pytest.raises(ValueError, match="the service's name is too long for a Unix socket in /.*: 'xxx"):
+        services("x" * 100, tell_pid)
     with pytest.raises(fdpool.NotPicklable, match="cannot travel to a process that keeps it"):
         services("x", tell_pid, (each for each in "x"))
 
 
-def test_a_folder_that_others_may_enter_is_not_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    services = Services("open")
+def test_two_services_never_go_by_one_name() -> None:
+    """Whoever asks: the second would be given the server of the first, and not know."""
+    first, second = Services("names"), Services("names")
+    try:
+        first("pids", tell_pid)
+        for services in (first, second):
+            with pytest.raises(
+                ValueError, match=r"'pids' is tests\.plugin\.test_service\.tell_pid, and app:app needs a name"
+            ):
+                services("pids", "app:app")
+    finally:
+        first.close()
+        second.close()
+
+
+def test_a_test_may_ask_for_a_service_itself_and_is_not_blamed_for_it(run_pytest: Run) -> None:
+    """It stays after that test, and is meant to."""
+    outcome = run_pytest(
+        """
+        import socket
+        def tell(listening):
+            while True:
+                with listening.accept()[0] as connection: connection.sendall(b"told")
+        def test_first(session_service):
+            with session_service("teller", tell).listener.connect() as client: assert client.recv(4) == b"told"
+        def test_second(session_service):
+            with session_service("teller", tell).listener.connect() as client: assert client.recv(4) == b"told"
+        """,
+        "--fdpool-leaks=fail",
+    )
+    outcome.assert_counts(passed=2)
+
+
+def test_a_folder_that_others_may_enter_is_not_used(tmp_path: Path) -> None:
+    services = Services(str(tmp_path))
     folder = Path(services._folder)
     folder.mkdir(mode=0o777)
     folder.chmod(0o777)
