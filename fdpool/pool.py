@@ -31,7 +31,7 @@ from ._budget import FULL, exhausted, near_limit
 from ._chunks import is_plain, run_together
 from ._client import Client
 from ._cpus import usable_cpus
-from ._map import dumped_chunk, flatten, in_order, keeps_nothing
+from ._map import Results, dumped_chunk, flatten, in_order, keeps_nothing
 from ._messages import Recycling
 from ._options import TaskOptions, changed, check_count, check_seconds
 from ._shared import Shared
@@ -333,8 +333,7 @@ class Pool(Executor):
         if chunksize is None:
             together = buffersize is None and timeout is None and self._chunking and self._options is None
             if together and iterables and keeps_nothing(fn):
-                chunks = deque(self._submit_chunks(fn, iterables))
-                return in_order(chunks, iter(()), self._reference(), deadline)
+                return Results(deque(self._submit_chunks(fn, iterables)))
             chunksize = 1
         items = zip(*iterables)
         calls: Iterator[tuple[Callable[..., Any], tuple[Any, ...]]]
