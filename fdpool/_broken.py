@@ -60,7 +60,7 @@ class PoolBroken(FdpoolError, BrokenProcessPool):
 def describe_status(status: int | None) -> str:
     """Say in words what a wait status means: `"was killed by SIGKILL"`, `"exited with code 3"`."""
     if status is None:
-        return "ended with an unknown status (something else in this process reaped it)"
+        return "ended with an unknown status (it was somebody else's child, or was reaped by somebody else)"
     if os.WIFSIGNALED(status):
         number = os.WTERMSIG(status)
         try:

@@ -16,11 +16,11 @@ import itertools
 import os
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from enum import Enum
 from typing import Any, TypeVar
 
-from . import _budget, _control, _cpus, _dispatch, _messages, _process, _spill, _trees, wire
+from . import _budget, _control, _cpus, _dispatch, _lending, _messages, _process, _spill, _trees, wire
 from ._answers import task_lost
 from ._board import Board
 from ._broken import PoolBroken, describe_status
@@ -38,6 +38,7 @@ from ._slots import State
 from ._staffing import Staff, Staffing
 from ._tasks import ChunkFuture, CutShort, TaskFuture
 from .errors import ForkedPool, PoolShutDown
+from .fds import OwnedFds
 from .payload import Payload
 from .stats import PoolStats, PoolWorkerStats
 
@@ -634,7 +635,28 @@ class Client:
         """Start a supervisor."""
         assert self.board is not None
         first = _control.configuration(self._preload, self._initializer, self._recycling, self._log_level)
-        return _control.ControlLink(self._fork, first, self.board.fd, self._initializer, self._inherited)
+        return _control.ControlLink(
+            self._fork, first, self.board.fd, self._initializer, self._inherited, self._lenders
+        )
+
+    def _lenders(self, likeness: _lending.Likeness) -> Iterator[_control.Lender]:
+        """Pools of this process whose supervisor may be forked for this one."""
+        for owner in _process.owners():
+            if owner is not self and isinstance(owner, Client) and owner._may_lend(likeness):
+                yield owner._lend
+
+    def _may_lend(self, likeness: _lending.Likeness) -> bool:
+        control = self.control
+        return self.runs_tasks and control is not None and control.was_heard and control.likeness == likeness
+
+    def _lend(self, message: _messages.Lend, owned: OwnedFds) -> None:
+        """From any thread. Have this pool's supervisor forked for another one."""
+        self.critical.post(self._tell_and_close, message, owned)
+
+    def _tell_and_close(self, message: _messages.Lend, owned: OwnedFds) -> Sequence[Action]:
+        self.tell(message, owned.numbers)
+        owned.close()
+        return ()
 
     def enter_leaving(self) -> None:
         """Dismiss the workers, or end them if the pool is broken; they have their time. Lock held."""

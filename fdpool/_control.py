@@ -10,13 +10,20 @@ import select
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NoReturn
 
-from . import _messages, _platform, _process, _spawn, fds
+from . import _lending, _messages, _platform, _process, _spawn, fds
 from .errors import FdTransferError
 from .payload import Payload
 from .sockets import StreamSocket
+
+_BIRTH_S = 0.25  # how long another pool's supervisor may take to fork, 4 ms if it is idle
+
+#: Has the supervisor of a pool forked, with what is handed over to the fork; the descriptors are its own.
+Lender = Callable[[_messages.Lend, fds.OwnedFds], None]
+#: This side's end of the link, the supervisor's pid, and its pidfd where there is such a thing.
+_Started = tuple[StreamSocket, int, int | None]
 
 
 class ControlLink:
@@ -28,6 +35,12 @@ class ControlLink:
         board_fd: the file of the pool's `Board`; borrowed.
         initializer: the payload that the configuration speaks of; borrowed until this returns.
         inherited: with `fork`, the call that each worker makes first if there is no payload of it.
+        lenders: of other pools, by likeness: whose supervisor may be forked in place of a fresh interpreter.
+
+    Attributes:
+        pid: of the supervisor. It is a child of this process, unless it was forked from another one.
+        likeness: of a supervisor that may be forked for other pools; else None.
+        was_heard: the supervisor has spoken.
 
     Raises:
         OSError: the supervisor cannot be started.
@@ -40,18 +53,14 @@ class ControlLink:
         board_fd: int,
         initializer: Payload | None,
         inherited: Callable[[], object] | None,
+        lenders: Callable[[_lending.Likeness], Iterable[Lender]],
     ) -> None:
-        mine, theirs = StreamSocket.pair()
-        try:
-            self.pid = _start(fork, mine, theirs, inherited)
-        except BaseException:
-            mine.close()
-            raise
-        finally:
-            theirs.close()
-        self.socket = mine
-        pidfd = _platform.open_pidfd(self.pid)
-        self._pidfd = None if pidfd is None else fds.above_stdio(pidfd)
+        likeness = None if fork else _lending.likeness()
+        self.likeness = None if configuration.preload else likeness
+        self.was_heard = False
+        borrowed = None if likeness is None else _borrow(lenders(likeness))
+        self._is_child = borrowed is None
+        self.socket, self.pid, self._pidfd = borrowed or _start(fork, inherited)
         numbers = initializer.fds.numbers if initializer is not None and initializer.fds else []
         try:
             if not fork:
@@ -100,30 +109,45 @@ class ControlLink:
             frame = error.data, []
         if frame is None:
             return None
+        self.was_heard = True
         message: _messages.ToClient = _messages.decode_control(frame[0])  # type: ignore[assignment]
         return message, frame[1]
 
     def bury(self, limit_s: float) -> int | None:
         """Wait for the supervisor's end, kill it after `limit_s` seconds; close the link.
 
-        Returns its wait status, or None if somebody else has reaped it.
+        Returns its wait status, or None if it was not this process's child, or somebody else has reaped it.
         """
         deadline = time.monotonic() + limit_s
         killed = False
         while True:
-            try:
-                pid, status = os.waitpid(self.pid, os.WNOHANG)
-            except ChildProcessError:
-                status = None
-                break
-            if pid:
+            gone, status = self._look_for_death()
+            if gone:
                 break
             if time.monotonic() > deadline and not killed:
-                os.kill(self.pid, signal.SIGKILL)
+                self._kill()
                 killed = True
             self._await_death(deadline)
         self.close()
         return status
+
+    def _look_for_death(self) -> tuple[bool, int | None]:
+        """Whether the supervisor has died, and its wait status if that is known."""
+        try:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+        except ChildProcessError:
+            # One that was forked from another is its child as long as that lives, and then whoever adopts it.
+            return self._is_child or self._pidfd is None or _is_readable(self._pidfd, 0), None
+        return bool(pid), status
+
+    def _kill(self) -> None:
+        if self._is_child or self._pidfd is None:
+            os.kill(self.pid, signal.SIGKILL)
+            return
+        try:
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+        except ProcessLookupError:
+            pass  # it has died meanwhile
 
     def close(self) -> None:
         """Close the link's descriptors; the supervisor will end itself and all its tree."""
@@ -138,16 +162,18 @@ class ControlLink:
             time.sleep(0.001)
             return
         remaining_s = deadline - time.monotonic()
-        poll = select.poll()
-        poll.register(self._pidfd, select.POLLIN)
-        poll.poll(remaining_s * 1000 + 1 if remaining_s > 0 else None)
+        _is_readable(self._pidfd, remaining_s * 1000 + 1 if remaining_s > 0 else None)
 
 
-def _start(
-    fork: bool, mine: StreamSocket, theirs: StreamSocket, inherited: Callable[[], object] | None
-) -> int:
-    if not fork:
-        return _spawn.spawn_supervisor(theirs.fileno())
+def _is_readable(fd: int, timeout_ms: float | None) -> bool:
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(timeout_ms))
+
+
+def _start(fork: bool, inherited: Callable[[], object] | None) -> _Started:
+    """Start a supervisor from a fresh interpreter, or as a fork of this process."""
+    mine, theirs = StreamSocket.pair()
 
     def main() -> NoReturn:
         from . import _supervisor
@@ -155,7 +181,43 @@ def _start(
         mine.close()
         _supervisor.main(theirs.into_inner().detach(), inherited)
 
-    return _spawn.fork_supervisor(main)
+    try:
+        pid = _spawn.fork_supervisor(main) if fork else _spawn.spawn_supervisor(theirs.fileno())
+    except BaseException:
+        mine.close()
+        raise
+    finally:
+        theirs.close()
+    pidfd = _platform.open_pidfd(pid)
+    return mine, pid, None if pidfd is None else fds.above_stdio(pidfd)
+
+
+def _borrow(lenders: Iterable[Lender]) -> _Started | None:
+    """Have a supervisor forked from one of another pool; None if there is none, or it does not answer soon."""
+    for lend in lenders:
+        mine, theirs = StreamSocket.pair()
+        try:
+            lend(*_lending.heritage(theirs.fileno()))
+            theirs.close()
+            frame = None
+            deadline = time.monotonic() + _BIRTH_S
+            while frame is None and (remaining_s := deadline - time.monotonic()) > 0:
+                _is_readable(mine.fileno(), remaining_s * 1000)
+                frame = mine.try_receive_bytes()
+        except (OSError, EOFError):  # also: descriptors lost
+            frame = None
+        except BaseException:
+            mine.close()
+            raise
+        finally:
+            theirs.close()
+        if frame is not None:
+            data, (pidfd,) = frame
+            born = _messages.decode_control(data)
+            assert isinstance(born, _messages.Born)
+            return mine, born.pid, fds.above_stdio(pidfd)
+        mine.close()  # one that comes too late finds nobody
+    return None
 
 
 def configuration(

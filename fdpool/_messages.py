@@ -201,11 +201,28 @@ class EndWorker(NamedTuple):
     stacks: bool = False
 
 
+class Lend(NamedTuple):
+    """Fork this supervisor for another pool of the same client.
+
+    The descriptors are its control link, its working directory, and those of its standard streams that are named.
+    """
+
+    environment: list[tuple[bytes, bytes]]
+    umask: int
+    streams: list[int]
+
+
 class Quit(NamedTuple):
     """Every worker has gone or is to go now: kill what is left of the tree, then exit."""
 
 
 # -- control link: to the client ---------------------------------------------------------------------
+
+
+class Born(NamedTuple):
+    """The first frame of a supervisor that was forked from another one; its descriptor is the supervisor's pidfd."""
+
+    pid: int
 
 
 class WorkerStarted(NamedTuple):
@@ -242,16 +259,16 @@ class PreloadFailed(NamedTuple):
     reason: str
 
 
-ToSupervisor = Union[Configure, StartWorker, EndWorker, Quit]
+ToSupervisor = Union[Configure, StartWorker, EndWorker, Lend, Quit]
 ToClient = Union[WorkerStarted, WorkerExited, StartFailed, PreloadFailed]
 
 
-def encode_control(message: ToSupervisor | ToClient) -> bytes:
+def encode_control(message: ToSupervisor | ToClient | Born) -> bytes:
     """The frame body of one control message."""
     return pickle.dumps(message, protocol=5)
 
 
-def decode_control(data: bytes) -> ToSupervisor | ToClient:
+def decode_control(data: bytes) -> ToSupervisor | ToClient | Born:
     """The control message of one frame body; only for frames of the pool's own processes."""
-    message: ToSupervisor | ToClient = pickle.loads(data)
+    message: ToSupervisor | ToClient | Born = pickle.loads(data)
     return message

@@ -48,6 +48,11 @@ def unregister(owner: Owner) -> None:
     _owners.discard(owner)
 
 
+def owners() -> list[Owner]:
+    """All that have not ended."""
+    return list(_owners)
+
+
 def exiting() -> bool:
     """True once the interpreter has begun to exit."""
     return _exiting

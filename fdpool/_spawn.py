@@ -56,7 +56,7 @@ def spawn_supervisor(control_fd: int) -> int:
     # Missing standard streams become the null device, or the first file opened would be taken for stdout.
     actions: list[tuple[object, ...]] = [(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)]
     actions += [
-        (os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_WRONLY, 0) for fd in (1, 2) if not _is_passed_on(fd)
+        (os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_WRONLY, 0) for fd in (1, 2) if not is_passed_on(fd)
     ]
     actions.append((os.POSIX_SPAWN_DUP2, control_fd, control_fd))
     return os.posix_spawn(
@@ -72,6 +72,8 @@ def spawn_supervisor(control_fd: int) -> int:
 
 def fork_supervisor(main: Callable[[], NoReturn]) -> int:
     """Fork this process as supervisor and run `main()` there; returns the pid, the caller's to reap.
+
+    For a client, or for the supervisor of another pool.
 
     The child keeps the caller's memory and open files, as any fork does; the caller's at-fork hooks have
     closed what belongs to its pools. Threads do not survive a fork, and a lock that one of them holds
@@ -193,7 +195,7 @@ def _set_group(pid: int) -> None:
         pass  # it has died, or has set its group itself and gone on
 
 
-def _is_passed_on(fd: int) -> bool:
+def is_passed_on(fd: int) -> bool:
     """True for a standard stream; False where there is none, or where a file of the client's has its number."""
     try:
         return os.get_inheritable(fd)

@@ -14,10 +14,10 @@ import sys
 import time
 from typing import NoReturn
 
-from . import _forensics, _messages, _oom, _platform, _spawn, _trees, _worker, fds
+from . import _forensics, _lending, _messages, _oom, _platform, _spawn, _trees, _worker, fds
 from ._board import Page
 from ._ending import Ending
-from ._messages import Configure, EndWorker, Quit, StartWorker
+from ._messages import Configure, EndWorker, Lend, Quit, StartWorker
 from .sockets import StreamSocket
 
 TYPE_CHECKING = False
@@ -67,6 +67,7 @@ class Supervisor:
         self._initializer_fds: list[int] = []
         self._children: dict[int, _Child] = {}
         self._endings: list[_Child] = []
+        self._lent: set[int] = set()  # other pools' supervisors, that are children of this one
         self._sigchld_read, self._sigchld_write = (fds.above_stdio(fd) for fd in os.pipe())
         os.set_blocking(self._sigchld_read, False)
         os.set_blocking(self._sigchld_write, False)
@@ -89,7 +90,7 @@ class Supervisor:
         finally:
             for pid in self._children:
                 _trees.kill_group(pid)
-            _trees.kill_descendants()
+            _trees.kill_descendants(sparing=self._lent)
 
     def _turn(self) -> bool:
         """Wait once and handle what came; False when it is time to go."""
@@ -149,6 +150,8 @@ class Supervisor:
             self._end_worker(message)
         elif isinstance(message, Configure):
             self._configure(message, numbers)
+        elif isinstance(message, Lend):
+            self._lend(message, numbers)
         elif isinstance(message, Quit):
             return False
         return True
@@ -171,6 +174,28 @@ class Supervisor:
         # What is shared copy-on-write stays shared only if the collector does not touch it
         # (gc.freeze, Python 3.7: made for exactly this).
         gc.freeze()
+
+    def _lend(self, message: Lend, numbers: list[int]) -> None:
+        """Fork a supervisor for another pool. If that fails, its client sees the end of the link, and does without."""
+        try:
+            self._lent.add(_spawn.fork_supervisor(lambda: self._serve_another(message, numbers)))
+        except OSError:
+            pass
+        finally:
+            fds.close_all(numbers)
+
+    def _serve_another(self, message: Lend, numbers: list[int]) -> NoReturn:
+        """Runs in: the fork. Of what this one had it keeps the client's pidfd."""
+        client_pidfd, self._client_pidfd = self._client_pidfd, None
+        fds.close_all([*self._own_fds()[1:], self._board_fd, *self._initializer_fds])
+        self._control.close()
+        control = StreamSocket.from_fd(_lending.adopt(message, numbers))
+        own_pidfd = _platform.open_pidfd(os.getpid())
+        if own_pidfd is None:
+            os._exit(1)
+        control.send_bytes(_messages.encode_control(_messages.Born(os.getpid())), [own_pidfd])
+        os.close(own_pidfd)
+        _serve_fresh(control, client_pidfd)
 
     def _start_worker(self, message: StartWorker, numbers: list[int]) -> None:
         slot, generation = message
@@ -245,7 +270,7 @@ class Supervisor:
                 child.ending.step(now)
                 if child.ending.due is None:
                     self._endings.remove(child)
-                    _trees.kill_strays(child.mark, set(self._children))
+                    self._kill_strays(child)
 
     def _reap(self) -> None:
         """Collect every dead child: workers are reported, adopted orphans are just laid to rest."""
@@ -254,6 +279,7 @@ class Supervisor:
             if child is not None and child not in self._endings:
                 _trees.kill_group(pid)  # before the pid can be used again
             status = _trees.reap(pid)
+            self._lent.discard(pid)
             if child is not None:
                 self._report_death(child, status)
 
@@ -262,7 +288,7 @@ class Supervisor:
         if child.ending is not None:
             child.ending.dead = True
         if child not in self._endings:
-            _trees.kill_strays(child.mark, set(self._children))
+            self._kill_strays(child)
         stacks = ""
         if child.stacks_fd is not None:
             stacks = _forensics.read_stacks(child.stacks_fd)
@@ -271,6 +297,9 @@ class Supervisor:
         if child.ending is None and status is not None and os.WIFSIGNALED(status):
             hint = self._oom.explain(os.WTERMSIG(status))
         self._tell(_messages.WorkerExited(child.slot, child.generation, child.pid, status, stacks, hint))
+
+    def _kill_strays(self, child: _Child) -> None:
+        _trees.kill_strays(child.mark, {*self._children, *self._lent})
 
     def _forget_wakeups(self) -> None:
         try:
@@ -302,17 +331,22 @@ def _new_stacks_file() -> int | None:
 
 def main(control_fd: int, inherited: Callable[[], object] | None = None) -> NoReturn:
     """Runs in: a fork of the client. Serve on `control_fd`, then exit; `inherited` as for `Supervisor`."""
-    _serve(StreamSocket.from_fd(control_fd), inherited)
+    _serve(StreamSocket.from_fd(control_fd), inherited, _platform.open_pidfd(os.getppid()))
 
 
 def main_fresh(control_fd: int) -> NoReturn:
-    """As `main`, in a fresh interpreter: first close what the client's inheritable descriptors left here, and
-    take over what a fork would have inherited: multiprocessing's key, without which no manager answers a task.
-    """
+    """As `main`, in a fresh interpreter: first close what the client's inheritable descriptors left here."""
     highest = os.sysconf("SC_OPEN_MAX")
     os.closerange(3, control_fd)
     os.closerange(control_fd + 1, highest if highest > 0 else 1 << 20)
-    control = StreamSocket.from_fd(control_fd)
+    _serve_fresh(StreamSocket.from_fd(control_fd), _platform.open_pidfd(os.getppid()))
+
+
+def _serve_fresh(control: StreamSocket, client_pidfd: int | None) -> NoReturn:
+    """Serve where nothing is of the client's memory.
+
+    First take over what a fork would have inherited: multiprocessing's key, without which no manager answers a task.
+    """
     try:
         key, _ = control.receive_bytes()
     except (EOFError, OSError):
@@ -320,11 +354,12 @@ def main_fresh(control_fd: int) -> NoReturn:
     from multiprocessing import process  # 2 ms
 
     process.current_process().authkey = key
-    _serve(control, None)
+    _serve(control, None, client_pidfd)
 
 
-def _serve(control: StreamSocket, inherited: Callable[[], object] | None) -> NoReturn:
-    client_pidfd = _platform.open_pidfd(os.getppid())
+def _serve(
+    control: StreamSocket, inherited: Callable[[], object] | None, client_pidfd: int | None
+) -> NoReturn:
     _platform.become_subreaper()
     supervisor = Supervisor(control, client_pidfd, inherited)
     supervisor.run()

@@ -10,6 +10,7 @@ import errno
 import os
 import signal
 import time
+from collections.abc import Set
 from typing import TYPE_CHECKING
 
 from . import _platform
@@ -50,15 +51,21 @@ def signal_all(processes: list[psutil.Process], number: int) -> None:
             continue
 
 
-def kill_descendants(limit_s: float = _SWEEP_S) -> bool:
+def kill_descendants(limit_s: float = _SWEEP_S, sparing: Set[int] = frozenset()) -> bool:
     """SIGKILL everything that descends from this process, again and again until nothing is left.
 
     A descendant may fork while we look, so one pass is not enough. Children of this process are reaped.
     Returns False if something survived `limit_s` seconds (an unkillable process).
+
+    Args:
+        sparing: children of this process that are left alone, with all that descends from them.
     """
     deadline = time.monotonic() + limit_s
-    while children_exist():
+    while children_exist() and not (sparing and direct_children() <= sparing):
         found = descendants(os.getpid())
+        for pid in sparing:
+            spared = {pid, *(process.pid for process in descendants(pid))}
+            found = [process for process in found if process.pid not in spared]
         signal_all(found, signal.SIGKILL)
         for process in found:
             _reap_if_child(process.pid, deadline)

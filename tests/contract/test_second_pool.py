@@ -1,0 +1,238 @@
+"""A second pool of the same client: its supervisor is a fork of the first one's where nobody could tell, and its own in
+every other way."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+import fdpool
+from fdpool import Pool
+from tests.contract import helpers
+from tests.process_state import seconds_until_gone, wait_until
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="such forks are known by pidfd")
+
+
+def supervisor_of(pool: Pool) -> psutil.Process:
+    assert pool._client.control is not None
+    return psutil.Process(pool._client.control.pid)
+
+
+def is_borrowed(pool: Pool) -> bool:
+    return supervisor_of(pool).ppid() != os.getpid()
+
+
+@pytest.fixture
+def first() -> Iterator[Pool]:
+    """A pool that serves, and whose supervisor has spoken."""
+    with Pool(1) as pool:
+        pool.submit(helpers.nothing).result(timeout=20)
+        wait_until(lambda: pool._client.control is not None and pool._client.control.was_heard)
+        yield pool
+
+
+def test_the_supervisor_of_a_second_pool_is_a_fork_of_the_first_ones(first: Pool) -> None:
+    with Pool(2) as second:
+        assert second.submit(helpers.square, 3).result(timeout=20) == 9
+        assert supervisor_of(second).ppid() == supervisor_of(first).pid
+        with Pool(1) as third:
+            assert third.submit(helpers.square, 4).result(timeout=20) == 16
+            assert is_borrowed(third)
+    assert first.submit(helpers.square, 5).result(timeout=20) == 25
+
+
+def test_it_goes_on_when_the_first_pool_ends(first: Pool) -> None:
+    with Pool(1) as second:
+        second.submit(helpers.nothing).result(timeout=20)
+        gone = [supervisor_of(first), *supervisor_of(first).children()]
+        running = second.submit(os.getpid)
+        first.shutdown()
+        assert running.result(timeout=20)
+        supervisor = supervisor_of(second)
+        assert seconds_until_gone([each for each in gone if each != supervisor]) < 5
+        with pytest.raises(fdpool.WorkerLost):
+            second.submit(os._exit, 3).result(timeout=20)
+        assert second.submit(helpers.square, 3).result(timeout=20) == 9
+        assert supervisor_of(second) == supervisor
+    assert seconds_until_gone([supervisor]) < 5
+
+
+@pytest.mark.parametrize("which", ["first", "second"])
+def test_a_killed_supervisor_is_its_own_pools_affair(
+    first: Pool, which: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """H9."""
+    with Pool(1) as second:
+        second.submit(helpers.nothing).result(timeout=20)
+        victim, other = (first, second) if which == "first" else (second, first)
+        before = supervisor_of(other)
+        workers = other.submit(os.getpid).result(timeout=20)
+        supervisor_of(victim).kill()
+        wait_until(lambda: victim.stats().supervisor_restarts == 1)
+        assert victim.submit(helpers.square, 3).result(timeout=20) == 9
+        assert other.submit(os.getpid).result(timeout=20) == workers
+        assert supervisor_of(other) == before
+    assert "supervisor" in caplog.text
+
+
+def has_colorsys() -> bool:
+    return "colorsys" in sys.modules
+
+
+def what_a_task_finds() -> tuple[str, str | None, int, tuple[int, int]]:
+    umask = os.umask(0)
+    os.umask(umask)
+    return os.getcwd(), os.environ.get("FDPOOL_TEST"), umask, (os.fstat(1).st_dev, os.fstat(1).st_ino)
+
+
+def test_it_inherits_what_there_is_when_it_is_made(
+    first: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Environment, working directory, umask, standard streams."""
+    monkeypatch.setenv("FDPOOL_TEST", "set since")
+    monkeypatch.chdir(tmp_path)
+    umask = os.umask(0o027)
+    stdout = os.dup(1)
+    try:
+        with open(tmp_path / "stdout", "wb") as file:
+            os.dup2(file.fileno(), 1)
+            here = (os.fstat(1).st_dev, os.fstat(1).st_ino)
+        with Pool(1) as second:
+            found = second.submit(what_a_task_finds).result(timeout=20)
+            assert is_borrowed(second)
+            second.submit(os.write, 1, b"said\n").result(timeout=20)
+            second.submit(print, "printed").result(timeout=20)
+            program = second.run(["sh", "-c", "echo $FDPOOL_TEST; umask"]).result(timeout=20)
+    finally:
+        os.dup2(stdout, 1)
+        os.close(stdout)
+        os.umask(umask)
+    assert found == (str(tmp_path), "set since", 0o027, here)
+    assert program.returncode == 0
+    assert sorted((tmp_path / "stdout").read_text().split("\n")) == [
+        "",
+        "0027",
+        "printed",
+        "said",
+        "set since",
+    ]
+
+
+def test_a_stream_that_is_closed_by_then_is_the_null_device() -> None:
+    program = """if True:
+        import os, fdpool
+        with fdpool.Pool(1) as first:
+            first.submit(int).result()
+            while not first._client.control.was_heard:
+                pass
+            os.close(1)
+            with fdpool.Pool(1) as second:
+                found = second.submit(os.readlink, "/proc/self/fd/1").result()
+                os.write(2, f"{found} {second._client.control._is_child}".encode())
+    """
+    done = subprocess.run([sys.executable, "-c", program], stderr=subprocess.PIPE, check=False, timeout=30)
+    assert done.stderr.decode() == "/dev/null False"
+
+
+def test_where_something_differs_that_cannot_be_handed_over_it_is_fresh(
+    first: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft - 1, hard))
+    try:
+        with Pool(1) as second:
+            assert second.submit(resource.getrlimit, resource.RLIMIT_NOFILE).result(timeout=20)[0] == soft - 1
+            assert not is_borrowed(second)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    monkeypatch.setenv("PYTHONFDPOOLTEST", "1")
+    with Pool(1) as second:
+        second.submit(helpers.nothing).result(timeout=20)
+        assert not is_borrowed(second)
+
+
+def test_a_pool_with_modules_of_its_own_lends_nothing_and_may_borrow(first: Pool) -> None:
+    with Pool(1, preload=["this_is_none"]) as broken, pytest.raises(fdpool.PoolBroken, match="this_is_none"):
+        broken.submit(helpers.nothing).result(timeout=20)
+    with Pool(1, preload=["colorsys"]) as second:
+        assert second.submit(has_colorsys).result(timeout=20)
+        assert is_borrowed(second)
+        assert second._client.control is not None
+        assert second._client.control.likeness is None
+    assert not first.submit(has_colorsys).result(timeout=20)
+
+
+@pytest.mark.timeout(60)
+def test_where_the_first_ones_supervisor_does_not_answer_it_is_fresh(first: Pool) -> None:
+    supervisor = supervisor_of(first)
+    supervisor.send_signal(signal.SIGSTOP)
+    try:
+        with Pool(1) as second:
+            assert second.submit(helpers.square, 3).result(timeout=20) == 9
+            assert not is_borrowed(second)
+    finally:
+        supervisor.send_signal(signal.SIGCONT)
+    # Who comes too late finds nobody, and goes.
+    wait_until(lambda: first.submit(helpers.square, 2).result(timeout=20) == 4)
+    wait_until(lambda: len(supervisor.children()) <= 1)
+
+
+def test_pools_that_are_made_at_the_same_time_by_many_threads_all_work(first: Pool) -> None:
+    results: list[int] = []
+
+    def use_one(number: int) -> None:
+        with Pool(1) as pool:
+            results.append(pool.submit(helpers.square, number).result(timeout=30))
+
+    threads = [threading.Thread(target=use_one, args=(number,)) for number in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(results) == [n * n for n in range(12)]
+
+
+CLIENT = """if True:
+    import os, sys, time, fdpool
+    first = fdpool.Pool(1)
+    first.submit(int).result()
+    while not first._client.control.was_heard:
+        time.sleep(0.001)
+    second = fdpool.Pool(1)
+    running = second.submit(time.sleep, 60)
+    others = first.submit(time.sleep, 60)
+    while not (running.running() and others.running()):
+        time.sleep(0.001)
+    assert not second._client.control._is_child
+    if {ends}:
+        others.terminate()
+        first.shutdown()
+    print(*(pool._client.control.pid for pool in (first, second) if pool._client.control), flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("ends", [False, True], ids=["both there", "the first one ended"])
+def test_nothing_outlives_a_killed_client(ends: bool) -> None:
+    """H1."""
+    client = subprocess.Popen(
+        [sys.executable, "-c", CLIENT.format(ends=ends)], stdout=subprocess.PIPE, text=True
+    )
+    assert client.stdout is not None
+    with client, client.stdout:
+        tree = [psutil.Process(int(word)) for word in client.stdout.readline().split()]
+        assert len(tree) == (1 if ends else 2)
+        tree += [child for process in list(tree) for child in process.children(recursive=True)]
+        client.kill()
+        client.wait()
+    assert seconds_until_gone(tree) < 2
