@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 import fdpool
-from fdpool import Pool
+from fdpool import Pool, _control
 from tests.contract import helpers
 from tests.process_state import seconds_until_gone, wait_until
 
@@ -33,8 +33,9 @@ def is_borrowed(pool: Pool) -> bool:
 
 
 @pytest.fixture
-def first() -> Iterator[Pool]:
-    """A pool that serves, and whose supervisor has spoken."""
+def first(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pool]:
+    """A pool that serves, and whose supervisor has spoken; it has time to answer, however busy the machine is."""
+    monkeypatch.setattr(_control, "_BIRTH_S", 20.0)
     with Pool(1) as pool:
         pool.submit(helpers.nothing).result(timeout=20)
         wait_until(lambda: pool._client.control is not None and pool._client.control.was_heard)
@@ -131,6 +132,8 @@ def test_it_inherits_what_there_is_when_it_is_made(
 def test_a_stream_that_is_closed_by_then_is_the_null_device() -> None:
     program = """if True:
         import os, fdpool
+        from fdpool import _control
+        _control._BIRTH_S = 20.0
         with fdpool.Pool(1) as first:
             first.submit(int).result()
             while not first._client.control.was_heard:
@@ -172,8 +175,10 @@ def test_a_pool_with_modules_of_its_own_lends_nothing_and_may_borrow(first: Pool
     assert not first.submit(has_colorsys).result(timeout=20)
 
 
-@pytest.mark.timeout(60)
-def test_where_the_first_ones_supervisor_does_not_answer_it_is_fresh(first: Pool) -> None:
+def test_where_the_first_ones_supervisor_does_not_answer_it_is_fresh(
+    first: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_control, "_BIRTH_S", 0.25)
     supervisor = supervisor_of(first)
     supervisor.send_signal(signal.SIGSTOP)
     try:
@@ -204,6 +209,8 @@ def test_pools_that_are_made_at_the_same_time_by_many_threads_all_work(first: Po
 
 CLIENT = """if True:
     import os, sys, time, fdpool
+    from fdpool import _control
+    _control._BIRTH_S = 20.0
     first = fdpool.Pool(1)
     first.submit(int).result()
     while not first._client.control.was_heard:
