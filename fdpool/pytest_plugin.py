@@ -1,12 +1,13 @@
 """The pytest plugin: fixtures for workers, listeners and servers, and a check that tests leave nothing behind.
 
-Only what every run needs is here and imported here; the parts are in `_fixtures_*.py`, and are imported by the
-fixtures that use them.
+Only what every run needs is here and imported here; the parts are in `_fixtures`, and are imported by the fixtures
+that use them.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 _MODE = pytest.StashKey[str]()
 _SERVE = pytest.StashKey["Serve"]()
 _TOLD = pytest.StashKey[bool]()  # the test has failed, and it was said that its server has died
+
+_CONTROLLER = "fdpool_controller"  # process id of that of pytest-xdist
 
 _NAME = "fdpool.pytest_plugin"
 _MARK = "FDPOOL_TESTS"  # as `_fixtures.census` knows it
@@ -96,6 +99,7 @@ def pytest_configure(config: pytest.Config) -> None:
     )
     config.stash[_MODE] = _mode(config)
     _mark_processes(config)
+    _end_with_controller(getattr(config, "workerinput", {}))
     _seconds(config, "fdpool_leaks_patience")
     if config.getoption("--fdpool-trace"):
         from ._fixtures import trace
@@ -122,6 +126,25 @@ def _mark_processes(config: pytest.Config) -> None:
 
     os.environ[_MARK] = f"{os.getpid()}.{time.time_ns()}"
     config.add_cleanup(restore)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Runs in: the controller of pytest-xdist. Tell a worker who that is."""
+    node.workerinput[_CONTROLLER] = os.getpid()
+
+
+def _end_with_controller(workerinput: dict[str, Any]) -> None:
+    """Runs in: a worker of pytest-xdist. Have the kernel end it, and so all that it has, when the controller is killed.
+    Otherwise it goes on with its test, and with those that it has been given."""
+    if workerinput.get(_CONTROLLER) == os.getppid():  # it may be on another machine
+        from . import _platform
+
+        _platform.signal_when_parent_dies(
+            signal.SIGKILL
+        )  # the controller starts workers in the thread that waits for them
+        if os.getppid() != workerinput[_CONTROLLER]:
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _seconds(config: pytest.Config, name: str) -> float:

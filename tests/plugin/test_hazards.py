@@ -42,7 +42,7 @@ HANGING = """
         worker_pool.submit(work)
         shared_worker_pool.submit(os.getpid).result()
         while not (served.logs and program.logs and worker_pool.worker_pids()): time.sleep(0.01)
-        pids = [served.pid, program.pid, service.pid, int(served.logs), int(program.logs)]
+        pids = [os.getpid(), served.pid, program.pid, service.pid, int(served.logs), int(program.logs)]
         with open("pids.new", "w") as file:
             print(*pids, *worker_pool.worker_pids(), *shared_worker_pool.worker_pids(), file=file)
         os.rename("pids.new", "pids")
@@ -55,7 +55,7 @@ HANGING = """
 """
 WAITING = "while True: time.sleep(1)"
 #: What pytest-timeout does where it cannot use a signal: a thread of it writes the stacks, and calls os._exit.
-TIMEOUT = ("--timeout=0.05", "--timeout-method=thread", "-o", "timeout_func_only=true")
+_TIMEOUT = ("--timeout=0.05", "--timeout-method=thread", "-o", "timeout_func_only=true")
 
 
 def _leave(process: subprocess.Popen[str]) -> None: ...
@@ -76,18 +76,19 @@ def _interrupt_twice(process: subprocess.Popen[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("how", "end", "arguments"),
+    ("how", "end", "plugin", "arguments"),
     [
-        ("assert 0", _leave, ()),
-        (WAITING, _kill, ()),
-        (WAITING, _terminate, ()),
-        (WAITING, _interrupt_twice, ()),
-        (WAITING, _leave, TIMEOUT),
+        ("assert 0", _leave, None, ()),
+        (WAITING, _kill, None, ()),
+        (WAITING, _kill, "xdist", ("-n1",)),
+        (WAITING, _terminate, None, ()),
+        (WAITING, _interrupt_twice, None, ()),
+        (WAITING, _leave, "timeout", _TIMEOUT),
     ],
-    ids=["failure", "SIGKILL", "SIGTERM", "Ctrl-C twice", "pytest-timeout's thread"],
+    ids=["failure", "SIGKILL", "SIGKILL, xdist", "SIGTERM", "Ctrl-C twice", "pytest-timeout's thread"],
 )
 def test_nothing_is_left_a_second_after_pytest_has_ended(  # type: ignore[no-untyped-def]
-    how: str, end, arguments: tuple[str, ...], tmp_path: Path
+    how: str, end, plugin: str | None, arguments: tuple[str, ...], tmp_path: Path
 ) -> None:
     """F3: in whatever way it ends."""
     write_project(tmp_path, HANGING.replace("{how}", how))
@@ -95,7 +96,7 @@ def test_nothing_is_left_a_second_after_pytest_has_ended(  # type: ignore[no-unt
     with (
         open(tmp_path / "said", "w+") as said,
         subprocess.Popen(
-            command("-q", *arguments, plugins=["timeout"] if arguments else []),
+            command("-q", *arguments, plugins=[plugin] if plugin else []),
             cwd=tmp_path,
             env=environment(),
             stdin=subprocess.DEVNULL,
@@ -112,7 +113,7 @@ def test_nothing_is_left_a_second_after_pytest_has_ended(  # type: ignore[no-unt
         assert seconds_until_gone(started) < 1.0
         assert process.returncode != 0
         said.seek(0)
-        assert (" Timeout " in said.read()) == (arguments == TIMEOUT)
+        assert (" Timeout " in said.read()) == (plugin == "timeout")
 
 
 def _running(pid: int) -> list[psutil.Process]:
