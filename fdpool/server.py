@@ -123,7 +123,7 @@ class Server:
         backlog: connections that the kernel keeps waiting.
         options: more arguments for what speaks HTTP: `uvicorn.Config`, waitress's `Adjustments`.
         on_ready: called here, in the server's thread, once as many workers serve as are wanted. A successor calls it
-            before the process that it replaces is told.
+            before the process that it replaces is told; if it raises there, that one goes on, and the successor ends.
         on_worker_start: called with the `ServerWorker`, in the worker, before the application is loaded.
         on_worker_exit: the same when it has drained.
         on_reload: called with the new generation's number, here, before a reload begins; if it raises, there is none.
@@ -270,13 +270,14 @@ class Server:
 
             def tell(event: str) -> None:
                 on_event(event)
-                if event == "started" and self._on_ready is not None:
-                    try:
-                        self._on_ready()
-                    except Exception:
-                        _LOG.exception("on_ready failed", extra={"event": "hook_failed"})
-                if predecessor is not None:
-                    predecessor.tell_ready() if event == "started" else predecessor.abandon()
+                if event == "started":
+                    is_ready = self._say_ready()
+                    if predecessor is not None and is_ready:
+                        predecessor.tell_ready()
+                    elif predecessor is not None and self._loop is not None:
+                        self._loop.give_up("on_ready failed, so the server that was to be replaced goes on")
+                elif event == "ended" and predecessor is not None:
+                    predecessor.abandon()
 
             try:
                 app = payload.dumps(self._pickled)
@@ -295,6 +296,16 @@ class Server:
                 self._listeners.close()
                 raise
             return self._loop
+
+    def _say_ready(self) -> bool:
+        """Call `on_ready`; False if that has failed."""
+        if self._on_ready is not None:
+            try:
+                self._on_ready()
+            except Exception:
+                _LOG.exception("on_ready failed", extra={"event": "hook_failed"})
+                return False
+        return True
 
     def stop(self, grace: float | None = None, *, wait: bool = True) -> None:
         """End the server. Safe to call again, and a second time with less grace.

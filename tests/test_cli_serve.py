@@ -243,6 +243,25 @@ def test_an_upgrade_that_does_not_come_to_serve_changes_nothing(app_dir: Path) -
     assert not pid_file.exists()
 
 
+def test_a_successor_that_cannot_write_the_pid_file_leaves_it_to_the_server_that_there_is(
+    app_dir: Path,
+) -> None:
+    """The disk may be full: then nobody would know whom to send signals to."""
+    folder = app_dir / "run"
+    folder.mkdir()
+    pid_file = folder / "pid"
+    with serve(app_dir, "--pid-file", str(pid_file)) as server:
+        since = len(server.events)
+        folder.rename(app_dir / "elsewhere")
+        server.tell(signal.SIGUSR2)
+        server.wait_for("upgrade_failed", since)
+        (app_dir / "elsewhere").rename(folder)
+        assert answer(server.address).startswith("first ")
+        assert int(pid_file.read_text()) == server.pid
+        assert server.stop() == 0
+    assert not pid_file.exists()
+
+
 # -- exit status -----------------------------------------------------------------------------------
 
 

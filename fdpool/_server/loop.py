@@ -144,6 +144,10 @@ class Loop:
             partial(self._stop, False, self._plan.settings.grace_s if grace_s is None else grace_s)
         )
 
+    def give_up(self, why: str) -> None:
+        """End the server at once, with the exit code that says that it could not serve."""
+        self.turns.post(partial(self._give_up, why))
+
     def upgrade(self) -> None:
         """Have a new process of this program take over the listeners, and end when it serves."""
         self.turns.post(self._upgrade)
@@ -337,6 +341,10 @@ class Loop:
             if self.handoff is not None:
                 self.handoff.stop()
         self._stop_by(time.monotonic() + grace_s, grace_s <= 0, handed_over)
+
+    def _give_up(self, why: str) -> None:
+        self._note_gave_up(GaveUp(why))
+        self._stop(False, 0.0)
 
     def _stop_by(self, until: float, at_once: bool, handed_over: bool) -> None:
         """Dismiss the workers; but first those are to take what has been accepted for them."""
