@@ -84,9 +84,14 @@ class _Seat:
         self.taken_before = 0
 
     def laden(self) -> Laden:
-        seen = self.link.see()
-        slow = time.monotonic() < self.slow_until
-        return Laden(self.link.number, max(0, self.sent - seen.taken), seen.open, self.most, slow)
+        taken, open_now = self.link.load()
+        slow = self.slow_until > 0.0 and time.monotonic() < self.slow_until
+        return Laden(self.link.number, max(0, self.sent - taken), open_now, self.most, slow)
+
+    @property
+    def has_waiting(self) -> bool:
+        """True if something lies in its inbox."""
+        return self.sent > self.link.load()[0]
 
     def close(self) -> None:
         self.mine.close()
@@ -95,7 +100,7 @@ class _Seat:
 
 def _is_to_be_looked_at(seat: _Seat) -> bool:
     """True if something waits in its inbox, or it is passed over: nobody says when that is over."""
-    return seat.sent > seat.link.see().taken or (seat.serves and time.monotonic() < seat.slow_until)
+    return seat.has_waiting or (seat.serves and time.monotonic() < seat.slow_until)
 
 
 class Handoff:
@@ -177,7 +182,7 @@ class Handoff:
     @property
     def is_empty(self) -> bool:
         """True if every connection that was accepted has been taken by a worker."""
-        return not self._held and all(seat.sent <= seat.link.see().taken for seat in self._seats.values())
+        return not self._held and not any(seat.has_waiting for seat in self._seats.values())
 
     def stop(self) -> None:
         """The server ends: accept nothing more."""
@@ -269,7 +274,7 @@ class Handoff:
         self._looking = False
         now = time.monotonic()
         for seat in list(self._seats.values()):
-            taken = seat.link.see().taken
+            taken, _ = seat.link.load()
             stuck = seat.serves and seat.sent > taken == seat.taken_before
             seat.taken_before = taken
             if stuck and self._somebody_else_could(seat):

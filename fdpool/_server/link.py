@@ -144,6 +144,10 @@ class WorkerLink:
         """How far it has got."""
         return self._page.see()
 
+    def load(self) -> tuple[int, int]:
+        """Connections that it has taken so far, and that it has open."""
+        return self._page.load()
+
     def wait_for_end(self, wanted: bool) -> None:
         """Have it say when a request has ended, or no longer."""
         self._page.wait_for_end(wanted)

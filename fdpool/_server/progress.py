@@ -86,6 +86,10 @@ class SeenPage(_Page):
             words[_OPEN],
         )
 
+    def load(self) -> tuple[int, int]:
+        """Connections that it has taken so far, and that are open now; looked at for each connection handed over."""
+        return self._words[_TAKEN], self._words[_OPEN]
+
     def wait_for_end(self, wanted: bool) -> None:
         """Have the worker say when its next request has ended, or no longer."""
         self._words[_WAITED_FOR] = int(wanted)
