@@ -257,6 +257,7 @@ class PreloadFailed(NamedTuple):
 
     module: str
     reason: str
+    traceback: str
 
 
 ToSupervisor = Union[Configure, StartWorker, EndWorker, Lend, Quit]

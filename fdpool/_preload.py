@@ -9,16 +9,18 @@ from __future__ import annotations
 import importlib
 import os
 import select
+import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from . import _trees
 
+_MOST_TRACEBACK = 32 * 1024
 _LOOK_MS = 500  # where there is no pidfd
 
 
-def load(modules: Iterable[str], client_pidfd: int | None) -> tuple[str, str] | None:
-    """Import `modules`; returns the first that cannot be, and why, or None.
+def load(modules: Iterable[str], client_pidfd: int | None) -> tuple[str, str, str] | None:
+    """Import `modules`; returns the first that cannot be, why, and the traceback, or None.
 
     Args:
         client_pidfd: readable once the client is dead, or None where there is no such thing; borrowed.
@@ -28,7 +30,8 @@ def load(modules: Iterable[str], client_pidfd: int | None) -> tuple[str, str] | 
             try:
                 importlib.import_module(module)
             except BaseException as error:
-                return module, f"{type(error).__name__}: {error}"
+                formatted = "".join(traceback.format_exception(error))
+                return module, f"{type(error).__name__}: {error}", formatted[-_MOST_TRACEBACK:]
     return None
 
 

@@ -19,6 +19,7 @@ from ._links import Exit, SlotLink, Waker
 from ._receiver import LONGEST_POLL_S, Receiver
 from ._signals import Mask
 from ._tasks import TaskFuture
+from .errors import RemoteTraceback
 
 if TYPE_CHECKING:
     from ._client import Client
@@ -229,7 +230,9 @@ class Pump:
             self.worker_gone(report.slot, Exit(0, None))
         else:
             reason = f"module {report.module!r} of preload= cannot be imported: {report.reason}"
-            client.critical.post(client.break_pool, PoolBroken(reason))
+            broken = PoolBroken(reason)
+            broken.__cause__ = RemoteTraceback(report.traceback)
+            client.critical.post(client.break_pool, broken)
 
     def worker_gone(self, slot: int, death: Exit) -> None:
         """Settle a dead worker's slot: first every answer that it sent, then what it left unread, then the loss."""

@@ -167,6 +167,8 @@ class Crew:
     def _heed(self, link: WorkerLink, message: dict[str, Any]) -> None:
         said = message.get("say")
         if said == "ready":
+            if link.stuck or link.killed:
+                return  # too late: its end is under way
             link.ready_at = time.monotonic()
             news.say_of(
                 link,

@@ -140,8 +140,9 @@ def test_workers_that_die_again_and_again_before_they_are_ready_break_the_pool()
 
 def test_a_module_that_cannot_be_preloaded_breaks_the_pool_and_is_named() -> None:
     with Pool(1, preload=["no_such_module_here"]) as pool:
-        with pytest.raises(fdpool.PoolBroken, match="no_such_module_here.*ModuleNotFoundError"):
+        with pytest.raises(fdpool.PoolBroken, match="no_such_module_here.*ModuleNotFoundError") as caught:
             pool.submit(helpers.square, 1).result()
+        assert str(caught.value.__cause__).startswith("Traceback")
 
 
 def test_preloaded_modules_are_there_when_a_worker_starts() -> None:

@@ -173,9 +173,12 @@ def test_broken_new_code_leaves_the_old_at_work_and_is_reported(
         assert ask(server, b"")[1] == b"version 3"
 
 
-def test_a_failed_import_is_logged_with_its_traceback(module: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """S2."""
-    with records(caplog) as logged, Server("served:app", ANY_PORT, workers=1) as server:
+@pytest.mark.parametrize("preload", [False, True])
+def test_a_failed_import_is_logged_with_its_traceback(
+    module: Path, preload: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """S2: also where it is the supervisor that imports it."""
+    with records(caplog) as logged, Server("served:app", ANY_PORT, workers=1, preload=preload) as server:
         module.write_text(version(2, "import no_such_module"))
         server.reload().exception(30)
         [failed] = logged("worker_failed")
