@@ -148,10 +148,10 @@ def parser() -> argparse.ArgumentParser:
         help="replace a worker that has grown to this, as in 500M",
     )
     workers.add_argument(
-        "--grace", type=_seconds, metavar="SECONDS", help="for requests that run when it is to go"
+        "--grace", type=_seconds, metavar="SECONDS", help="for requests that run when it is to go (30)"
     )
     workers.add_argument(
-        "--boot-timeout", type=_seconds, metavar="SECONDS", help="for importing and starting"
+        "--boot-timeout", type=_seconds, metavar="SECONDS", help="for importing and starting (60)"
     )
     workers.add_argument(
         "--request-timeout",
