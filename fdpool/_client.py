@@ -337,13 +337,19 @@ class Client:
         return [future for future in list(self.tasks.values()) if future.options is options]
 
     def terminate(self, task: int, grace_s: float) -> None:
-        """Interrupt the task that a worker runs; if it has not ended after `grace_s`, end that worker."""
+        """Interrupt the task that a worker runs; if it has not ended after `grace_s`, end that worker.
+
+        Again only for a shorter grace.
+        """
         if self.phase is Phase.FORKED or self.critical.is_mine:
             return
         with self.critical:
             self.critical.handle_posted()
             record = self.tasks.get(task)
-            if record is not None and record.cut_short is None:
+            again = (
+                record is not None and record.cut_short is CutShort.TERMINATED and grace_s < record.grace_s
+            )
+            if record is not None and (record.cut_short is None or again):
                 record.cut_short = CutShort.TERMINATED
                 record.grace_s = grace_s
                 self.limits.terminate(task, grace_s)
@@ -738,15 +744,20 @@ class Client:
         return False
 
     def _start_again(self, dead: int, hint: str) -> bool:
-        """Replace the supervisor, whose pid was `dead`, and settle what its workers were running. Lock held.
+        """Kill what is left of the supervisor `dead` (its pid), replace it, and settle what its workers ran. Lock held.
 
         Not if it was a fork of this process: that would have to be forked again, has changed, and has threads. Nor if
         anything of it may still live, as it might take tasks from the same inboxes.
         """
+        assert self.board is not None
         now = time.monotonic()
-        if self._fork or not self.runs_tasks or now - self._restarted_at < _RESTARTS_AFTER_S:
-            return False
-        if not _trees.kill_marked(dead):
+        nothing_lives = _trees.kill_marked(dead, self.board.fd)
+        if (
+            self._fork
+            or not self.runs_tasks
+            or now - self._restarted_at < _RESTARTS_AFTER_S
+            or not nothing_lives
+        ):
             return False
         try:
             self.control = self._new_control()

@@ -30,6 +30,7 @@ class Ending:
 
     Attributes:
         due: when `step` is to be called; None once everything has been sent SIGKILL.
+        kills_at: when that is, if the stacks take no time.
         dead: set by the owner when the worker has been reaped.
     """
 
@@ -38,6 +39,7 @@ class Ending:
 
         self.dead = False
         self.due: float | None = now
+        self.kills_at = now + grace_s
         self._pid = pid
         self._grace_s = grace_s
         self._processes: list[psutil.Process] = [psutil.Process(pid), *_trees.descendants(pid)]

@@ -85,15 +85,16 @@ class SlotLink:
 
     def signal_tree(self) -> None:
         """SIGKILL the worker and its tree, and leave it to others to notice."""
-        if self.pid is None:
+        pidfd, pid = self._pidfd, self.pid  # another thread may just learn of its death
+        if pid is None:
             return
-        below = _trees.descendants(self.pid)
+        below = _trees.descendants(pid)
         try:
-            if self._pidfd is None or not self._is_dead():
-                os.killpg(self.pid, signal.SIGKILL)
+            if pidfd is None or not _is_dead(pidfd):
+                os.killpg(pid, signal.SIGKILL)
             else:
                 below = []  # whoever has its pid now is none of ours
-                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL, None, _PIDFD_SIGNAL_PROCESS_GROUP)
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL, None, _PIDFD_SIGNAL_PROCESS_GROUP)
         except OSError:
             pass  # no such group any more, or a kernel without the flag
         _trees.signal_all(below, signal.SIGKILL)
@@ -135,16 +136,16 @@ class SlotLink:
             payload.release(end.fileno())
             end.close()
 
-    def _is_dead(self) -> bool:
-        assert self._pidfd is not None
-        poll = select.poll()
-        poll.register(self._pidfd, select.POLLIN)
-        return bool(poll.poll(0))
-
     def _close_pidfd(self) -> None:
         if self._pidfd is not None:
             os.close(self._pidfd)
             self._pidfd = None
+
+
+def _is_dead(pidfd: int) -> bool:
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 class Waker:

@@ -134,6 +134,9 @@ class Receiver:
     def wait_for(self, future: TaskFuture[Any], timeout: float | None) -> None:
         """Return when `future` is settled or `timeout` seconds are over, receiving meanwhile if nobody else does."""
         if self._inner is None:
+            with future._condition:
+                if future._state in UNDONE:
+                    future._condition.wait(timeout)
             return
         deadline = None if timeout is None else time.monotonic() + timeout
         if self._receive_until(future, deadline):

@@ -256,9 +256,11 @@ class Supervisor:
                 break
         else:
             return
-        if child in self._endings:
-            self._endings.remove(child)  # a shorter end replaces a longer one
         now = time.monotonic()
+        if child.ending is not None:
+            if child not in self._endings or child.ending.kills_at <= now + message.grace_s:
+                return  # it is sooner as it is
+            self._endings.remove(child)
         child.ending = Ending(child.pid, child.stacks_fd if message.stacks else None, message.grace_s, now)
         self._endings.append(child)
         self._move_endings_on(now)

@@ -113,8 +113,8 @@ class TaskFuture(Future[T]):
         (it is in C code, say, or catches everything), its worker and all that descends from it get SIGTERM, and
         after as long again SIGKILL. No other task is affected.
 
-        Does not wait. The future is cancelled once the task has ended so; but if it returns nevertheless, or raises
-        something else, that is the outcome.
+        Does not wait; a second call can only make it sooner. The future is cancelled once the task has ended so; but if
+        it returns nevertheless, or raises something else, that is the outcome.
         """
         client = self._client
         if client is None or self.done():

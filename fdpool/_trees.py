@@ -141,21 +141,28 @@ def kill_strays(mark: str, known: set[int]) -> None:
             continue
 
 
-def kill_marked(supervisor: int, limit_s: float = _SWEEP_S) -> bool:
-    """SIGKILL all that carries the mark of a worker of `supervisor`, which is dead, until nothing of it lives.
+def kill_marked(supervisor: int, board_fd: int, limit_s: float = _SWEEP_S) -> bool:
+    """SIGKILL all that comes from a worker of `supervisor`, which is dead, until nothing of it lives.
 
-    Looks at every process that this user may look at: 10 to 50 ms for some hundreds. Returns False if something
-    survived `limit_s` seconds.
+    A program has the worker's mark in its environment. What was forked and never ran a program has its worker's area of
+    the pool's board in its memory (the client's own mapping is read-only). Looks at every process that this user
+    may look at: 20 to 100 ms for some hundreds. Returns False if something survived `limit_s` seconds.
+
+    Args:
+        board_fd: of that board; borrowed.
     """
     import psutil
 
     prefix = f"{supervisor}."
+    board = os.fstat(board_fd).st_ino
     deadline = time.monotonic() + limit_s
     while True:
         found = []
         for process in psutil.process_iter():
             try:
-                if process.environ().get(WORKER_MARK, "").startswith(prefix):
+                if process.environ().get(WORKER_MARK, "").startswith(prefix) or _writes_to(
+                    process.pid, board
+                ):
                     found.append(process)
             except (psutil.NoSuchProcess, psutil.AccessDenied, OSError):
                 continue  # a dead one, too: it has no environment any more
@@ -165,6 +172,18 @@ def kill_marked(supervisor: int, limit_s: float = _SWEEP_S) -> bool:
         if time.monotonic() > deadline:
             return False
         psutil.wait_procs(found, timeout=0.05)
+
+
+def _writes_to(pid: int, inode: int) -> bool:
+    """True if a process has a shared mapping of the file in memory that it may write to (proc(5), [pid]/maps)."""
+    try:
+        with open(f"/proc/{pid}/maps", "rb") as maps:
+            mappings = [line.split(None, 5) for line in maps if b" rw-s " in line]
+    except OSError:
+        return False
+    return any(
+        int(fields[4]) == inode and fields[5].startswith(b"/memfd:") for fields in mappings if fields[5:]
+    )
 
 
 def direct_children() -> set[int]:

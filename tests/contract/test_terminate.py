@@ -57,6 +57,18 @@ def test_a_task_that_cannot_be_interrupted_goes_with_its_worker(tmp_path: Path) 
         assert [each.result(timeout=20) for each in behind] == [n * n for n in range(10)]
 
 
+def test_a_second_call_can_only_make_it_sooner(tmp_path: Path) -> None:
+    noted = tmp_path / "pid"
+    with Pool(1) as pool:
+        future = pool.submit(helpers.note_and_hang, str(noted))
+        wait_until(lambda: noted.exists() and noted.read_text())
+        assert future.terminate(grace=600)
+        assert future.terminate(grace=0)
+        assert future.terminate(grace=600)
+        assert wait([future], timeout=20).done
+        assert future.cancelled()
+
+
 def test_what_a_task_returns_nevertheless_is_its_result(tmp_path: Path) -> None:
     noted = tmp_path / "pid"
     with Pool(1) as pool:

@@ -271,6 +271,32 @@ def test_a_killed_supervisor_is_replaced_and_only_what_ran_is_lost(caplog: pytes
         wait_until(lambda: breaks(pool))
 
 
+def start_orphan() -> int:
+    """A process that has left worker, group and session behind, and runs no program that would carry the mark."""
+    read, write = os.pipe()
+    if os.fork() == 0:
+        os.setsid()
+        if os.fork() == 0:
+            os.write(write, str(os.getpid()).encode())
+            time.sleep(1000)
+        os._exit(0)
+    os.wait()
+    pid = int(os.read(read, 20))
+    os.close(read)
+    os.close(write)
+    return pid
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="found in /proc")
+@pytest.mark.parametrize("start_method", START_METHODS)
+def test_what_a_task_has_forked_and_hidden_dies_with_the_supervisor(start_method: Any) -> None:
+    """W4."""
+    with Pool(1, start_method=start_method) as pool:
+        orphan = psutil.Process(pool.submit(start_orphan).result(timeout=20))
+        supervisor_of(pool).kill()
+        assert seconds_until_gone([orphan]) < 5
+
+
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_a_killed_supervisor_takes_a_pool_of_forks_along_and_nothing_hangs() -> None:
     """W4: it cannot be forked again, as this process is not what it was."""
