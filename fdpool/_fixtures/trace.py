@@ -33,7 +33,8 @@ _IN_OS = (
     "timerfd_create",
 )
 
-_opened: dict[int, list[str]] = {}
+# What C code opens gets the numbers of what was closed: so each is noted with the file that it was then.
+_opened: dict[int, tuple[tuple[int, int], list[str]]] = {}
 _originals: list[tuple[Any, str, Any]] = []
 
 
@@ -44,7 +45,8 @@ def is_on() -> bool:
 
 def opened_at(fd: int) -> list[str]:
     """Where the descriptor was opened, innermost first: "at file.py:12 in function"; empty if nobody knows."""
-    return _opened.get(fd, [])
+    file, places = _opened.get(fd, (None, []))
+    return places if file == _file(fd) else []
 
 
 def start() -> None:
@@ -99,8 +101,8 @@ def _replace(holder: Any, name: str, original: Any, traced: Callable[..., Any]) 
 def _note(result: Any) -> None:
     for each in result if isinstance(result, tuple) else (result,):
         number = each if isinstance(each, int) else _number_of(each)
-        if number is not None and number >= 0:
-            _opened[number] = _callers()
+        if number is not None and (file := _file(number)) is not None:
+            _opened[number] = file, _callers()
 
 
 def _number_of(opened: Any) -> int | None:
@@ -109,6 +111,15 @@ def _number_of(opened: Any) -> int | None:
     except (AttributeError, OSError, ValueError):
         return None
     return number if isinstance(number, int) else None
+
+
+def _file(fd: int) -> tuple[int, int] | None:
+    """Device and inode; None if it is not open."""
+    try:
+        found = os.fstat(fd)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _callers() -> list[str]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -13,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import fdpool
-from fdpool._fixtures import census
+from fdpool._fixtures import census, trace
 from fdpool._fixtures.leaks import LeakCheck, report
 from tests.plugin.conftest import Run
 from tests.process_state import wait_until
@@ -88,6 +90,23 @@ def test_each_kind_of_leak_fails_the_test_that_left_it_and_is_named(run_pytest: 
         "shut it down, or use it in a `with` block",
     )
     assert "test_nothing" not in outcome.text
+
+
+def test_a_place_is_not_told_of_what_has_its_number_by_now(tmp_path: Path) -> None:
+    """What C code opens is not seen: the place would be that of something closed long ago."""
+    trace.start()
+    try:
+        with open(os.devnull) as file:
+            number = file.fileno()
+            assert trace.opened_at(number)[0].endswith(f" in {sys._getframe().f_code.co_name}")
+        assert trace.opened_at(number) == []
+        with contextlib.closing(sqlite3.connect(tmp_path / "database")) as database:
+            database.execute("create table opened (it)")
+            assert census.descriptors()[number] == str(tmp_path / "database")
+            assert trace.opened_at(number) == []
+    finally:
+        trace.stop()
+    assert not trace.is_on()
 
 
 SMALL = """
