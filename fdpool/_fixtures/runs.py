@@ -21,7 +21,7 @@ from ..fds import Fd, HasFileno
 from ..pool import Pool
 from ..sockets import StreamSocket
 from . import coverage
-from .serve_worker import serve, takes_ready
+from .serve_worker import Around, serve, takes_ready, working_directory
 
 #: Where programs that can be activated by systemd expect their first listener (sd_listen_fds(3)).
 FIRST_LISTENER = 3
@@ -77,7 +77,7 @@ class FunctionRun:
         self.tells_ready = takes_ready(fn)
         try:
             measured = coverage.settings()
-            call = (fn, listening, args, Fd(log_fd), Fd(theirs), measured)
+            call = (fn, listening, args, Fd(log_fd), Fd(theirs), Around.here(), measured)
             self.future: Future[Any] = _submit(pool, carried, call)
         except BaseException:
             self._link.close()
@@ -190,7 +190,10 @@ class ProgramRun:
             # The program's process id is only known in the program's own process.
             arguments = ["/bin/sh", "-c", 'LISTEN_PID=$$; export LISTEN_PID; exec "$@"', "sh", *arguments]
             environment["LISTEN_FDS"] = str(listeners)
-        self._command = pool.popen(arguments, fds=fds, stdout=log_fd, stderr=log_fd, env=environment, cwd=cwd)
+        folder = working_directory() if cwd is None else cwd
+        self._command = pool.popen(
+            arguments, fds=fds, stdout=log_fd, stderr=log_fd, env=environment, cwd=folder
+        )
         self.future: Future[CompletedCommand] = self._command.future
 
     @property

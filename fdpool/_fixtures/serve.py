@@ -42,7 +42,8 @@ class Serve:
         ready_timeout: float = READY_S,
         **options: Any,
     ) -> Served:
-        """Serve a function or an application in a worker. A client may connect at once.
+        """Serve a function or an application in a worker. A client may connect at once. Environment, working directory
+        and `sys.path` are those of the test.
 
         Args:
             app: a function, called with the listening socket and `args`, a coroutine function by asyncio; one that
@@ -103,7 +104,8 @@ class Serve:
         Args:
             listener: where it serves; by default the first listener in `fds`, or else a fresh one of `kind`.
             fds: number in the program -> descriptor here, if it is not to be the listener as 3.
-            env: its whole environment; None for this process's.
+            env: its whole environment; None for this process's, as it is now.
+            cwd: its working directory; None for this process's, as it is now.
             ready: called with the handle again and again until it returns something true.
 
         Raises:

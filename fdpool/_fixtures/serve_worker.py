@@ -12,12 +12,49 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from .. import _platform
+from .._trees import WORKER_MARK
 from ..fds import Fd, OwnedFds
 from ..sockets import StreamSocket
 from . import coverage
+
+
+class Around(NamedTuple):
+    """What a test may have changed for its server, since the workers' supervisor was started: with `monkeypatch`, say.
+
+    Attributes:
+        environment: all of it.
+        folder: the working directory; None if it is gone.
+        path: `sys.path`.
+    """
+
+    environment: dict[str, str]
+    folder: str | None
+    path: list[str]
+
+    @classmethod
+    def here(cls) -> Around:
+        """As it is in this process."""
+        return cls(dict(os.environ), working_directory(), list(sys.path))
+
+    def take_over(self) -> None:
+        """Runs in: the worker. Have it so in this process; what says whose worker this is stays."""
+        for name in os.environ.keys() - self.environment.keys() - {WORKER_MARK}:
+            del os.environ[name]
+        os.environ.update({name: value for name, value in self.environment.items() if name != WORKER_MARK})
+        if self.folder is not None:
+            os.chdir(self.folder)
+        sys.path[:] = self.path
+
+
+def working_directory() -> str | None:
+    """The working directory, or None if it has been removed."""
+    try:
+        return os.getcwd()
+    except FileNotFoundError:
+        return None
 
 
 def serve(
@@ -26,6 +63,7 @@ def serve(
     args: tuple[Any, ...],
     log: Fd,
     link: Fd,
+    around: Around,
     measured: dict[str, Any] | None,
 ) -> bool:
     """Call `fn(listening, *args)`, with `ready=` if it takes such; a coroutine is run to its end.
@@ -36,9 +74,11 @@ def serve(
     Args:
         log: where standard output and error go.
         link: one end of a Unix stream pair; `{"pid": n}` goes there with a pidfd, later perhaps `{"ready": true}`.
+        around: the test's environment, working directory and path.
         measured: how coverage is to be measured, or None.
     """
     _redirect(log)
+    around.take_over()
     signal.signal(signal.SIGTERM, _leave)
     told = StreamSocket.from_fd(link.detach(), max_bytes=4096)
     pidfd = _platform.open_pidfd(os.getpid())

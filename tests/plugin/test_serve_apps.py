@@ -138,6 +138,35 @@ def test_an_application_is_found_by_its_name(
     assert "has no 'nothing'" in missing.wait()
 
 
+@pytest.mark.parametrize("by", ["function", "name", "command"])
+def test_a_server_has_the_tests_environment_folder_and_path(
+    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: str
+) -> None:
+    """As they are when it starts; its worker is older."""
+    (tmp_path / "only_here.py").write_text(
+        "import os\n"
+        "def app(connection, address):\n"
+        "    connection.sendall(' '.join([os.getcwd(), os.environ['WORD'], *set(os.environ) & {'HOME'}]).encode())\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("WORD", "of the test")
+    monkeypatch.delenv("HOME", raising=False)
+
+    def calling(listening: socket.socket) -> None:
+        import only_here  # type: ignore[import-not-found]
+
+        with listening.accept()[0] as connection:
+            only_here.app(connection, None)
+
+    program = "import only_here, socket; only_here.app(socket.socket(fileno=3).accept()[0], None)"
+    if by == "command":
+        served = serve.command([sys.executable, "-c", program])
+    else:
+        served = serve(calling if by == "function" else "only_here:app")
+    assert ask(served, b"") == f"{tmp_path} of the test".encode()
+
+
 def test_with_options_of_a_server_it_is_that_which_serves(serve: Serve) -> None:
     served = serve(pids, workers=2, threads=1)
     with served.listener.connect(60) as first, served.listener.connect(60) as second:
