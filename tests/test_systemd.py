@@ -311,7 +311,7 @@ def test_what_comes_again_does_not_wait_for_a_manager_that_does_not_look(
     begun = time.monotonic()
     count = fill(notifier)
     assert not notifier.status("here I am")
-    assert time.monotonic() - begun < 1.0
+    assert time.monotonic() - begun < 4.0  # a change of state would wait for 5
     assert [manager.recv(1000) for _ in range(count)] == [b"WATCHDOG=1"] * count
 
 

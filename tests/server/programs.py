@@ -42,6 +42,7 @@ log.setLevel("DEBUG")
 def pid(connection, address):
     data = connection.recv(100)
     if data.startswith(b"sleep"):
+        connection.sendall(b"z")
         time.sleep(float(data[5:]))
     connection.sendall(b"%d" % os.getpid())
 """

@@ -310,7 +310,7 @@ def test_a_request_that_hangs_is_killed_with_its_programs_and_the_log_has_its_st
             with connect(server) as client:
                 child = psutil.Process(int(client.recv(100)))
                 assert is_over(client)
-            assert seconds_until_gone([child]) < 1
+            assert seconds_until_gone([child]) < 4
             wait_until(lambda: pids(server) not in ([before], []))
         [killed] = logged("worker_killed")
         assert "a request has not moved on" in killed.reason
@@ -345,7 +345,7 @@ def test_a_worker_that_stands_still_is_logged_with_its_stacks_and_left_alone_whe
 
 def test_an_event_loop_that_stands_still_is_killed(caplog: pytest.LogCaptureFixture) -> None:
     pytest.importorskip("uvicorn")
-    with records(caplog) as logged, Server(asgi, ANY_PORT, workers=1, request_timeout=1.0) as server:
+    with records(caplog) as logged, Server(asgi, ANY_PORT, workers=1, request_timeout=2.0) as server:
         [before] = pids(server)
         with pytest.raises(ConnectionError):
             get(server, "/block/600")
@@ -359,10 +359,10 @@ def test_a_coroutine_that_waits_for_too_long_is_cancelled_and_nobody_else_is(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     pytest.importorskip("uvicorn")
-    with Server(asgi, ANY_PORT, workers=1, request_timeout=0.7) as server:
+    with Server(asgi, ANY_PORT, workers=1, request_timeout=1.5) as server:
         before = pids(server)
         assert get(server, "/sleep/600")[0] == 500
-        assert get(server, "/stream/20")[1].startswith(b"tick\n" * 20)  # longer in all, but it moves on
+        assert get(server, "/stream/40")[1].startswith(b"tick\n" * 40)  # longer in all, but it moves on
         assert pids(server) == before
     assert "GET /sleep/600 has not moved on" in capfd.readouterr().err
 
