@@ -16,14 +16,15 @@ import itertools
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from enum import Enum
 from typing import Any, TypeVar
 
-from . import _budget, _control, _cpus, _dispatch, _lending, _messages, _process, _spill, _trees, wire
+from . import _budget, _cpus, _dispatch, _messages, _process, _spill, wire
 from ._answers import task_lost
 from ._board import Board
 from ._broken import PoolBroken, describe_status
+from ._control import ControlLink
 from ._critical import Critical, block_in_main, mask_now, put_back
 from ._dispatch import Action, Dispatcher, Where
 from ._inboxes import RETRY_S, Inboxes
@@ -36,9 +37,9 @@ from ._receiver import Receiver
 from ._signals import Mask
 from ._slots import State
 from ._staffing import Staff, Staffing
+from ._supervision import Setup, Supervision
 from ._tasks import ChunkFuture, CutShort, TaskFuture
 from .errors import ForkedPool, PoolShutDown
-from .fds import OwnedFds
 from .payload import Payload
 from .stats import PoolStats, PoolWorkerStats
 
@@ -51,14 +52,11 @@ INBOX_DEPTH = 16
 #: Most bytes of a call that travels with others, so that the largest batch fits into a message.
 _LARGEST_IN_BATCH = 1024
 
-_OUTSIDE = (
-    signal.SIGKILL,
-    signal.SIGTERM,
-)  # what kills from outside; a process's own faults have other signals
+# What kills from outside; a process's own faults have other signals.
+_OUTSIDE = (signal.SIGKILL, signal.SIGTERM)
 _REPORT_S = 1.0  # how long the report of a worker's start may come after its first answer
 _LEAVE_S = 5.0  # how long a dismissed worker may take for its exit handlers and threads
 _QUIT_S = 10.0  # how long the supervisor may take to clear up
-_RESTARTS_AFTER_S = 60.0  # a supervisor is replaced if none was in so long; else something is wrong for good
 _NEVER = -1_000_000
 _MOST_REFUSALS = 20  # with a second between two
 _ROOM_S = 10.0  # how long who submits waits for a task to let go of descriptors
@@ -81,41 +79,20 @@ class Client:
 
     Args:
         max_workers: how many slots.
-        fork: start the supervisor by forking this process.
-        preload: names of modules that the supervisor imports before it forks.
-        initializer: payload of a call that each worker runs first, or None; owned.
-        inherited: with `fork`, that call as it stands, if there is no payload of it.
-        recycling: when a worker leaves by itself.
+        setup: how workers come to be; what it holds is owned.
         staff: how many workers there are, and for how long.
-        log_level: from which log records of workers are handled here, or None.
     """
 
-    def __init__(
-        self,
-        max_workers: int,
-        fork: bool,
-        preload: tuple[str, ...],
-        initializer: Payload | None,
-        inherited: Callable[[], object] | None,
-        recycling: _messages.Recycling,
-        staff: Staff,
-        log_level: int | None,
-    ) -> None:
+    def __init__(self, max_workers: int, setup: Setup, staff: Staff) -> None:
         self._max_workers = max_workers
-        self._fork = fork
-        self._preload = preload
-        self._initializer = initializer
-        self._inherited = inherited
-        self._recycling = recycling
-        self._log_level = log_level
+        self.supervision = Supervision(self, setup)
         self.phase = Phase.NEW
         self.phase_ends = 0.0  # when LEAVING or QUITTING has taken its time
         self.last_death = ""
         self.tasks: dict[int, TaskFuture[Any]] = {}  # everything submitted and not settled
         self.links: dict[int, SlotLink] = {}
-        self.control: _control.ControlLink | None = None
         self.board: Board | None = None
-        max_tasks = recycling.max_tasks
+        max_tasks = setup.recycling.max_tasks
         depth = INBOX_DEPTH if max_tasks is None else min(INBOX_DEPTH, max_tasks)
         # A worker that leaves after so many tasks must not have received more.
         self.dispatcher = Dispatcher(
@@ -132,8 +109,6 @@ class Client:
         self._refusals = _NEVER  # how often in a row no worker could be asked for, once there was one
         self.recycled = 0  # workers that have left, or were told to
         self.lost_workers = 0
-        self.supervisor_restarts = 0
-        self._restarted_at = -_RESTARTS_AFTER_S
         self.retried = 0
         self.newest = 0  # task
         self.critical = Critical(self._handle, self.torn)
@@ -144,7 +119,7 @@ class Client:
         self._torn_by: BaseException | None = None
         self.dropping = False  # what has not begun is cancelled
         self._grace_s: float | None = (
-            None  # once the workers are to be ended, not dismissed: SIGTERM to SIGKILL
+            None  # SIGTERM to SIGKILL, once the workers are to be ended, not dismissed
         )
         self._pump: Pump | None = None
         self._performers: dict[type, Callable[[Any], Sequence[Action]]] = {
@@ -163,6 +138,11 @@ class Client:
     def is_over(self) -> bool:
         """True once nothing of the pool is left."""
         return self.phase is Phase.OVER
+
+    @property
+    def control(self) -> ControlLink | None:
+        """The link to the supervisor; None before there is one."""
+        return self.supervision.control
 
     @property
     def runs_tasks(self) -> bool:
@@ -218,7 +198,7 @@ class Client:
             retried=self.retried,
             lost_workers=self.lost_workers,
             recycled=self.recycled,
-            supervisor_restarts=self.supervisor_restarts,
+            supervisor_restarts=self.supervision.restarts,
             left=self.news.left,
         )
 
@@ -621,48 +601,19 @@ class Client:
                 try:
                     self._pump = Pump(self, mask_now() if mask is None else mask)
                     self.board = Board(self._max_workers)
-                    self.control = self._new_control()
-                    self._inherited = None
+                    self.supervision.start()
                     self._pump.start()
                     self.phase = Phase.SERVING
                     self._perform(self.dispatcher.staffed())
                 except (OSError, RuntimeError) as error:
                     self._broken = PoolBroken(f"the pool's supervisor could not be started: {error}")
                     self._broken.__cause__ = error
-                    if self.control is not None:
-                        self.control.bury(0.0)
+                    self.supervision.bury(0.0)
                     self.release()
                     self._pump = None  # a thread that has not started cannot be joined
                     unusable = True
         if unusable:
             self.check_usable()
-
-    def _new_control(self) -> _control.ControlLink:
-        """Start a supervisor."""
-        assert self.board is not None
-        first = _control.configuration(self._preload, self._initializer, self._recycling, self._log_level)
-        return _control.ControlLink(
-            self._fork, first, self.board.fd, self._initializer, self._inherited, self._lenders
-        )
-
-    def _lenders(self, likeness: _lending.Likeness) -> Iterator[_control.Lender]:
-        """Pools of this process whose supervisor may be forked for this one."""
-        for owner in _process.owners():
-            if owner is not self and isinstance(owner, Client) and owner._may_lend(likeness):
-                yield owner._lend
-
-    def _may_lend(self, likeness: _lending.Likeness) -> bool:
-        control = self.control
-        return self.runs_tasks and control is not None and control.was_heard and control.likeness == likeness
-
-    def _lend(self, message: _messages.Lend, owned: OwnedFds) -> None:
-        """From any thread. Have this pool's supervisor forked for another one."""
-        self.critical.post(self._tell_and_close, message, owned)
-
-    def _tell_and_close(self, message: _messages.Lend, owned: OwnedFds) -> Sequence[Action]:
-        self.tell(message, owned.numbers)
-        owned.close()
-        return ()
 
     def enter_leaving(self) -> None:
         """Dismiss the workers, or end them if the pool is broken; they have their time. Lock held."""
@@ -690,7 +641,7 @@ class Client:
         if self.phase in (Phase.LEAVING, Phase.QUITTING):
             moments.append(self.phase_ends)
         moments += (self.inboxes.looks_at, self.limits.next_look(), _spill.expires_at())
-        if self.control is not None and not self.control.flush():
+        if not self.supervision.flush():
             moments.append(time.monotonic() + RETRY_S)
         return min((moment for moment in moments if moment is not None), default=None)
 
@@ -726,7 +677,7 @@ class Client:
             if self.phase is not Phase.QUITTING:
                 pid = 0 if self.control is None else self.control.pid
                 self.kill_all()
-                status = None if self.control is None else self.control.bury(_QUIT_S)
+                status = self.supervision.bury(_QUIT_S)
                 how = f"the pool's supervisor {describe_status(status)}"
                 if self._start_again(pid, f"because {how}"):
                     news = f"{how} (it was process {pid}); its workers have been killed, and a new one was started"
@@ -744,27 +695,9 @@ class Client:
         return False
 
     def _start_again(self, dead: int, hint: str) -> bool:
-        """Kill what is left of the supervisor `dead` (its pid), replace it, and settle what its workers ran. Lock held.
-
-        Not if it was a fork of this process: that would have to be forked again, has changed, and has threads. Nor if
-        anything of it may still live, as it might take tasks from the same inboxes.
-        """
-        assert self.board is not None
-        now = time.monotonic()
-        nothing_lives = _trees.kill_marked(dead, self.board.fd)
-        if (
-            self._fork
-            or not self.runs_tasks
-            or now - self._restarted_at < _RESTARTS_AFTER_S
-            or not nothing_lives
-        ):
+        """Replace the supervisor, whose pid was `dead`, and settle what its workers were running. Lock held."""
+        if not self.supervision.replace(dead, wanted=self.runs_tasks):
             return False
-        try:
-            self.control = self._new_control()
-        except (OSError, RuntimeError):
-            return False
-        self._restarted_at = now
-        self.supervisor_restarts += 1
         assert self._pump is not None
         self._pump.watch_control()
         for link in [link for link in self.links.values() if link.lost or link.starting]:
@@ -778,8 +711,7 @@ class Client:
 
     def bury(self, limit_s: float = _QUIT_S) -> None:
         """Wait for the supervisor, which is going or is killed after `limit_s`, and close everything. Lock held."""
-        if self.control is not None:
-            self.control.bury(limit_s)
+        self.supervision.bury(limit_s)
         self.release()
 
     def release(self) -> None:
@@ -798,17 +730,16 @@ class Client:
         if self._pump is not None:
             self._pump.close(abandoned)
             _spill.expire()
-        for owned in (*self.links.values(), self.control, self.board, self._initializer):
+        for owned in (*self.links.values(), self.supervision, self.board):
             if owned is not None:
                 owned.close()
         self.links.clear()
-        self.control = self._initializer = self._inherited = None
 
     # -- small things ----------------------------------------------------------------------------------------
 
     def tell(self, message: _messages.ToSupervisor, numbers: Sequence[int] = ()) -> None:
         """Send a control message; the pump sends what cannot go at once. Lock held."""
-        if self.control is not None and not self.control.tell(message, numbers):
+        if not self.supervision.tell(message, numbers):
             self.wake()
 
     def wake(self) -> None:

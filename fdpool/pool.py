@@ -36,6 +36,7 @@ from ._messages import Recycling
 from ._options import TaskOptions, changed, check_count, check_seconds
 from ._shared import Shared
 from ._staffing import Staff
+from ._supervision import Setup
 from ._tasks import ChunkFuture, CommandFuture, TaskFuture
 from ._trees import GRACE_S
 from .errors import DescriptorRefused, FdpoolError, NotPicklable, PoolShutDown
@@ -161,8 +162,8 @@ class Pool(Executor):
         boot = _pickled(self._first_call, fork)
         inherited = self._first_call if boot is None else None
         recycling = Recycling(max_tasks_per_child, max_memory, max_fds_growth)
-        staff = Staff(min_workers, idle_timeout, max_age)
-        self._client = Client(max_workers, fork, tuple(preload), boot, inherited, recycling, staff, log_level)
+        setup = Setup(fork, tuple(preload), boot, inherited, recycling, log_level)
+        self._client = Client(max_workers, setup, Staff(min_workers, idle_timeout, max_age))
         # A pool that is dropped without shutdown finishes what it was given, as ProcessPoolExecutor does.
         weakref.finalize(self, self._client.let_go).atexit = False
 
