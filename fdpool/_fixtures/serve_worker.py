@@ -43,7 +43,11 @@ class Around(NamedTuple):
         """Runs in: the worker. Have it so in this process; what says whose worker this is stays."""
         for name in os.environ.keys() - self.environment.keys() - {WORKER_MARK}:
             del os.environ[name]
-        os.environ.update({name: value for name, value in self.environment.items() if name != WORKER_MARK})
+        for name, value in self.environment.items():
+            if (
+                name != WORKER_MARK and os.environ.get(name) != value
+            ):  # setting each costs three times as much
+                os.environ[name] = value
         if self.folder is not None:
             os.chdir(self.folder)
         sys.path[:] = self.path
