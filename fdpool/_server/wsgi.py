@@ -144,7 +144,7 @@ def _take_on(server: Any, connection: socket.socket) -> None:
 def _wake_once(server: Any) -> None:
     """Have waitress's threads wake its loop once for all that they have done meanwhile, and not each for itself."""
     trigger = server.trigger
-    pull, read = trigger._physical_pull, trigger.handle_read
+    pull, take = trigger._physical_pull, trigger.recv
     pulled = threading.Event()
 
     def pull_once() -> None:
@@ -152,11 +152,15 @@ def _wake_once(server: Any) -> None:
             pulled.set()
             pull()
 
-    def handle_read() -> None:
-        pulled.clear()  # before it is looked at what there is: who comes later pulls again
-        read()
+    def recv(size: int) -> Any:
+        try:
+            return take(size)
+        finally:
+            # After the pipe was emptied, or a pull meanwhile would be taken along and still count as made; and before
+            # it is looked at what there is to do, so that whoever finds it made is looked at.
+            pulled.clear()
 
-    trigger._physical_pull, trigger.handle_read = pull_once, handle_read
+    trigger._physical_pull, trigger.recv = pull_once, recv
 
 
 class _Intake:

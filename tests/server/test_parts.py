@@ -8,8 +8,9 @@ import random
 import resource
 import socket
 import socketserver
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -371,3 +372,35 @@ def test_a_worker_that_stands_still_is_told_once_for_each_time() -> None:
     link.interface = "handler"
     link.since = 1000.0
     assert look(2000.0) == []
+
+
+class Trigger:
+    """waitress's trigger, as far as `_wake_once` has to do with it: a pipe with bytes in it."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self.as_it_is_read: Callable[[], object] = lambda: None
+
+    def _physical_pull(self) -> None:
+        self.bytes += 1
+
+    def recv(self, size: int) -> bytes:
+        self.as_it_is_read()
+        found, self.bytes = self.bytes, 0
+        return b"x" * found
+
+
+def test_waitress_is_woken_once_for_many_and_never_too_few_times() -> None:
+    """A pull at any moment of a read is followed by another read, or by what that read leads to."""
+    pytest.importorskip("waitress")
+    from fdpool._server.wsgi import _wake_once
+
+    trigger = Trigger()
+    _wake_once(SimpleNamespace(trigger=trigger))
+    for _ in range(3):
+        trigger._physical_pull()
+    assert trigger.bytes == 1
+    trigger.as_it_is_read = trigger._physical_pull
+    assert trigger.recv(100)
+    trigger._physical_pull()
+    assert trigger.bytes == 1
