@@ -24,6 +24,8 @@ HANGING = """
     import os, signal, subprocess, sys, threading, time
     import pytest
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
+
     def beget(listening):
         print(subprocess.Popen(["setsid", "sleep", "60"]).pid, flush=True)
         time.sleep(60)
@@ -109,7 +111,10 @@ def test_nothing_is_left_a_second_after_pytest_has_ended(  # type: ignore[no-unt
         assert pids.exists()
         started = [process for pid in pids.read_text().split() for process in _running(int(pid))]
         end(process)
-        process.wait(30)
+        try:
+            process.wait(30)
+        finally:
+            process.kill()
         assert seconds_until_gone(started) < 1.0
         assert process.returncode != 0
         said.seek(0)
