@@ -20,7 +20,7 @@ T = TypeVar("T")
 BUDGET_S = 0.006
 #: How long a slice may take that is claimed, and begun, as one. Items of 100 microseconds and more are claimed singly.
 _SLICE_S = 200e-6
-_LONGEST_SLICE = 512  # an item that does nothing costs 0.28 microseconds by 32, 0.12 by 512
+_LONGEST_SLICE = 128  # an item that does nothing costs 0.28 microseconds by 32, 0.14 by 128, 0.12 by 512
 #: How long results are kept for each other. Each message wakes the client, on a processor that a worker could have:
 #: 20,000 items of 20 microseconds take 300 ms with 1 ms, 230 with 3, and 260 with 6, as workers wait for more then.
 _FLUSH_S = 0.003

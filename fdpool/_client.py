@@ -101,6 +101,7 @@ class Client:
             batching=max_tasks is None,
             least=staff.min_workers,
             processors=_cpus.usable_cpus(),
+            clock=time.monotonic,
         )
         self.inboxes = Inboxes(self)
         self.limits = Limits(self)

@@ -56,10 +56,11 @@ class ControlLink:
         lenders: Callable[[_lending.Likeness], Iterable[Lender]],
     ) -> None:
         likeness = None if fork else _lending.likeness()
-        self.likeness = None if configuration.preload else likeness
         self.was_heard = False
-        borrowed = None if likeness is None else _borrow(lenders(likeness))
+        borrowed = None if likeness is None else _borrow(next(iter(lenders(likeness)), None))
         self._is_child = borrowed is None
+        # A fork of a fork would be adopted by the first one when the second has ended, and die with it.
+        self.likeness = likeness if borrowed is None and not configuration.preload else None
         self.socket, self.pid, self._pidfd = borrowed or _start(fork, inherited)
         numbers = initializer.fds.numbers if initializer is not None and initializer.fds else []
         try:
@@ -133,12 +134,20 @@ class ControlLink:
 
     def _look_for_death(self) -> tuple[bool, int | None]:
         """Whether the supervisor has died, and its wait status if that is known."""
+        if self._is_child or self._pidfd is None:
+            try:
+                pid, status = os.waitpid(self.pid, os.WNOHANG)
+            except ChildProcessError:
+                return True, None
+            return bool(pid), status
+        if not _is_readable(self._pidfd, 0):
+            return False, None
         try:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            # It was another supervisor's child, but may have been adopted by this process since.
+            os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED | os.WNOHANG)
         except ChildProcessError:
-            # One that was forked from another is its child as long as that lives, and then whoever adopts it.
-            return self._is_child or self._pidfd is None or _is_readable(self._pidfd, 0), None
-        return bool(pid), status
+            pass
+        return True, None
 
     def _kill(self) -> None:
         if self._is_child or self._pidfd is None:
@@ -192,32 +201,31 @@ def _start(fork: bool, inherited: Callable[[], object] | None) -> _Started:
     return mine, pid, None if pidfd is None else fds.above_stdio(pidfd)
 
 
-def _borrow(lenders: Iterable[Lender]) -> _Started | None:
+def _borrow(lend: Lender | None) -> _Started | None:
     """Have a supervisor forked from one of another pool; None if there is none, or it does not answer soon."""
-    for lend in lenders:
-        mine, theirs = StreamSocket.pair()
-        try:
-            lend(*_lending.heritage(theirs.fileno()))
-            theirs.close()
-            frame = None
-            deadline = time.monotonic() + _BIRTH_S
-            while frame is None and (remaining_s := deadline - time.monotonic()) > 0:
-                _is_readable(mine.fileno(), remaining_s * 1000)
-                frame = mine.try_receive_bytes()
-        except (OSError, EOFError):  # also: descriptors lost
-            frame = None
-        except BaseException:
-            mine.close()
-            raise
-        finally:
-            theirs.close()
-        if frame is not None:
-            data, (pidfd,) = frame
-            born = _messages.decode_control(data)
-            assert isinstance(born, _messages.Born)
-            return mine, born.pid, fds.above_stdio(pidfd)
-        mine.close()  # one that comes too late finds nobody
-    return None
+    if lend is None:
+        return None
+    mine, theirs = StreamSocket.pair()
+    frame = None
+    try:
+        lend(*_lending.heritage(theirs.fileno()))
+        theirs.close()  # its end is seen from now on
+        deadline = time.monotonic() + _BIRTH_S
+        while frame is None and (remaining_s := deadline - time.monotonic()) > 0:
+            _is_readable(mine.fileno(), remaining_s * 1000)
+            frame = mine.try_receive_bytes()
+    except (OSError, EOFError):
+        pass  # also: its pidfd was lost
+    finally:
+        theirs.close()
+        if frame is None:
+            mine.close()  # one that comes too late finds nobody
+    if frame is None:
+        return None
+    data, (pidfd,) = frame
+    born = _messages.decode_control(data)
+    assert isinstance(born, _messages.Born)
+    return mine, born.pid, fds.above_stdio(pidfd)
 
 
 def configuration(

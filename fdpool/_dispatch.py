@@ -1,6 +1,6 @@
 """Which task goes to which slot: the pool's decisions, pure.
 
-It knows task ids, slot numbers and the time it is told; no socket, clock, thread or process. Each
+It knows task ids, slot numbers and the time that it is told; no socket, thread or process. Each
 method is an event ("this has happened") and returns the actions to perform, in order; `_client`
 performs them. A task is in exactly one place: `queued` here, `given` to a slot, `postponed`, or done and forgotten.
 
@@ -23,9 +23,10 @@ this (`stalled`), and then what waits behind it goes to the others.
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
 from typing import NamedTuple, Union
 
@@ -80,6 +81,8 @@ NOTHING: Sequence[Action] = ()
 #: How much work goes in one message, in seconds. It is what a task may wait for a neighbour while another worker is
 #: idle, until it is taken back; twice as much gains 3 % in a flood of tasks that do nothing.
 BATCH_S = 250e-6
+#: A worker that has ended no task for so long is not given others, if they were to be done soon.
+STILL_S = 2e-3
 #: Most tasks in one message: 10,000 that do nothing take 12 microseconds each by 32, 25 one by one.
 LARGEST_BATCH = 32
 
@@ -96,7 +99,7 @@ class Where(Enum):
 class _Seat:
     """A slot with the tasks given to its worker, oldest first; only the oldest can have begun."""
 
-    __slots__ = ("given", "held_until", "rank", "slot", "worked", "works")
+    __slots__ = ("given", "held_until", "moved_at", "rank", "slot", "worked", "works")
 
     def __init__(self, slot: Slot) -> None:
         self.slot = slot
@@ -105,6 +108,7 @@ class _Seat:
         self.rank: int | None = None
         self.worked = 0  # how often it was given tasks
         self.works = False  # its worker has tasks, and would be given more
+        self.moved_at = 0.0  # when it last ended a task, or was given one while it had none
 
     @property
     def waiting(self) -> int:
@@ -122,6 +126,7 @@ class Dispatcher:
         batching: several short tasks may go as one message.
         least: workers that are to be there even if nothing is queued, from `staffed` on.
         processors: workers that can run at a time; no more than these are woken for tasks that are short.
+        clock: tells the time, in seconds.
         boot_limit: how many workers may die before they are ready, in a row, before the pool breaks.
         kill_limit: the same where the last of them was killed from outside: somebody may kill a few that are
             innocent, but an initializer for which memory never suffices must not be tried for ever.
@@ -136,6 +141,7 @@ class Dispatcher:
         batching: bool = True,
         least: int = 0,
         processors: int = sys.maxsize,
+        clock: Callable[[], float] = lambda: 0.0,
     ) -> None:
         self.queued: OrderedDict[TaskId, bool] = OrderedDict()  # to whether it travels alone
         self.full = False  # tasks are queued, as nobody has room: a new one can only be queued, too
@@ -147,6 +153,7 @@ class Dispatcher:
         self._busy_s = BATCH_S  # what a task takes
         self._waited = 0.0  # which part of late answers is of tasks that waited rather than ran
         self._processors = processors
+        self._clock = clock
         self._working = 0  # seats whose worker has tasks, and would be given more
         self._boot_limit = boot_limit
         self._kill_limit = kill_limit
@@ -169,12 +176,12 @@ class Dispatcher:
 
     @property
     def has_idle(self) -> bool:
-        """True if a worker is idle."""
-        return bool(self._ranks[0])
+        """True if a worker is idle, or could be started."""
+        return bool(self._ranks[0]) or bool(self._vacant and not self._dismissed)
 
     def piles(self, slot: SlotNumber) -> bool:
-        """True if the slot was given several tasks although a worker is idle."""
-        return bool(self._ranks[0]) and len(self._seats[slot].given) > 1
+        """True if the slot was given several tasks, and other workers might be idle while they wait."""
+        return len(self._seats[slot].given) > 1 and len(self._seats) > self._processors
 
     @property
     def live(self) -> int:
@@ -266,6 +273,7 @@ class Dispatcher:
         if len(given) == before:
             return NOTHING
         seat.held_until = None
+        seat.moved_at = self._clock()
         self._place(seat)
         if self._batching and busy_s is not None:
             self._learn(busy_s / len(tasks), waited)
@@ -524,8 +532,9 @@ class Dispatcher:
         """
         ranks = self._ranks
         if not alone and self._enough_are_awake():
-            seat = self._least_laden()
-            return seat if seat.rank != len(ranks) - 1 else None
+            moving = self._least_laden()
+            if moving is not None:
+                return moving if moving.rank != len(ranks) - 1 else None
         if ranks[0]:
             return next(reversed(ranks[0].values()))
         if ranks[1]:
@@ -541,20 +550,24 @@ class Dispatcher:
         """True if one more worker would only take a processor from another."""
         return self._working >= self._processors and self.batch > 1 and self._waited < 0.5
 
-    def _least_laden(self) -> _Seat:
-        """Of those that work."""
-        return next(seat for rank in self._ranks[2:] for seat in rank.values() if seat.works)
+    def _least_laden(self) -> _Seat | None:
+        """Of those that work and get on with it; None if none of the first few does."""
+        now = self._clock()
+        working = (seat for rank in self._ranks[2:] for seat in rank.values() if seat.works)
+        for seat in itertools.islice(working, 2 * self._processors):
+            if now - seat.moved_at < STILL_S:
+                return seat
+        return None
 
     def _relieve(self) -> Sequence[Action]:
         """Nothing is queued: if a worker is idle while another has tasks waiting, take those back."""
         if not self._given_to or not self._ranks[0] or self.queued:
             return NOTHING
-        if self._enough_are_awake():
-            return NOTHING  # they are done soon, or it `stalled`
+        lazy, now = self._enough_are_awake(), self._clock()
         # Rank 2 is passed over where nobody in it has a task waiting, or 256 busy workers would be looked at.
         for rank in reversed(self._ranks[2 if self.batch > 1 else 3 :]):
             for seat in rank.values():
-                if seat.waiting:
+                if seat.waiting and not (lazy and seat.works and now - seat.moved_at < STILL_S):
                     return [TakeBack(seat.slot.number)]
         return NOTHING
 
@@ -575,6 +588,8 @@ class Dispatcher:
                 self._ranks[rank][number] = seat
             seat.rank = rank
         works = seat.slot.state is State.READY and bool(seat.given) and seat.held_until is None
+        if works and not seat.works:
+            seat.moved_at = self._clock()
         self._working += works - seat.works
         seat.works = works
         if seat.held_until:

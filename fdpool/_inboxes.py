@@ -215,7 +215,10 @@ class Inboxes:
             given = self._dispatcher.given(slot)
             begun = self._board.begun(slot)
             now = (begun, self._board.claimed(slot))
-            if not given or self._dispatcher.state(slot) is not State.READY:
+            state = self._dispatcher.state(slot)
+            if given and state is State.STARTING:
+                continue  # it begins with what was sent already
+            if not given or state is not State.READY:
                 del self._batched[slot]
             elif now != before or begun not in given:
                 self._batched[slot] = now

@@ -85,7 +85,7 @@ def in_order(
 
 
 class Results(Iterator[T]):
-    """The results of chunks, in order. Closed, or dropped, it cancels what has not begun.
+    """The results of chunks, in order. Closed, dropped, or at an error, it cancels what has not begun.
 
     `for` and `list` iterate over what is behind it, which is in C: 50 nanoseconds an item less than a generator.
     """
@@ -118,6 +118,12 @@ def _parts_in_order(pending: deque[Future[Any]]) -> Generator[Iterator[Any], Non
         _cancel(pending)
 
 
+def _give_up(pending: deque[Future[Any]]) -> None:
+    """Cancel what is to come, and forget it: there is nothing behind an error."""
+    _cancel(pending)
+    pending.clear()
+
+
 def _cancel(pending: deque[Future[Any]]) -> None:
     for future in pending:
         part: Any = future
@@ -142,18 +148,27 @@ def _results_of_chunk(pending: deque[Future[Any]]) -> Iterator[Any]:
     chunk.results = []
     results.reverse()
     if error is not None or chunk.mixed:
-        return _results_or_errors(results, error)
+        return _results_or_errors(results, error, pending)
     # Each is let go of as it is yielded, and no frame of Python is entered for it: 30 nanoseconds.
     return map(results.pop, itertools.repeat(-1, len(results)))
 
 
-def _results_or_errors(results: list[Any], error: BaseException | None) -> Iterator[Any]:
-    """The results, the last one first, as far as these are such; then `error`."""
+def _results_or_errors(
+    results: list[Any], error: BaseException | None, pending: deque[Future[Any]]
+) -> Iterator[Any]:
+    """The results, the last one first, up to an error, which ends all: what is `pending` is cancelled then."""
     while results:
         if type(results[-1]) is Raised:
-            raise results.pop().error()
+            failed = results.pop().error()
+            results.clear()
+            _give_up(pending)
+            try:
+                raise failed
+            finally:
+                del failed
         yield results.pop()
     if error is not None:
+        _give_up(pending)
         try:
             raise error
         finally:

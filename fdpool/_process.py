@@ -50,7 +50,11 @@ def unregister(owner: Owner) -> None:
 
 def owners() -> list[Owner]:
     """All that have not ended."""
-    return list(_owners)
+    while True:
+        try:
+            return list(_owners)
+        except RuntimeError:  # another thread has just made one, or dropped one
+            continue
 
 
 def exiting() -> bool:

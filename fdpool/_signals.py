@@ -23,8 +23,8 @@ Mask = set[int]
 sigmask: Callable[[int, Iterable[int]], Mask] = _signal.pthread_sigmask
 #: As `signal.sigpending`.
 sigpending: Callable[[], Mask] = _signal.sigpending
-#: As `signal.SIG_DFL`.
-DEFAULT = int(signal.SIG_DFL)
+#: As `signal.SIG_DFL` and `signal.SIG_IGN`.
+DEFAULT, IGNORE = int(signal.SIG_DFL), int(signal.SIG_IGN)
 #: As `signal.getsignal`: SIG_DFL and SIG_IGN are 0 and 1.
 getsignal: Callable[[int], Any] = _signal.getsignal
 #: As `signal.signal`.

@@ -24,12 +24,9 @@ from fdpool._supervisor import main_fresh
 main_fresh(int(sys.argv[1]))
 """
 
-# Python itself ignores the last two from its start.
-_RESET = [
-    number
-    for number in _signals.EVERY
-    if number not in (signal.SIGKILL, signal.SIGSTOP, signal.SIGPIPE, getattr(signal, "SIGXFSZ", None))
-]
+# As Python does at its start.
+_IGNORED = [int(getattr(signal, name)) for name in ("SIGPIPE", "SIGXFSZ") if hasattr(signal, name)]
+_RESET = [number for number in _signals.EVERY if number not in (signal.SIGKILL, signal.SIGSTOP, *_IGNORED)]
 
 
 def spawn_supervisor(control_fd: int) -> int:
@@ -170,11 +167,14 @@ def flush_standard_streams() -> None:
 
 
 def _reset_signals() -> None:
-    """Default dispositions and an empty mask, save what Python itself ignores at start-up (SIGPIPE, SIGXFSZ)."""
+    """The dispositions of a fresh interpreter, and an empty mask."""
     signal.set_wakeup_fd(-1)
     for number in _RESET:
         if _signals.getsignal(number) != _signals.DEFAULT:
             _signals.set_handler(number, _signals.DEFAULT)
+    for number in _IGNORED:
+        if _signals.getsignal(number) != _signals.IGNORE:
+            _signals.set_handler(number, _signals.IGNORE)
     _signals.sigmask(signal.SIG_SETMASK, ())
 
 

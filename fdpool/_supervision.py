@@ -130,8 +130,12 @@ class Supervision:
         self._client.critical.post(self._tell_and_close, message, owned)
 
     def _tell_and_close(self, message: _messages.Lend, owned: OwnedFds) -> Sequence[Action]:
-        self._client.tell(message, owned.numbers)
-        owned.close()
+        try:
+            self._client.tell(message, owned.numbers)
+        except OSError:
+            pass  # no descriptor is left for that: nothing to this pool, and the other one does without
+        finally:
+            owned.close()
         return ()
 
     def _lenders(self, likeness: _lending.Likeness) -> Iterator[_control.Lender]:

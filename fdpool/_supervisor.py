@@ -77,9 +77,7 @@ class Supervisor:
 
     def run(self) -> None:
         """Serve until the client has said Quit or is dead; then nothing that descends from here lives."""
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGCHLD, lambda *_: None)
-        signal.set_wakeup_fd(self._sigchld_write, warn_on_full_buffer=False)
+        self._listen_to_signals()
         self._poll.register(self._control.fileno(), select.POLLIN)
         self._poll.register(self._sigchld_read, select.POLLIN)
         if self._client_pidfd is not None:
@@ -91,6 +89,11 @@ class Supervisor:
             for pid in self._children:
                 _trees.kill_group(pid)
             _trees.kill_descendants(sparing=self._lent)
+
+    def _listen_to_signals(self) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.set_wakeup_fd(self._sigchld_write, warn_on_full_buffer=False)
 
     def _turn(self) -> bool:
         """Wait once and handle what came; False when it is time to go."""
@@ -171,6 +174,7 @@ class Supervisor:
                 self._tell(_messages.PreloadFailed(*failed))
                 self._configuration = None
                 return
+            self._listen_to_signals()  # which a module may have taken
         # What is shared copy-on-write stays shared only if the collector does not touch it
         # (gc.freeze, Python 3.7: made for exactly this).
         gc.freeze()
@@ -189,11 +193,14 @@ class Supervisor:
         client_pidfd, self._client_pidfd = self._client_pidfd, None
         fds.close_all([*self._own_fds()[1:], self._board_fd, *self._initializer_fds])
         self._control.close()
-        control = StreamSocket.from_fd(_lending.adopt(message, numbers))
-        own_pidfd = _platform.open_pidfd(os.getpid())
-        if own_pidfd is None:
-            os._exit(1)
-        control.send_bytes(_messages.encode_control(_messages.Born(os.getpid())), [own_pidfd])
+        try:
+            control = StreamSocket.from_fd(_lending.adopt(message, numbers))
+            own_pidfd = _platform.open_pidfd(os.getpid())
+            if own_pidfd is None:
+                os._exit(1)
+            control.send_bytes(_messages.encode_control(_messages.Born(os.getpid())), [own_pidfd])
+        except OSError:
+            os._exit(1)  # it has taken too long, and nobody waits any more
         os.close(own_pidfd)
         _serve_fresh(control, client_pidfd)
 

@@ -182,7 +182,9 @@ def _writes_to(pid: int, inode: int) -> bool:
     except OSError:
         return False
     return any(
-        int(fields[4]) == inode and fields[5].startswith(b"/memfd:") for fields in mappings if fields[5:]
+        int(fields[4]) == inode and fields[5].startswith(b"/memfd:fdpool-board")
+        for fields in mappings
+        if fields[5:]
     )
 
 
