@@ -112,7 +112,7 @@ def test_every_cell_of_a_slots_life_is_reached_and_no_task_is_lost(monkeypatch: 
     run_state_machine_as_test(
         Life,
         settings=settings(
-            max_examples=50, stateful_step_count=40, deadline=None, derandomize=True, database=None
+            max_examples=100, stateful_step_count=40, deadline=None, derandomize=True, database=None
         ),
     )
     # Those that chance rarely comes to: a worker dies at once, and its word of being ready is read after that; one that

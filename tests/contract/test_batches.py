@@ -184,6 +184,20 @@ def test_lengths_that_do_not_add_up_are_refused() -> None:
             _messages.split(bad, 0)
 
 
+def test_a_short_task_starts_a_worker_if_all_that_are_there_are_in_long_ones(tmp_path: Path) -> None:
+    """Even those that wait for it."""
+    processors = usable_cpus()
+    with Pool(processors + 2) as pool:
+        warm(pool)
+        wait_until(lambda: not pool.stats().queued)
+        waiting = []
+        for n in range(processors):
+            waiting.append(pool.submit(helpers.meet, str(tmp_path), n, processors + 1))
+            wait_until((tmp_path / f"{n}.begun").exists)
+        assert pool.submit(helpers.meet, str(tmp_path), processors, processors + 1).result(timeout=15)
+        assert all(future.result(timeout=15) for future in waiting)
+
+
 def test_tasks_that_wait_for_each_other_all_run_though_short_ones_would_have_shared_workers(
     tmp_path: Path,
 ) -> None:

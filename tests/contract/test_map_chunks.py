@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import signal
@@ -205,3 +206,15 @@ def test_a_deadline_counts_from_the_call(pool: Pool) -> None:
         list(pool.map(time.sleep, [0.0] * 8 + [30.0] * 8, timeout=1.0))
     assert time.monotonic() - began < 10
     pool.kill_workers()
+
+
+def test_an_error_ends_the_results_and_cancels_what_has_not_begun(tmp_path: Path) -> None:
+    noted = tmp_path / "noted"
+    noted.touch()
+    with Pool(2) as pool:
+        results = pool.map(partial(helpers.note_or_fail, str(noted)), range(5000))
+        assert list(itertools.islice(results, 7)) == list(range(7))
+        with pytest.raises(ValueError, match="7"):
+            next(results)
+        assert list(results) == []
+    assert len(noted.read_text().split()) < 5000

@@ -3,6 +3,8 @@ every other way."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import resource
 import signal
@@ -16,7 +18,7 @@ import psutil
 import pytest
 
 import fdpool
-from fdpool import Pool, _control
+from fdpool import Pool, _control, _messages
 from tests.contract import helpers
 from tests.process_state import seconds_until_gone, wait_until
 
@@ -52,6 +54,52 @@ def test_the_supervisor_of_a_second_pool_is_a_fork_of_the_first_ones(first: Pool
     assert first.submit(helpers.square, 5).result(timeout=20) == 25
 
 
+def test_a_borrowed_one_lends_nothing_or_the_first_would_take_its_forks_along(first: Pool) -> None:
+    with Pool(1) as second:
+        second.submit(helpers.nothing).result(timeout=20)
+        assert is_borrowed(second)
+        first.shutdown()
+        with Pool(1) as third:
+            assert third.submit(helpers.square, 3).result(timeout=20) == 9
+            assert not is_borrowed(third)
+
+
+def test_where_no_descriptor_is_left_to_lend_both_pools_work(
+    first: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """R2."""
+
+    def refuse(_self: object, message: object, _numbers: object = ()) -> bool:
+        if isinstance(message, _messages.Lend):
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return tell(_self, message, _numbers)  # type: ignore[arg-type]
+
+    tell = _control.ControlLink.tell
+    monkeypatch.setattr(_control.ControlLink, "tell", refuse)
+    monkeypatch.setattr(_control, "_BIRTH_S", 0.25)
+    with Pool(1) as second:
+        assert second.submit(helpers.square, 3).result(timeout=20) == 9
+        assert not is_borrowed(second)
+    assert first.submit(helpers.square, 4).result(timeout=20) == 16
+
+
+def test_relative_entries_of_the_search_path_lead_where_they_lead_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_control, "_BIRTH_S", 20.0)
+    for name in ("one", "two"):
+        (tmp_path / name / "lib").mkdir(parents=True)
+        (tmp_path / name / "lib" / "found_by_relative_path.py").write_text(f"NAME = {name!r}\n")
+    monkeypatch.setattr(sys, "path", [*sys.path, "lib"])
+    with contextlib.ExitStack() as pools:
+        for name in ("one", "two"):
+            monkeypatch.chdir(tmp_path / name)
+            pool = pools.enter_context(Pool(1, preload=["found_by_relative_path"] if name == "two" else []))
+            assert pool.submit(name_found).result(timeout=20) == name
+            wait_until(lambda pool=pool: pool._client.control.was_heard)  # type: ignore[misc]
+        assert is_borrowed(pool)
+
+
 def test_it_goes_on_when_the_first_pool_ends(first: Pool) -> None:
     with Pool(1) as second:
         second.submit(helpers.nothing).result(timeout=20)
@@ -84,6 +132,12 @@ def test_a_killed_supervisor_is_its_own_pools_affair(
         assert other.submit(os.getpid).result(timeout=20) == workers
         assert supervisor_of(other) == before
     assert "supervisor" in caplog.text
+
+
+def name_found() -> str:
+    import found_by_relative_path  # type: ignore[import-not-found]
+
+    return str(found_by_relative_path.NAME)
 
 
 def has_colorsys() -> bool:
@@ -176,7 +230,7 @@ def test_a_pool_with_modules_of_its_own_lends_nothing_and_may_borrow(first: Pool
 
 
 def test_where_the_first_ones_supervisor_does_not_answer_it_is_fresh(
-    first: Pool, monkeypatch: pytest.MonkeyPatch
+    first: Pool, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(_control, "_BIRTH_S", 0.25)
     supervisor = supervisor_of(first)
@@ -190,6 +244,7 @@ def test_where_the_first_ones_supervisor_does_not_answer_it_is_fresh(
     # Who comes too late finds nobody, and goes.
     wait_until(lambda: first.submit(helpers.square, 2).result(timeout=20) == 4)
     wait_until(lambda: len(supervisor.children()) <= 1)
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_pools_that_are_made_at_the_same_time_by_many_threads_all_work(first: Pool) -> None:

@@ -417,3 +417,19 @@ def test_a_supervisor_that_hangs_in_an_import_does_not_outlive_its_client(tmp_pa
         finally:
             program.kill()
     assert seconds_until_gone(tree) < 1.0
+
+
+def test_a_preloaded_module_that_takes_the_signal_of_dead_children_leaves_the_supervisor_hearing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And workers have the dispositions of a fresh interpreter."""
+    (tmp_path / "takes_signals.py").write_text(
+        "import signal\n"
+        "signal.signal(signal.SIGCHLD, signal.SIG_DFL)\nsignal.signal(signal.SIGPIPE, signal.SIG_DFL)\n"
+        "signal.set_wakeup_fd(-1)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with Pool(1, preload=["takes_signals"]) as pool:
+        with pytest.raises(fdpool.WorkerLost):
+            pool.submit(os._exit, 1).result(timeout=20)
+        assert pool.submit(signal.getsignal, signal.SIGPIPE).result(timeout=20) is signal.SIG_IGN
