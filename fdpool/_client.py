@@ -327,10 +327,11 @@ class Client:
         with self.critical:
             self.critical.handle_posted()
             record = self.tasks.get(task)
-            again = (
-                record is not None and record.cut_short is CutShort.TERMINATED and grace_s < record.grace_s
-            )
-            if record is not None and (record.cut_short is None or again):
+            if record is None:
+                return
+            if record.cut_short is None or (
+                record.cut_short is CutShort.TERMINATED and grace_s < record.grace_s
+            ):
                 record.cut_short = CutShort.TERMINATED
                 record.grace_s = grace_s
                 self.limits.terminate(task, grace_s)

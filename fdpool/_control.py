@@ -10,7 +10,7 @@ import select
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from . import _lending, _messages, _platform, _process, _spawn, fds
@@ -35,7 +35,7 @@ class ControlLink:
         board_fd: the file of the pool's `Board`; borrowed.
         initializer: the payload that the configuration speaks of; borrowed until this returns.
         inherited: with `fork`, the call that each worker makes first if there is no payload of it.
-        lenders: of other pools, by likeness: whose supervisor may be forked in place of a fresh interpreter.
+        lender: tells, by likeness, which other pool's supervisor may be forked in place of a fresh interpreter.
 
     Attributes:
         pid: of the supervisor. It is a child of this process, unless it was forked from another one.
@@ -53,11 +53,12 @@ class ControlLink:
         board_fd: int,
         initializer: Payload | None,
         inherited: Callable[[], object] | None,
-        lenders: Callable[[_lending.Likeness], Iterable[Lender]],
+        lender: Callable[[_lending.Likeness], Lender | None],
     ) -> None:
         likeness = None if fork else _lending.likeness()
         self.was_heard = False
-        borrowed = None if likeness is None else _borrow(next(iter(lenders(likeness)), None))
+        lend = None if likeness is None else lender(likeness)
+        borrowed = None if lend is None else _borrow(lend)
         self._is_child = borrowed is None
         # A fork of a fork would be adopted by the first one when the second has ended, and die with it.
         self.likeness = likeness if borrowed is None and not configuration.preload else None
@@ -201,10 +202,8 @@ def _start(fork: bool, inherited: Callable[[], object] | None) -> _Started:
     return mine, pid, None if pidfd is None else fds.above_stdio(pidfd)
 
 
-def _borrow(lend: Lender | None) -> _Started | None:
-    """Have a supervisor forked from one of another pool; None if there is none, or it does not answer soon."""
-    if lend is None:
-        return None
+def _borrow(lend: Lender) -> _Started | None:
+    """Have a supervisor forked from one of another pool; None if it does not answer soon."""
     mine, theirs = StreamSocket.pair()
     frame = None
     try:

@@ -110,6 +110,10 @@ class _Seat:
         self.works = False  # its worker has tasks, and would be given more
         self.moved_at = 0.0  # when it last ended a task, or was given one while it had none
 
+    def gets_on(self, now: float) -> bool:
+        """True if its worker ends one task after the other."""
+        return self.works and now - self.moved_at < STILL_S
+
     @property
     def waiting(self) -> int:
         """How many of the given tasks have certainly not begun, unless they end this very moment."""
@@ -555,7 +559,7 @@ class Dispatcher:
         now = self._clock()
         working = (seat for rank in self._ranks[2:] for seat in rank.values() if seat.works)
         for seat in itertools.islice(working, 2 * self._processors):
-            if now - seat.moved_at < STILL_S:
+            if seat.gets_on(now):
                 return seat
         return None
 
@@ -567,7 +571,7 @@ class Dispatcher:
         # Rank 2 is passed over where nobody in it has a task waiting, or 256 busy workers would be looked at.
         for rank in reversed(self._ranks[2 if self.batch > 1 else 3 :]):
             for seat in rank.values():
-                if seat.waiting and not (lazy and seat.works and now - seat.moved_at < STILL_S):
+                if seat.waiting and not (lazy and seat.gets_on(now)):
                     return [TakeBack(seat.slot.number)]
         return NOTHING
 

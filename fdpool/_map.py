@@ -157,22 +157,16 @@ def _results_or_errors(
     results: list[Any], error: BaseException | None, pending: deque[Future[Any]]
 ) -> Iterator[Any]:
     """The results, the last one first, up to an error, which ends all: what is `pending` is cancelled then."""
-    while results:
-        if type(results[-1]) is Raised:
-            failed = results.pop().error()
-            results.clear()
-            _give_up(pending)
-            try:
-                raise failed
-            finally:
-                del failed
+    while results and type(results[-1]) is not Raised:
         yield results.pop()
-    if error is not None:
+    failed = results.pop().error() if results else error
+    if failed is not None:
+        results.clear()
         _give_up(pending)
         try:
-            raise error
+            raise failed
         finally:
-            del error  # or it and its own traceback would keep each other
+            del failed, error  # or it and its own traceback would keep each other
 
 
 def _result_or_cancel(future: Future[T], timeout: float | None) -> T:

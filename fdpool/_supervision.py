@@ -7,7 +7,7 @@ Nothing here waits, save `bury`. With the client's lock held, where it does not 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from . import _control, _lending, _messages, _process, _trees
@@ -71,7 +71,7 @@ class Supervision:
             board.fd,
             setup.initializer,
             setup.inherited,
-            self._lenders,
+            self._lender,
         )
         self._setup = setup._replace(inherited=None)
 
@@ -138,9 +138,10 @@ class Supervision:
             owned.close()
         return ()
 
-    def _lenders(self, likeness: _lending.Likeness) -> Iterator[_control.Lender]:
-        """What asks a supervisor of another pool to be forked for this one."""
+    def _lender(self, likeness: _lending.Likeness) -> _control.Lender | None:
+        """What asks a supervisor of another pool to be forked for this one; None if there is none."""
         for owner in _process.owners():
             other = getattr(owner, "supervision", None)
             if isinstance(other, Supervision) and other is not self and other.may_lend(likeness):
-                yield other.lend
+                return other.lend
+        return None
