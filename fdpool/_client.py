@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from enum import Enum
 from typing import Any, TypeVar
 
-from . import _budget, _cpus, _dispatch, _messages, _process, _spill, wire
+from . import _budget, _dispatch, _messages, _process, _spill, wire
 from ._answers import task_lost
 from ._board import Board
 from ._broken import PoolBroken, describe_status
@@ -79,11 +79,12 @@ class Client:
 
     Args:
         max_workers: how many slots.
+        processors: that this process may use.
         setup: how workers come to be; what it holds is owned.
         staff: how many workers there are, and for how long.
     """
 
-    def __init__(self, max_workers: int, setup: Setup, staff: Staff) -> None:
+    def __init__(self, max_workers: int, processors: int, setup: Setup, staff: Staff) -> None:
         self._max_workers = max_workers
         self.supervision = Supervision(self, setup)
         self.phase = Phase.NEW
@@ -100,7 +101,7 @@ class Client:
             depth,
             batching=max_tasks is None,
             least=staff.min_workers,
-            processors=_cpus.usable_cpus(),
+            processors=processors,
             clock=time.monotonic,
         )
         self.inboxes = Inboxes(self)

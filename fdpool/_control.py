@@ -6,7 +6,6 @@ Nothing here waits, save `bury`. Not thread-safe: `_client` calls it under its l
 from __future__ import annotations
 
 import os
-import select
 import signal
 import sys
 import time
@@ -141,7 +140,7 @@ class ControlLink:
             except ChildProcessError:
                 return True, None
             return bool(pid), status
-        if not _is_readable(self._pidfd, 0):
+        if not fds.is_readable(self._pidfd):
             return False, None
         try:
             # It was another supervisor's child, but may have been adopted by this process since.
@@ -172,13 +171,7 @@ class ControlLink:
             time.sleep(0.001)
             return
         remaining_s = deadline - time.monotonic()
-        _is_readable(self._pidfd, remaining_s * 1000 + 1 if remaining_s > 0 else None)
-
-
-def _is_readable(fd: int, timeout_ms: float | None) -> bool:
-    poll = select.poll()
-    poll.register(fd, select.POLLIN)
-    return bool(poll.poll(timeout_ms))
+        fds.is_readable(self._pidfd, remaining_s + 0.001 if remaining_s > 0 else None)
 
 
 def _start(fork: bool, inherited: Callable[[], object] | None) -> _Started:
@@ -211,7 +204,7 @@ def _borrow(lend: Lender) -> _Started | None:
         theirs.close()  # its end is seen from now on
         deadline = time.monotonic() + _BIRTH_S
         while frame is None and (remaining_s := deadline - time.monotonic()) > 0:
-            _is_readable(mine.fileno(), remaining_s * 1000)
+            fds.is_readable(mine, remaining_s)
             frame = mine.try_receive_bytes()
     except (OSError, EOFError):
         pass  # also: its pidfd was lost

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import select
 import signal
 import socket
 from typing import NamedTuple
@@ -90,7 +89,7 @@ class SlotLink:
             return
         below = _trees.descendants(pid)
         try:
-            if pidfd is None or not _is_dead(pidfd):
+            if pidfd is None or not fds.is_readable(pidfd):
                 os.killpg(pid, signal.SIGKILL)
             else:
                 below = []  # whoever has its pid now is none of ours
@@ -140,12 +139,6 @@ class SlotLink:
         if self._pidfd is not None:
             os.close(self._pidfd)
             self._pidfd = None
-
-
-def _is_dead(pidfd: int) -> bool:
-    poll = select.poll()
-    poll.register(pidfd, select.POLLIN)
-    return bool(poll.poll(0))
 
 
 class Waker:

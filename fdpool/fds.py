@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import select
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn, Protocol, runtime_checkable
@@ -150,6 +151,14 @@ class OwnedFds:
     def __del__(self) -> None:
         if self.numbers:
             self.close()
+
+
+def is_readable(fd: int | HasFileno, timeout_s: float | None = 0.0) -> bool:
+    """Wait until poll(2) reports `fd` readable, at its end or broken, for `timeout_s` seconds (None: for ever); False
+    if it did not. A pidfd is readable once its process has died."""
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(None if timeout_s is None else timeout_s * 1000))
 
 
 def duplicate(fd: int) -> int:

@@ -124,8 +124,9 @@ class Pool(Executor):
         start_method: StartMethod | None = None,
         preload: Iterable[str] = (),
     ) -> None:
+        processors = usable_cpus()
         if max_workers is None:
-            max_workers = usable_cpus()
+            max_workers = processors
         elif max_workers <= 0:
             raise ValueError(f"max_workers must be greater than 0, not {max_workers}")
         if initializer is not None and not callable(initializer):
@@ -163,7 +164,7 @@ class Pool(Executor):
         inherited = self._first_call if boot is None else None
         recycling = Recycling(max_tasks_per_child, max_memory, max_fds_growth)
         setup = Setup(fork, tuple(preload), boot, inherited, recycling, log_level)
-        self._client = Client(max_workers, setup, Staff(min_workers, idle_timeout, max_age))
+        self._client = Client(max_workers, processors, setup, Staff(min_workers, idle_timeout, max_age))
         # A pool that is dropped without shutdown finishes what it was given, as ProcessPoolExecutor does.
         weakref.finalize(self, self._client.let_go).atexit = False
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import select
 import signal
 import socket
 import sys
@@ -17,7 +16,7 @@ from typing import Any, Protocol
 from .._broken import WorkerLost
 from .._completed import CompletedCommand
 from ..errors import NotPicklable
-from ..fds import Fd, HasFileno
+from ..fds import Fd, HasFileno, is_readable
 from ..pool import Pool
 from ..sockets import StreamSocket
 from . import coverage
@@ -135,9 +134,7 @@ class FunctionRun:
             except TimeoutError:
                 return False
             return True
-        poll = select.poll()
-        poll.register(self._pidfd, select.POLLIN)
-        return bool(poll.poll(None if limit_s is None else limit_s * 1000))
+        return is_readable(self._pidfd, limit_s)
 
     def killed_by(self) -> int | None:
         error = self.future.exception()

@@ -12,10 +12,11 @@ import errno
 import fcntl
 import logging
 import os
-import select
 import socket
 import threading
 import time
+
+from ..fds import is_readable
 
 _LOG = logging.getLogger("fdpool.server")
 
@@ -155,8 +156,6 @@ def _accept_in_turn(listener: socket.socket) -> socket.socket | None:
         time.sleep(0.001)  # somebody is about to take what was seen
         return None
     try:
-        poll = select.poll()
-        poll.register(listener, select.POLLIN)
-        return listener.accept()[0] if poll.poll(0) else None
+        return listener.accept()[0] if is_readable(listener) else None
     finally:
         fcntl.lockf(listener, fcntl.LOCK_UN)

@@ -7,7 +7,6 @@ meanwhile, and telling how far requests are. What speaks HTTP, buffers slow clie
 from __future__ import annotations
 
 import logging
-import select
 import socket
 import threading
 import time
@@ -19,6 +18,7 @@ from waitress.channel import HTTPChannel
 from waitress.server import BaseWSGIServer, create_server
 from waitress.task import ThreadedTaskDispatcher, WSGITask
 
+from ..fds import is_readable
 from .context import Order, ServerWorker
 from .doors import Door, Listening
 
@@ -251,6 +251,4 @@ def _has_input(channel: Any) -> bool:
     """True if the client has sent something that was not read yet."""
     if channel.socket is None or channel.request is not None:
         return channel.request is not None
-    poll = select.poll()
-    poll.register(channel.socket, select.POLLIN)
-    return bool(poll.poll(0))
+    return is_readable(channel.socket)
