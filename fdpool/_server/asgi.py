@@ -81,6 +81,7 @@ class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may no
         self._order: tuple[float, bool] | None = None  # a drain's end, and whether everybody leaves
         self._open = 0
         self._adopting = 0
+        self._has_all = False  # uvicorn knows every connection that was accepted before the drain
         self._idle_at = math.inf  # when idle connections are closed
 
     @contextlib.contextmanager
@@ -112,16 +113,37 @@ class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may no
     def _begin_draining(self) -> None:
         assert self._order is not None
         _, leaving = self._order
-        for server in self.servers:
-            server.close()
+        self._stop_accepting()
         self._leave_door()
-        self._worker.closed()
         self._mark_answers()
         for connection in list(self.server_state.connections):
             if leaving or not hasattr(connection, "timeout_keep_alive_task"):  # all but HTTP: WebSockets
                 connection.shutdown()
         if self._idle_at == math.inf:
             self._idle_at = time.monotonic() + self.config.timeout_keep_alive
+
+    def _stop_accepting(self) -> None:
+        """Take no new connections, and keep those that asyncio has accepted in this turn of the loop.
+
+        It makes their transports in the next turn, and where the server is closed by then they are lost
+        (https://github.com/python/cpython/issues/109564); uvicorn hears of them one turn later still.
+        """
+        loop = self._serving_loop
+        assert loop is not None
+        for server in self.servers:
+            for listener in server.sockets:
+                loop.remove_reader(listener.fileno())
+        loop.call_soon(self._close_servers)
+
+    def _close_servers(self) -> None:
+        for server in self.servers:
+            server.close()
+        self._worker.closed()
+        assert self._serving_loop is not None
+        self._serving_loop.call_soon(self._have_all)
+
+    def _have_all(self) -> None:
+        self._has_all = True
 
     def _mark_answers(self) -> None:
         """Have every answer that has not begun end its connection, and say so: uvicorn heeds that header."""
@@ -141,7 +163,8 @@ class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may no
         if self._order is not None:
             now = time.monotonic()
             until, _ = self._order
-            if not self.server_state.connections or now >= until:
+            drained = self._has_all and not (self.server_state.connections or self._adopting)
+            if drained or now >= until:
                 self.config.timeout_graceful_shutdown = max(0.0, until - now)  # type: ignore[assignment, unused-ignore]
                 self.should_exit = True
             elif now >= self._idle_at:
