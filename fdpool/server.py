@@ -32,6 +32,7 @@ from ._server.watch import Watch, resident_bytes
 if TYPE_CHECKING:
     import socket
 
+    from ._server.signals import Signals
     from .pool import StartMethod
 
 __all__ = ["Server", "ServerStats", "ServerWorker", "WorkerStats", "current_worker"]
@@ -243,12 +244,16 @@ class Server:
         """
         from ._server.signals import Signals
 
-        with Signals(self) as signals:
-            loop = self._launch(signals.hear)
-            signals.begin(loop)
-            signals.wait()
-            self._close_listeners()
-            return loop.exit_code
+        with Signals() as signals:
+            return self._run_under(signals)
+
+    def _run_under(self, signals: Signals) -> int:
+        """`run`, for who has signals handled already: what comes before the loop is there is done then."""
+        loop = self._launch(signals.hear)
+        signals.begin(loop)
+        signals.wait()
+        self._close_listeners()
+        return loop.exit_code
 
     def _launch(self, on_event: Callable[[str], None]) -> Loop:
         with self._lock:

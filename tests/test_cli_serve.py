@@ -290,6 +290,53 @@ def test_the_pid_file_of_another_server_is_status_1(app_dir: Path) -> None:
         assert Path(pid_file).read_text() == f"{server.pid}\n"
 
 
+SIGNALLED = """
+import os, signal, sys
+from fdpool._serve import command
+
+class Signalled(command.PidFile):
+    def __init__(self, path, **options):
+        super().__init__(path, **options)
+        os.kill(os.getpid(), signal.SIGHUP)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def close(self):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
+            os.kill(os.getpid(), number)
+        super().close()
+
+command.PidFile = Signalled
+sys.exit(command.main(sys.argv[1:]))
+"""
+
+
+def test_signals_are_heeded_from_when_the_pid_file_is_there_until_it_is_gone(app_dir: Path) -> None:
+    """W1: whoever finds the number in it may use it at once, and nobody waits for a line of the log first."""
+    pid_file = app_dir / "pid"
+    arguments = (
+        "--app-dir",
+        str(app_dir),
+        "-b",
+        "127.0.0.1:0",
+        "-w",
+        "1",
+        "--pid-file",
+        str(pid_file),
+        "shop:handle",
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", SIGNALLED, *arguments],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, "Traceback" in done.stderr) == (0, False), done.stderr
+    assert "the server has ended" in done.stderr
+    assert not pid_file.exists()
+
+
 def test_code_that_never_boots_is_status_3_with_its_traceback(app_dir: Path) -> None:
     """S4: for an orchestrator, which need not try for ever either."""
     done = run("--app-dir", str(app_dir), "-b", "127.0.0.1:0", "-w", "1", "shop:nothing")

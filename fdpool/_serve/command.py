@@ -12,6 +12,7 @@ from typing import Any
 
 from .. import __version__
 from .._server import upgrade
+from .._server.signals import Signals
 from ..errors import BindFailed, FdpoolError
 from ..server import Server
 from . import check, log
@@ -55,6 +56,8 @@ def serve(options: Options) -> int:
         # A successor that never serves must leave the file to the server that goes on.
         takes_over = upgrade.is_successor()
         server = server_of(options, partial(hold_pid_file, replace=True) if takes_over else None)
+        # Before a file tells whom to send them to, and a line what they do; and longer than both.
+        signals = until_the_end.enter_context(Signals())
         if not takes_over:
             hold_pid_file()
         if options.reload_on_change:
@@ -73,7 +76,7 @@ def serve(options: Options) -> int:
                 "dispatch": options.dispatch,
             },
         )
-        return server.run()
+        return server._run_under(signals)
 
 
 def server_of(options: Options, on_ready: Callable[[], object] | None) -> Server:

@@ -17,7 +17,6 @@ from .._links import Waker
 from .._systemd import Notifier
 
 if TYPE_CHECKING:
-    from ..server import Server
     from .loop import Loop
 
 _QUICK_S = 1.0  # what requests in flight have at a quick end
@@ -26,18 +25,19 @@ Handler = Callable[[int, FrameType | None], Any] | int | signal.Handlers | None
 
 
 class Signals:
-    """Handles signals for a server while it is entered; the handlers that were there come back afterwards.
+    """Handles a server's signals while it is entered; the handlers that were there come back afterwards.
+
+    What comes before `begin` is remembered, and done then; what comes after the server's end does nothing.
 
     Raises:
         RuntimeError: this is not the main thread.
     """
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self) -> None:
         if threading.current_thread() is not threading.main_thread():
             raise RuntimeError(
                 "run() is for the main thread, which alone receives signals: use `with server:` here"
             )
-        self._server = server
         self._notifier = Notifier()
         self._loop: Loop | None = None
         self._early: list[int] = []

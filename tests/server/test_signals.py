@@ -73,7 +73,7 @@ def test_a_second_quick_signal_counts_also_while_the_first_is_being_handled() ->
             if len(self.graces) == 1:
                 signal.raise_signal(signal.SIGINT)
 
-    with Signals(cast("Any", None)) as signals:
+    with Signals() as signals:
         signals.begin(cast("Any", Loop()))
         signal.raise_signal(signal.SIGINT)
     assert Loop.graces == [1.0, 0.0]
