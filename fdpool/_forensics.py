@@ -51,6 +51,21 @@ def read_stacks(fd: int) -> str:
     return "\n".join(line for line in text.splitlines() if not _is_ours(line))
 
 
+def without_ours(stacks: str) -> str:
+    """Stacks without the threads that do nothing but wait in this package, and elsewhere without its frames.
+
+    Whoever reads them looks for a place in their own code. A main thread that is in none of that stays whole.
+    """
+    kept = []
+    for thread in stacks.split("\n\n"):
+        head, *frames = thread.splitlines() or [""]
+        if head.startswith("Thread ") and frames and _is_ours(frames[0]):
+            continue
+        theirs = [frame for frame in frames if not _is_ours(frame)]
+        kept.append("\n".join([head, *(theirs or frames)]))
+    return "\n\n".join(kept)
+
+
 def _is_ours(line: str) -> bool:
     at = line.lstrip()
     return at.startswith(f'File "{os.path.dirname(__file__)}{os.sep}') or at == _BOOT_LINE

@@ -344,6 +344,56 @@ def test_code_that_never_boots_is_status_3_with_its_traceback(app_dir: Path) -> 
     assert "it has no 'nothing', which 'shop:nothing' asks for" in done.stderr
 
 
+def test_a_failed_boot_is_told_from_where_the_application_begins(app_dir: Path) -> None:
+    """S4: no frame of ours, or of the import system, stands before the line that somebody has to mend."""
+    (app_dir / "shop.py").write_text("def make():\n    raise RuntimeError('no database')\n")
+    done = run("--app-dir", str(app_dir), "-b", "127.0.0.1:0", "-w", "1", "shop:make()")
+    first = done.stderr.partition("failed to boot")[2].splitlines()
+    assert first[0] == ": RuntimeError: no database"
+    assert first[1] == "Traceback (most recent call last):"
+    assert first[2] == f'  File "{app_dir}/shop.py", line 2, in make'
+
+
+def test_a_module_that_is_not_there_is_told_with_where_it_was_looked_for(app_dir: Path) -> None:
+    done = run("--app-dir", str(app_dir), "-b", "127.0.0.1:0", "-w", "1", "shopp.web:app")
+    assert (
+        f"there is no module 'shopp', which 'shopp.web:app' asks for: it was looked for in '{app_dir}'"
+        in done.stderr
+    )
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("import sys; sys.exit('no settings')", "it exited: no settings"),
+        ("class App: pass\nhandle = App()", "an application is callable, and an object of shop.App is not"),
+        (
+            "def handle(one): pass",
+            "it cannot be told what kind of application shop.handle is, as it takes (one)",
+        ),
+    ],
+)
+def test_the_reason_of_a_failed_boot_is_the_same_for_every_worker(
+    source: str, reason: str, app_dir: Path
+) -> None:
+    """S4: no address of an object is in it, which would make each look like news."""
+    (app_dir / "shop.py").write_text(source)
+    done = run("--app-dir", str(app_dir), "-b", "127.0.0.1:0", "-w", "1", "shop:handle")
+    assert f"failed to boot: {reason}" in done.stderr or f"failed to boot: TypeError: {reason}" in done.stderr
+    assert " at 0x" not in done.stderr
+
+
+def test_what_cannot_be_preloaded_is_told_once_with_its_traceback(app_dir: Path) -> None:
+    """S4."""
+    done = run(
+        "--app-dir", str(app_dir), "-b", "127.0.0.1:0", "-w", "1", "--preload", "nowhere", "shop:handle"
+    )
+    assert done.returncode == 3
+    assert done.stderr.count("Traceback") == 1
+    assert done.stderr.count("(as the one before)") == 4
+
+
 def test_what_serves_http_is_named_where_it_is_not_installed(app_dir: Path) -> None:
     (app_dir / "sitecustomize.py").write_text("import sys\nsys.modules['uvicorn'] = None\n")
     env = {"PYTHONPATH": f"{app_dir}:{ROOT}"}

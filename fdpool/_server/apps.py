@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
 import socketserver
+import sys
 from typing import Any, Literal, get_args
 
 Interface = Literal["handler", "socketserver", "asgi", "wsgi", "listeners"]
@@ -39,19 +41,30 @@ def load(target: str) -> Any:
     """Import a named application, and call it if it is a factory.
 
     Raises:
+        ModuleNotFoundError: there is no such module; the message says where it was looked for.
         AttributeError: the module has no such thing; the message says what it has been asked for.
         BaseException: whatever the module raises as it is imported.
     """
     module_name, _, attribute = target.partition(":")
-    found: Any = importlib.import_module(module_name)
+    try:
+        found: Any = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise  # one that it imports itself
+        raise ModuleNotFoundError(
+            f"there is no module {error.name!r}, which {target!r} asks for: it was looked for in "
+            f"{sys.path[0] or os.getcwd()!r} (--app-dir) and the rest of sys.path",
+            name=error.name,
+        ) from None
     for name in attribute.removesuffix("()").split("."):
         try:
             found = getattr(found, name)
         except AttributeError as error:
+            raised_there = error.__traceback__ is not None and error.__traceback__.tb_next is not None
             raise AttributeError(
                 f"{module_name!r} (from {getattr(found, '__file__', None) or 'no file'}) was imported, but it has no "
                 f"{name!r}, which {target!r} asks for"
-            ) from error
+            ) from (error if raised_there else None)
     return found() if attribute.endswith("()") else found
 
 
@@ -64,20 +77,42 @@ def interface_of(app: Any) -> str:
     if inspect.isclass(app) and issubclass(app, socketserver.BaseRequestHandler):
         return "socketserver"
     if not callable(app):
-        raise TypeError(f"an application is callable, and {app!r} is not")
+        raise TypeError(f"an application is callable, and {_described(app)} is not")
     names = _positional(app)
-    if names is not None:
-        if len(names) == 3 and (_is_async(app) or names[0] == "scope"):
-            return "asgi"
-        if names[:1] and names[0] in _LISTENERS_NAMES and len(names) <= 2:
-            return "listeners"
-        if len(names) == 2 and not _is_async(app):
-            return "wsgi" if names[0] in ("environ", "env") or names[1] == "start_response" else "handler"
+    found = interface_by_names(names, _is_async(app))
+    if found is not None:
+        return found
     takes = "anything" if names is None else f"({', '.join(names)})"
     raise TypeError(
-        f"it cannot be told what kind of application {app!r} is, as it takes {takes}: say interface= one of "
-        f"{', '.join(INTERFACES)}"
+        f"it cannot be told what kind of application {_described(app)} is, as it takes {takes}: say interface= "
+        f"(--interface) one of {', '.join(INTERFACES)}"
     )
+
+
+def interface_by_names(names: list[str] | None, is_async: bool) -> str | None:
+    """Which kind of application takes these; None if it cannot be told.
+
+    Args:
+        names: of the positional parameters that a call must or may give; None if it takes any.
+    """
+    if names is None:
+        return None
+    if len(names) == 3 and (is_async or names[0] == "scope"):
+        return "asgi"
+    if names[:1] and names[0] in _LISTENERS_NAMES and len(names) <= 2:
+        return "listeners"
+    if len(names) == 2 and not is_async:
+        return "wsgi" if names[0] in ("environ", "env") or names[1] == "start_response" else "handler"
+    return None
+
+
+def _described(app: Any) -> str:
+    """What it is, without its address, which differs from worker to worker: the log tells what is the same."""
+    name = getattr(app, "__qualname__", None)
+    if name is not None:
+        return f"{getattr(app, '__module__', '?')}.{name}"
+    described, kind = repr(app), type(app)
+    return f"an object of {kind.__module__}.{kind.__qualname__}" if " at 0x" in described else described
 
 
 def _is_async(app: Any) -> bool:

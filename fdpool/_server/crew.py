@@ -204,8 +204,9 @@ class Crew:
         expected = (link.draining or self._boss.stopping) and (link.killed or not end.unasked)
         if link.ready_at is None and not (link.draining or self._boss.stopping):
             self.failure = why
-            repeated = bool(link.traceback) and self._told == (link.generation, link.traceback)
-            self._told = (link.generation, link.traceback)
+            traceback = link.traceback or end.traceback
+            repeated = bool(traceback) and self._told == (link.generation, traceback)
+            self._told = (link.generation, traceback)
             news.worker_failed(link, why, end, repeated)
         else:
             news.worker_exited(link, why, end, expected)

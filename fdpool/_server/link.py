@@ -159,7 +159,7 @@ class WorkerLink:
 
     def stacks(self) -> str:
         """What it has written down since this was last called."""
-        return self._page.stacks().rstrip()
+        return _forensics.without_ours(self._page.stacks().rstrip())
 
     def cancel(self) -> bool:
         """Have it not begin; False if it may have."""

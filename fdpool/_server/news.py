@@ -108,13 +108,20 @@ def _below(details: str) -> str:
 def worker_killed(link: WorkerLink) -> None:
     """A worker that is stuck is about to be killed."""
     stacks = link.stacks()
+    if link.pid is None:
+        who, where = (
+            "",
+            "(its process had not begun: its supervisor still imports what is preloaded, or hangs in it)",
+        )
+    else:
+        who, where = f"(process {link.pid}) ", stacks or "(it could not write down where it is)"
     say_of(
         link,
         "worker_killed",
-        "(process %s) is killed: %s\n%s",
-        link.pid,
+        "%sis killed: %s\n%s",
+        who,
         link.why,
-        stacks or "(it could not write down where it is)",
+        where,
         level=logging.ERROR,
         reason=link.why,
         stacks=stacks,

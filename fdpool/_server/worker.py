@@ -10,6 +10,7 @@ in memory that the server sees (`_server.progress`).
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import select
@@ -31,6 +32,7 @@ from .logs import reopen_logs
 from .progress import STACKS_AT, Progress
 
 _MOST_TRACEBACK = 32 * 1024
+_PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
 _EXIT_S = 5.0  # how long threads and exit handlers may keep a worker that has served
 _LOG = logging.getLogger("fdpool.server")
 
@@ -238,13 +240,29 @@ def _write_stacks_to(page_fd: int) -> None:
 
 def _why(error: BaseException) -> str:
     if isinstance(error, SystemExit):
-        return f"it exited with code {error.code!r}"
+        # sys.exit("text") is how a program says why, and it exits with 1 then.
+        return (
+            f"it exited: {error.code}"
+            if isinstance(error.code, str)
+            else f"it exited with code {error.code!r}"
+        )
     text = str(error)
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def _formatted(error: BaseException) -> str:
-    return "".join(traceback.format_exception(error))[-_MOST_TRACEBACK:]
+    """Its traceback from the first frame on that is the application's; "" if it is not from there."""
+    place = error.__traceback__
+    while place is not None and _is_way_there(place.tb_frame.f_code.co_filename):
+        place = place.tb_next
+    if place is None and not isinstance(error, SyntaxError) and error.__cause__ is None:
+        return ""  # the reason says it all
+    return "".join(traceback.format_exception(type(error), error, place))[-_MOST_TRACEBACK:]
+
+
+def _is_way_there(filename: str) -> bool:
+    """True of the frames that a traceback has before those of the application: ours, and the import system's."""
+    return filename.startswith(("<frozen importlib", _PACKAGE)) or filename == importlib.__file__
 
 
 def _exit_at_last() -> None:

@@ -208,8 +208,11 @@ def test_new_code_that_hangs_at_import_is_ended_at_the_boot_deadline_and_shows_w
                 reload.result(60)
             assert ask(server, b"")[1] == b"version 1"
         [killed] = logged("worker_killed")
-        if not preload:
+        if preload:
+            assert "its supervisor still imports what is preloaded" in killed.getMessage()
+        else:
             assert "served.py" in killed.stacks
+            assert f"{os.sep}fdpool{os.sep}" not in killed.stacks  # no frames and threads of ours
 
 
 def let_time_pass(server: Server) -> None:
