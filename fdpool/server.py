@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from . import _bind, payload
 from ._cpus import usable_cpus
-from ._server import apps, checks, upgrade
+from ._server import apps, checks, guess, upgrade
 from ._server.context import Order, ServerWorker, current_worker
 from ._server.crew import Task
 from ._server.listeners import Listeners
@@ -287,10 +287,13 @@ class Server:
             try:
                 app = payload.dumps(self._pickled)
                 order = self._order._replace(body=bytes(app.body), spilled=app.spilled)
+                serves = self.interface
+                if serves is None and order.target is not None:
+                    serves = guess.interface_of(order.target)
                 self._loop = Loop(
                     Task(app, order, self._on_reload),
                     Plan(self._workers, self._settings),
-                    Pools(self.interface, self._preload, self._start_method),
+                    Pools(serves, self._preload, self._start_method),
                     self._listeners,
                     Watch(*self._watch_for),
                     self._dispatch == "handoff",

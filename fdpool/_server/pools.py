@@ -16,7 +16,7 @@ class Pools:
         start_method: as for `Pool`.
 
     Attributes:
-        interface: which kind of application it is, if that is known by now: what that needs is imported there, too.
+        interface: which kind of application it is, if that is known or guessed: what that needs is imported there, too.
     """
 
     #: Most workers of one generation at a time, the draining ones included. A slot costs nothing before it is used.
