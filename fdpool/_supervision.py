@@ -123,7 +123,7 @@ class Supervision:
         control = self.control
         if control is None or not self._client.runs_tasks:
             return False
-        return control.was_heard and control.likeness == likeness
+        return control.was_heard and control.likeness == likeness and _lending.is_as_confined(control.pid)
 
     def lend(self, message: _messages.Lend, owned: OwnedFds) -> None:
         """From any thread. Have this one forked for another pool."""

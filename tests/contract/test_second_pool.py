@@ -218,6 +218,56 @@ def test_where_something_differs_that_cannot_be_handed_over_it_is_fresh(
         assert not is_borrowed(second)
 
 
+def test_after_a_change_of_the_io_priority_it_is_fresh(first: Pool) -> None:
+    me = psutil.Process()
+    before = me.ionice()
+    me.ionice(psutil.IOPRIO_CLASS_BE, 7)
+    try:
+        with Pool(1) as second:
+            second.submit(helpers.nothing).result(timeout=20)
+            [worker] = second.worker_pids()
+            assert psutil.Process(worker).ionice() == (psutil.IOPRIO_CLASS_BE, 7)
+            assert not is_borrowed(second)
+    finally:
+        me.ionice(before.ioclass, before.value if before.ioclass else None)
+    with Pool(1) as third:
+        third.submit(helpers.nothing).result(timeout=20)
+        assert is_borrowed(third)
+
+
+CONFINED = """if True:
+    import ctypes, socket, sys, fdpool
+    from fdpool import _control
+    _control._BIRTH_S = 20.0
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
+    make_sock = (ctypes.c_uint64 * 1)(1 << 9)  # LANDLOCK_ACCESS_FS_MAKE_SOCK, nowhere allowed
+    rules = libc.syscall(444, make_sock, 8, 0)
+    if rules < 0:
+        print("no Landlock", end="")
+        sys.exit()
+    with fdpool.Pool(1) as first:
+        first.submit(int).result()
+        while not first._client.control.was_heard:
+            pass
+        if libc.syscall(446, rules, 0):
+            raise OSError(ctypes.get_errno(), "landlock_restrict_self")
+        with fdpool.Pool(1) as second:
+            made = second.submit(socket.socket(socket.AF_UNIX).bind, sys.argv[1])
+            print(type(made.exception()).__name__, second._client.control._is_child, end="")
+"""
+
+
+def test_who_has_confined_itself_since_has_workers_that_are_confined(tmp_path: Path) -> None:
+    """A fork of a supervisor that was started before would be out of the Landlock domain."""
+    done = subprocess.run(
+        [sys.executable, "-c", CONFINED, str(tmp_path / "made")], capture_output=True, check=False, timeout=60
+    )
+    if done.stdout == b"no Landlock":
+        pytest.skip("this kernel has no Landlock")
+    assert (done.stdout, done.stderr) == (b"PermissionError True", b"")
+
+
 def test_a_pool_with_modules_of_its_own_lends_nothing_and_may_borrow(first: Pool) -> None:
     with Pool(1, preload=["this_is_none"]) as broken, pytest.raises(fdpool.PoolBroken, match="this_is_none"):
         broken.submit(helpers.nothing).result(timeout=20)

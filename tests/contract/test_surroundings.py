@@ -133,6 +133,32 @@ def test_the_pool_leaves_the_orphans_of_its_program_alone(tmp_path: Path) -> Non
     assert run_program(source, tmp_path) == "done"
 
 
+def test_a_program_that_adopts_orphans_reaps_the_supervisor_that_one_of_its_pools_has_borrowed(
+    tmp_path: Path,
+) -> None:
+    """As process 1 of a container (S12): the lender is gone by then."""
+    source = """
+        import ctypes, os, sys, time, psutil, fdpool
+        from fdpool import _control
+
+        _control._BIRTH_S = 20.0
+        ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
+        with fdpool.Pool(1) as first:
+            first.submit(int).result(30)
+            while not first._client.control.was_heard:
+                time.sleep(0.001)
+            second = fdpool.Pool(1)
+            second.submit(int).result(30)
+            assert not second._client.control._is_child
+            borrowed = psutil.Process(second._client.control.pid)
+        assert borrowed.ppid() == os.getpid()
+        second.shutdown()
+        assert not psutil.Process().children(), psutil.Process().children()
+        open(sys.argv[1], "w").write("done")
+        """
+    assert run_program(source, tmp_path) == "done"
+
+
 def test_somebody_else_may_reap_the_supervisor(tmp_path: Path) -> None:
     """S13: a library that waits for any child, and SIGCHLD ignored, which has the kernel reap."""
     source = """
