@@ -527,7 +527,20 @@ class Client:
         return True
 
     def _dismiss_worker(self, action: _dispatch.DismissWorker) -> Sequence[Action]:
-        wire.try_send(self.links[action.slot].mine, (_messages.pack_header(_messages.LEAVE),))
+        return self._tell_to_leave(action.slot, self.dispatcher.generation(action.slot))
+
+    def _tell_to_leave(self, slot: int, generation: int) -> Sequence[Action]:
+        """Event: the slot's worker is to hear that no task follows; once there is room for that in its inbox."""
+        if self.dispatcher.generation(slot) != generation or self.dispatcher.state(slot) is not State.LEAVING:
+            return ()
+        try:
+            sent = wire.try_send(self.links[slot].mine, (_messages.pack_header(_messages.LEAVE),))
+        except OSError as error:
+            if error.errno not in _messages.MAY_YET_LAND:
+                raise
+            sent = False
+        if not sent:
+            self.limits.at(time.monotonic() + RETRY_S, self._tell_to_leave, slot, generation)
         return ()
 
     def _break_for_boots(self, action: _dispatch.BreakPool) -> Sequence[Action]:
@@ -682,7 +695,7 @@ class Client:
                 self.kill_all()
                 status = self.supervision.bury(_QUIT_S)
                 how = f"the pool's supervisor {describe_status(status)}"
-                if self._start_again(pid, f"because {how}"):
+                if self._start_again(f"because {how}"):
                     news = f"{how} (it was process {pid}); its workers have been killed, and a new one was started"
                 else:
                     self.break_pool(PoolBroken(f"{how}; its workers have been killed"))
@@ -697,9 +710,9 @@ class Client:
             self.bury()
         return False
 
-    def _start_again(self, dead: int, hint: str) -> bool:
-        """Replace the supervisor, whose pid was `dead`, and settle what its workers were running. Lock held."""
-        if not self.supervision.replace(dead, wanted=self.runs_tasks):
+    def _start_again(self, hint: str) -> bool:
+        """Replace the supervisor, and settle what its workers were running. Lock held."""
+        if not self.supervision.replace(wanted=self.runs_tasks):
             return False
         assert self._pump is not None
         self._pump.watch_control()

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from . import _lending, _messages, _platform, _process, _spawn, fds
+from . import _lending, _messages, _platform, _process, _spawn, _trees, fds
 from .errors import FdTransferError
 from .payload import Payload
 from .sockets import StreamSocket
@@ -38,6 +38,7 @@ class ControlLink:
 
     Attributes:
         pid: of the supervisor. It is a child of this process, unless it was forked from another one.
+        mark: what those of its workers begin with.
         likeness: of a supervisor that may be forked for other pools; else None.
         was_heard: the supervisor has spoken.
 
@@ -62,6 +63,7 @@ class ControlLink:
         # A fork of a fork would be adopted by the first one when the second has ended, and die with it.
         self.likeness = likeness if borrowed is None and not configuration.preload else None
         self.socket, self.pid, self._pidfd = borrowed or _start(fork, inherited)
+        self.mark = _trees.supervisor_mark(self.pid, configuration.token)
         numbers = initializer.fds.numbers if initializer is not None and initializer.fds else []
         try:
             if not fork:
@@ -228,6 +230,7 @@ def configuration(
 ) -> _messages.Configure:
     """The first frame for a supervisor of this process: its search path, its arguments, what to run first."""
     return _messages.Configure(
+        token=os.urandom(8).hex(),
         argv=list(getattr(sys, "argv", [])),
         path=list(sys.path),
         preload=preload,

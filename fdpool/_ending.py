@@ -32,23 +32,39 @@ class Ending:
         due: when `step` is to be called; None once everything has been sent SIGKILL.
         kills_at: when that is, if the stacks take no time.
         dead: set by the owner when the worker has been reaped.
+
+    Of a worker that somebody else has reaped there is nothing to end.
     """
 
     def __init__(self, pid: int, stacks_fd: int | None, grace_s: float, now: float) -> None:
-        import psutil
-
         self.dead = False
         self.due: float | None = now
         self.kills_at = now + grace_s
         self._pid = pid
         self._grace_s = grace_s
-        self._processes: list[psutil.Process] = [psutil.Process(pid), *_trees.descendants(pid)]
+        self._processes: list[psutil.Process] = _trees.tree(pid)
         self._told = False
         self._stacks_fd = stacks_fd
         self._stacks_until = now + _STACKS_S
         self._bytes = self._quiet = 0
         if stacks_fd is not None and not _forensics.ask(pid):
             self._stacks_fd = None
+
+    def hasten(self, grace_s: float, now: float) -> None:
+        """SIGKILL comes `grace_s` seconds from now at the latest. Who was sent SIGTERM is not sent another: programs
+        take a second one for more than the first."""
+        if self.due is None or now + grace_s >= self.kills_at:
+            return
+        self.kills_at = now + grace_s
+        self._grace_s = grace_s
+        if self._told or not grace_s:
+            self._stacks_fd = None
+            self.due = self.kills_at
+
+    def add(self, processes: list[psutil.Process]) -> None:
+        """These are to end with it."""
+        known = set(self._processes)
+        self._processes += [each for each in processes if each not in known]
 
     def step(self, now: float) -> None:
         """Do what is due."""
@@ -70,8 +86,7 @@ class Ending:
 
     def _add_descendants(self) -> None:
         if not self.dead:
-            known = set(self._processes)
-            self._processes += [each for each in _trees.descendants(self._pid) if each not in known]
+            self.add(_trees.descendants(self._pid))
 
     def _stacks_are_written(self, fd: int) -> bool:
         size = os.fstat(fd).st_size

@@ -176,6 +176,7 @@ class Configure(NamedTuple):
     Its first descriptor is the file of the `Board`, the others belong to the initializer's payload.
     """
 
+    token: str  # which no other supervisor has, in the marks of its workers
     argv: list[str]
     path: list[str]
     preload: tuple[str, ...]

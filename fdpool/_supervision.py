@@ -75,8 +75,8 @@ class Supervision:
         )
         self._setup = setup._replace(inherited=None)
 
-    def replace(self, dead: int, wanted: bool) -> bool:
-        """Kill what is left of the supervisor `dead` (its pid), and if one is `wanted` start another; True if so.
+    def replace(self, wanted: bool) -> bool:
+        """Kill what is left of the supervisor, which is dead, and if one is `wanted` start another; True if so.
 
         Not if it was a fork of this process: that would have to be forked again, has changed, and has threads. Nor if
         anything of it may still live, as it might take tasks from the same inboxes. Nor twice in a minute.
@@ -84,8 +84,9 @@ class Supervision:
         board, setup = self._client.board, self._setup
         assert board is not None
         assert setup is not None
+        assert self.control is not None
         now = time.monotonic()
-        nothing_lives = _trees.kill_marked(dead, board.fd)
+        nothing_lives = _trees.kill_marked(self.control.mark, board.fd)
         soon = now - self._restarted_at < _RESTARTS_AFTER_S
         if not wanted or setup.fork or not nothing_lives or soon:
             return False

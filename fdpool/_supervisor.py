@@ -15,7 +15,7 @@ import time
 from typing import NoReturn
 
 from . import _forensics, _lending, _messages, _oom, _platform, _spawn, _trees, _worker, fds
-from ._board import Page
+from ._board import AREA_BYTES, Page
 from ._ending import Ending
 from ._messages import Configure, EndWorker, Lend, Quit, StartWorker
 from .sockets import StreamSocket
@@ -23,6 +23,8 @@ from .sockets import StreamSocket
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    import psutil
 
 
 _IDLE_MS = 20.0  # nothing asked for so long is an idle moment
@@ -32,18 +34,15 @@ _LONGEST_POLL_MS = 86_400_000.0  # poll(2) takes an int
 class _Child:
     """One worker: whose it is, the file that its stacks go to, and its end once that was asked for."""
 
-    __slots__ = ("ending", "generation", "pid", "slot", "stacks_fd")
+    __slots__ = ("ending", "generation", "mark", "pid", "slot", "stacks_fd")
 
-    def __init__(self, slot: int, generation: int, pid: int, stacks_fd: int | None) -> None:
+    def __init__(self, slot: int, generation: int, mark: str, pid: int, stacks_fd: int | None) -> None:
         self.slot = slot
+        self.mark = mark
         self.generation = generation
         self.pid = pid
         self.stacks_fd = stacks_fd
         self.ending: Ending | None = None
-
-    @property
-    def mark(self) -> str:
-        return f"{os.getpid()}.{self.slot}.{self.generation}"
 
 
 class Supervisor:
@@ -213,7 +212,8 @@ class Supervisor:
             return
         inbox_fd = numbers[0]
         stacks_fd = _new_stacks_file()
-        os.environ[_trees.WORKER_MARK] = f"{os.getpid()}.{slot}.{generation}"
+        mark = f"{_trees.supervisor_mark(os.getpid(), self._configuration.token)}{slot}.{generation}"
+        os.environ[_trees.WORKER_MARK] = mark
         try:
             pid = _spawn.fork_worker(
                 lambda: self._be_worker(slot, inbox_fd, stacks_fd), close=self._own_fds()
@@ -226,7 +226,7 @@ class Supervisor:
         finally:
             del os.environ[_trees.WORKER_MARK]
             fds.close_all(numbers)
-        self._children[pid] = _Child(slot, generation, pid, stacks_fd)
+        self._children[pid] = _Child(slot, generation, mark, pid, stacks_fd)
         pidfd = _platform.open_pidfd(pid)
         pidfds = [] if pidfd is None else [pidfd]
         self._tell(_messages.WorkerStarted(slot, generation, pid), pidfds)
@@ -263,13 +263,16 @@ class Supervisor:
                 break
         else:
             return
+        if not _trees.is_ours(child.pid):
+            self._report_death(child, None)
+            return
         now = time.monotonic()
         if child.ending is not None:
-            if child not in self._endings or child.ending.kills_at <= now + message.grace_s:
-                return  # it is sooner as it is
-            self._endings.remove(child)
-        child.ending = Ending(child.pid, child.stacks_fd if message.stacks else None, message.grace_s, now)
-        self._endings.append(child)
+            child.ending.hasten(message.grace_s, now)
+        else:
+            stacks_fd = child.stacks_fd if message.stacks else None
+            child.ending = Ending(child.pid, stacks_fd, message.grace_s, now)
+            self._endings.append(child)
         self._move_endings_on(now)
 
     def _move_endings_on(self, now: float) -> None:
@@ -279,7 +282,7 @@ class Supervisor:
                 child.ending.step(now)
                 if child.ending.due is None:
                     self._endings.remove(child)
-                    self._kill_strays(child)
+                    _trees.signal_all(self._strays(child), signal.SIGKILL)
 
     def _reap(self) -> None:
         """Collect every dead child: workers are reported, adopted orphans are just laid to rest."""
@@ -291,13 +294,20 @@ class Supervisor:
             self._lent.discard(pid)
             if child is not None:
                 self._report_death(child, status)
+        # With SIGCHLD ignored the kernel reaps them, and a module that was preloaded may do so, too.
+        for child in [child for pid, child in self._children.items() if not _trees.is_ours(pid)]:
+            self._report_death(child, None)
 
     def _report_death(self, child: _Child, status: int | None) -> None:
         del self._children[child.pid]
+        # Just now what it has forked can be told by the slot, as no other worker has that yet.
+        strays = self._strays(child, on_board=True)
         if child.ending is not None:
             child.ending.dead = True
-        if child not in self._endings:
-            self._kill_strays(child)
+        if child.ending is not None and child in self._endings:
+            child.ending.add(strays)
+        else:
+            _trees.signal_all(strays, signal.SIGKILL)
         stacks = ""
         if child.stacks_fd is not None:
             stacks = _forensics.read_stacks(child.stacks_fd)
@@ -307,8 +317,10 @@ class Supervisor:
             hint = self._oom.explain(os.WTERMSIG(status))
         self._tell(_messages.WorkerExited(child.slot, child.generation, child.pid, status, stacks, hint))
 
-    def _kill_strays(self, child: _Child) -> None:
-        _trees.kill_strays(child.mark, {*self._children, *self._lent})
+    def _strays(self, child: _Child, on_board: bool = False) -> list[psutil.Process]:
+        """What lives of a dead worker's tasks and lost its parent; `on_board`, also what is told by the slot alone."""
+        area = (os.fstat(self._board_fd).st_ino, child.slot * AREA_BYTES) if on_board else None
+        return _trees.strays(child.mark, {*self._children, *self._lent}, area)
 
     def _forget_wakeups(self) -> None:
         try:

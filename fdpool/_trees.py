@@ -18,8 +18,9 @@ from . import _platform
 if TYPE_CHECKING:
     import psutil
 
-#: Set in every worker to "<supervisor pid>.<slot>.<generation>" and inherited by the programs that its
+#: Set in every worker to "<supervisor pid>.<token>.<slot>.<generation>" and inherited by the programs that its
 #: tasks start; it tells whose they were once they have left the worker's process group and lost their parent.
+#: The token, as a program may outlive its supervisor where nobody sees it, and the pid is used again.
 WORKER_MARK = "FDPOOL_WORKER"
 
 #: From SIGTERM to SIGKILL, where a program's end has not been given a time of its own.
@@ -36,6 +37,16 @@ def descendants(pid: int) -> list[psutil.Process]:
 
     try:
         return psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def tree(pid: int) -> list[psutil.Process]:
+    """`pid`, dead or alive, and its living descendants; empty if it has been reaped."""
+    import psutil
+
+    try:
+        return [psutil.Process(pid), *descendants(pid)]
     except psutil.NoSuchProcess:
         return []
 
@@ -100,6 +111,17 @@ def next_dead_child() -> int | None:
     return pid or None
 
 
+def is_ours(pid: int) -> bool:
+    """False for a child of ours that somebody else has reaped, or the kernel; True also where nobody can tell."""
+    if not hasattr(os, "waitid"):
+        return True
+    try:
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return False
+    return True
+
+
 def reap(pid: int) -> int | None:
     """The wait status of a dead child of ours, or None if somebody else has taken it."""
     if pid in _reaped:
@@ -121,46 +143,58 @@ def kill_group(pid: int) -> None:
         pass
 
 
-def kill_strays(mark: str, known: set[int]) -> None:
-    """SIGKILL, with their descendants, the children of this process that carry `mark` and are not `known`.
+def strays(mark: str, known: set[int], area: tuple[int, int] | None = None) -> list[psutil.Process]:
+    """The children of this process that come from a dead worker and are not `known`, with their descendants.
 
-    For a subreaper: what a dead worker's programs left behind becomes our child, whatever group or
+    For a subreaper: what a dead worker's tasks left behind becomes our child, whatever group or
     session it moved to.
+
+    Args:
+        mark: of the worker, which programs have in their environment.
+        area: of the worker on the pool's board, as the file's inode and the offset in it: what was forked and never
+            ran a program has it in its memory. As that is the slot's, only while no other worker has the slot.
     """
     strangers = [pid for pid in direct_children() if pid not in known]
     if not strangers:
-        return
+        return []
     import psutil
 
+    found = []
     for pid in strangers:
         try:
             process = psutil.Process(pid)
-            if process.environ().get(WORKER_MARK) == mark:
-                signal_all([process, *descendants(pid)], signal.SIGKILL)
+            if process.environ().get(WORKER_MARK) == mark or (area and _writes_to(pid, *area)):
+                found += [process, *descendants(pid)]
         except (psutil.NoSuchProcess, psutil.AccessDenied, OSError):
             continue
+    return found
 
 
-def kill_marked(supervisor: int, board_fd: int, limit_s: float = _SWEEP_S) -> bool:
-    """SIGKILL all that comes from a worker of `supervisor`, which is dead, until nothing of it lives.
+def supervisor_mark(pid: int, token: str) -> str:
+    """What the marks of a supervisor's workers begin with, and no others."""
+    return f"{pid}.{token}."
+
+
+def kill_marked(supervisor: str, board_fd: int, limit_s: float = _SWEEP_S) -> bool:
+    """SIGKILL all that comes from a worker of a supervisor that is dead, until nothing of it lives.
 
     A program has the worker's mark in its environment. What was forked and never ran a program has its worker's area of
     the pool's board in its memory (the client's own mapping is read-only). Looks at every process that this user
     may look at: 20 to 100 ms for some hundreds. Returns False if something survived `limit_s` seconds.
 
     Args:
+        supervisor: its `supervisor_mark`.
         board_fd: of that board; borrowed.
     """
     import psutil
 
-    prefix = f"{supervisor}."
     board = os.fstat(board_fd).st_ino
     deadline = time.monotonic() + limit_s
     while True:
         found = []
         for process in psutil.process_iter():
             try:
-                if process.environ().get(WORKER_MARK, "").startswith(prefix) or _writes_to(
+                if process.environ().get(WORKER_MARK, "").startswith(supervisor) or _writes_to(
                     process.pid, board
                 ):
                     found.append(process)
@@ -174,15 +208,16 @@ def kill_marked(supervisor: int, board_fd: int, limit_s: float = _SWEEP_S) -> bo
         psutil.wait_procs(found, timeout=0.05)
 
 
-def _writes_to(pid: int, inode: int) -> bool:
-    """True if a process has a shared mapping of the file in memory that it may write to (proc(5), [pid]/maps)."""
+def _writes_to(pid: int, inode: int, offset: int | None = None) -> bool:
+    """True if a process has a shared mapping of the board's file, from `offset` on, that it may write to (proc(5),
+    [pid]/maps)."""
     try:
         with open(f"/proc/{pid}/maps", "rb") as maps:
             mappings = [line.split(None, 5) for line in maps if b" rw-s " in line]
     except OSError:
         return False
     return any(
-        int(fields[4]) == inode and fields[5].startswith(b"/memfd:fdpool-board")
+        int(fields[4]) == inode and b"fdpool-board" in fields[5] and offset in (None, int(fields[2], 16))
         for fields in mappings
         if fields[5:]
     )

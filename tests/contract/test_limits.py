@@ -298,6 +298,32 @@ def test_a_next_attempt_is_not_taken_for_the_one_that_was_ended(
         assert view.submit(at_first_too_long, str(ledger)).result(timeout=20) == "done"
 
 
+def test_a_worker_that_the_client_has_to_kill_itself_is_not_put_down_to_anybody_else(
+    ledger: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """W3, W5: the supervisor stands still, and finds a worker dead that it was not told to end."""
+    monkeypatch.setattr("fdpool._limits._OVERDUE_S", 0.1)
+    hangs = ledger.with_name("hangs")
+    with Pool(2) as pool:
+        late = pool.with_options(timeout=0.5, grace=0).submit(helpers.stuck, str(ledger))
+        ended = pool.submit(helpers.note_and_hang, str(hangs))
+        wait_until(lambda: len(pids(ledger)) == 1 and hangs.exists() and pids(hangs))
+        workers = [psutil.Process(pid) for pid in pool.worker_pids()]
+        [supervisor] = {worker.ppid() for worker in workers}
+        os.kill(supervisor, signal.SIGSTOP)
+        try:
+            assert ended.terminate(grace=0)
+            seconds_until_gone(workers)
+        finally:
+            os.kill(supervisor, signal.SIGCONT)
+        error = late.exception(timeout=20)
+        assert isinstance(error, TaskTimeout)
+        assert "by the pool" not in str(error)
+        with pytest.raises(CancelledError):
+            ended.result(timeout=20)
+        assert pool.submit(helpers.square, 3).result(timeout=20) == 9
+
+
 def test_a_next_attempt_is_not_overdue_while_its_worker_is_still_to_start(ledger: Path) -> None:
     """The slot's last worker has died of the same task, which it had begun long ago."""
     with Pool(1) as pool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import concurrent.futures as cf
 import os
 import signal
@@ -17,7 +18,9 @@ import psutil
 import pytest
 
 import fdpool
-from fdpool import Pool
+from fdpool import Pool, _messages, wire
+from fdpool._client import Phase
+from fdpool._trees import WORKER_MARK
 from tests.process_state import seconds_until_gone, wait_until
 
 from . import helpers
@@ -295,6 +298,88 @@ def test_what_a_task_has_forked_and_hidden_dies_with_the_supervisor(start_method
         orphan = psutil.Process(pool.submit(start_orphan).result(timeout=20))
         supervisor_of(pool).kill()
         assert seconds_until_gone([orphan]) < 5
+
+
+def start_orphan_and_die(path: str) -> None:
+    Path(path).write_text(str(start_orphan()))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def start_orphan_and_hang(path: str) -> None:
+    orphan = start_orphan()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGURG})
+    Path(path).write_text(str(orphan))
+    time.sleep(1000)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="found in /proc")
+@pytest.mark.parametrize("start_method", START_METHODS)
+def test_what_a_task_has_forked_and_hidden_dies_with_its_worker(start_method: Any, tmp_path: Path) -> None:
+    """P8: killed by anybody, or ended as it is to be terminated. Of others with such children nothing is touched."""
+    killed, ended, others = (tmp_path / name for name in ("killed", "ended", "others"))
+    with Pool(2, start_method=start_method) as pool:
+        try:
+            keeper = pool.submit(start_orphan_and_hang, str(others))
+            with pytest.raises(fdpool.WorkerLost):
+                pool.submit(start_orphan_and_die, str(killed)).result(timeout=20)
+            future = pool.submit(start_orphan_and_hang, str(ended))
+            wait_until(lambda: all(path.exists() and path.read_text() for path in (ended, others)))
+            future.terminate(grace=0)
+            cf.wait([future], timeout=20)
+            for pid in (int(killed.read_text()), int(ended.read_text())):
+                assert not psutil.pid_exists(pid) or seconds_until_gone([psutil.Process(pid)]) < 5
+            assert psutil.Process(int(others.read_text())).is_running()
+            assert keeper.running()
+        finally:
+            pool.kill_workers()
+
+
+def fifo(path: Path) -> str:
+    os.mkfifo(path)
+    return str(path)
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_what_another_process_of_the_same_number_has_left_is_not_touched() -> None:
+    """M40 for marks: a supervisor's pid may have been another's, whose workers' programs are still there."""
+    with Pool(1) as pool:
+        started = pool.submit(start_two).result(timeout=20)
+        supervisor = supervisor_of(pool)
+        marks = [f"{supervisor.pid}.0.1", f"{supervisor.pid}.{16 * '0'}.0.1"]
+        others = [
+            subprocess.Popen(["sleep", "1000"], env={**os.environ, WORKER_MARK: mark}) for mark in marks
+        ]
+        try:
+            tree = supervisor.children(recursive=True)
+            assert {process.pid for process in tree} >= set(started)
+            supervisor.kill()
+            assert seconds_until_gone(tree) < 5
+            wait_until(lambda: pool.stats().supervisor_restarts == 1)
+            assert [other.poll() for other in others] == [None, None]
+        finally:
+            for other in others:
+                other.kill()
+                other.wait()
+
+
+def wait_and_register(gate: str, mark: str) -> None:
+    atexit.register(Path(mark).touch)
+    helpers.wait_at(gate)
+
+
+def test_a_worker_whose_inbox_is_full_is_told_to_leave_when_there_is_room(tmp_path: Path) -> None:
+    """T9: and so leaves by itself, in place of being killed five seconds later."""
+    gate, mark = fifo(tmp_path / "gate"), tmp_path / "left"
+    pool = Pool(1, initializer=wait_and_register, initargs=(gate, str(mark)))
+    with pool:
+        assert pool.submit(helpers.nothing).cancel()
+        inbox = pool._client.links[0].mine
+        while wire.try_send(inbox, (_messages.pack_header(_messages.FORGET),)):
+            continue
+        pool.shutdown(wait=False)
+        wait_until(lambda: pool._client.phase is Phase.LEAVING)
+        os.close(os.open(gate, os.O_WRONLY))
+    assert mark.exists()
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")

@@ -18,7 +18,7 @@ from fdpool import Pool
 from tests.contract import helpers
 from tests.process_state import seconds_until_gone, wait_until
 
-from . import points
+from . import points, reaping_by_others
 
 
 @contextmanager
@@ -49,6 +49,31 @@ def pool_whose_supervisor_stops_at(
     ran = Counter(ledger.read_text().split())
     assert set(ran.values()) <= {1}, "a task ran twice"
     assert len(ran) >= sum(future.exception() is None for future in futures)
+
+
+def test_a_death_is_seen_where_somebody_else_reaps_the_supervisors_children(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """S13."""
+    monkeypatch.setenv(reaping_by_others.VARIABLE, "library")
+    with Pool(1, preload=["tests.crash.reaping_by_others"]) as pool:
+        with pytest.raises(fdpool.WorkerLost, match="nobody knows how|status"):
+            pool.submit(os._exit, 3).result(20)
+        assert pool.submit(helpers.square, 3).result(20) == 9
+
+
+def test_a_worker_that_the_kernel_has_reaped_is_found_dead_when_it_is_to_be_ended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """S13: SIGCHLD is ignored, so nothing else tells. The supervisor outlives it."""
+    monkeypatch.setenv(reaping_by_others.VARIABLE, "kernel")
+    monkeypatch.setattr("fdpool._client._LEAVE_S", 0.2)  # that the last worker is dead is not seen sooner
+    with Pool(1, preload=["tests.crash.reaping_by_others"]) as pool:
+        late = pool.with_options(timeout=0.2, grace=0).submit(os._exit, 3)
+        assert isinstance(late.exception(20), fdpool.TaskTimeout)
+        assert pool.submit(helpers.square, 3).result(20) == 9
+        assert pool.stats().supervisor_restarts == 0
+        pool.kill_workers()
 
 
 @pytest.mark.parametrize("name", points.SUPERVISOR)
