@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -33,6 +35,22 @@ def as_other_uid() -> int:
     if os.getuid() != 0:
         pytest.skip("only root can become another user")
     return 65534
+
+
+@pytest.fixture
+def heeding_the_terminal() -> Iterator[None]:
+    """What is started meanwhile heeds a terminal's signals, also where this run of the tests does not: what a shell
+    without job control starts in the background ignores SIGINT and SIGQUIT (POSIX, Shell 2.11), under nohup SIGHUP, and
+    so does all that descends from it."""
+    heeded = {
+        signal.SIGINT: signal.default_int_handler,
+        signal.SIGQUIT: signal.SIG_DFL,
+        signal.SIGHUP: signal.SIG_DFL,
+    }
+    before = {number: signal.signal(number, handler) for number, handler in heeded.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -444,6 +444,7 @@ def test_the_bar_fits_into_a_narrow_terminal() -> None:
     assert max(len(line) for line in seen.replace("\x1b[K", "").split("\r")) < 20
 
 
+@pytest.mark.usefixtures("heeding_the_terminal")
 @pytest.mark.parametrize("twice", [False, True])
 def test_ctrl_c_stops_everything_at_once(twice: bool) -> None:
     write_files(50)
@@ -467,6 +468,30 @@ def test_ctrl_c_stops_everything_at_once(twice: bool) -> None:
         assert program.stderr.read() == b""
     assert not any(process.is_running() for process in tree)
     assert took_s < 0.5
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_what_it_was_started_with_ignored_it_ignores(number: signal.Signals) -> None:
+    """As POSIX's tools do: a script's `&` has them ignore SIGINT, and nohup SIGHUP."""
+    write_files(2)
+    script = ': >"$1.begun"; until test -e go; do sleep 0.05; done; echo done'
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        program = subprocess.Popen(
+            [*COMMAND, "run", "-j", "2", "sh", "-c", script, "sh", "{}", ":::", *sorted(os.listdir())],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+    finally:
+        signal.signal(number, before)
+    with program:
+        wait_until(lambda: Path("0000.txt.begun").exists() and Path("0001.txt.begun").exists())
+        for _ in range(2):
+            os.killpg(program.pid, number)
+        Path("go").touch()
+        output, errors = program.communicate(timeout=20)
+    assert (output, errors, program.returncode) == (b"done\ndone\n", b"", 0)
 
 
 def test_killed_it_leaves_nothing() -> None:

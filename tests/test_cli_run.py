@@ -278,6 +278,7 @@ def test_another_program_on_the_same_file_is_another_job() -> None:
     assert run("--joblog", "log", "--resume", "wc", "-c", ":::", "0000.txt").stdout == b"21\n"
 
 
+@pytest.mark.usefixtures("heeding_the_terminal")
 def test_after_ctrl_c_resume_does_what_was_not_done() -> None:
     write_files(3)
     script = "case $1 in 0001*) test -e go || { : >begun; exec sleep 98765.8; };; esac; cat"
@@ -303,6 +304,7 @@ def test_after_ctrl_c_resume_does_what_was_not_done() -> None:
     ]
 
 
+@pytest.mark.usefixtures("heeding_the_terminal")
 def test_a_job_whose_file_is_in_place_is_logged_also_if_what_it_said_waits_for_its_turn() -> None:
     write_files(2)
     script = "case $1 in 0000*) exec sleep 98766.4;; esac; echo said >&2"
@@ -629,6 +631,7 @@ def test_hundreds_of_outputs_need_few_descriptors() -> None:
     ]
 
 
+@pytest.mark.usefixtures("heeding_the_terminal")
 @pytest.mark.parametrize("without", ["", "tmpfile"])
 def test_ctrl_c_leaves_no_half_file_and_no_process(without: str) -> None:
     names = write_files(8)

@@ -236,6 +236,7 @@ def test_submitting_while_the_interpreter_exits_is_refused() -> None:
     assert (done.stderr, done.returncode) == ("", 0)
 
 
+@pytest.mark.usefixtures("heeding_the_terminal")
 @pytest.mark.parametrize("block", [True, False])
 def test_ctrl_c_ends_everything_at_once_with_one_traceback(block: bool, tmp_path: Path) -> None:
     source = f"""

@@ -458,6 +458,7 @@ def test_without_a_server_the_client_says_so_and_exits_with_125(pool: Pool) -> N
     assert b"cannot be reached" in err
 
 
+@pytest.mark.usefixtures("heeding_the_terminal")
 @pytest.mark.parametrize(
     "number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1]
 )
@@ -474,6 +475,7 @@ def test_signals_are_passed_on_and_the_client_dies_of_what_killed_the_command(
         assert outcome(program)[0] == -number
 
 
+@pytest.mark.usefixtures("heeding_the_terminal")
 def test_a_command_that_handles_a_signal_goes_on(pool: Pool) -> None:
     with serving(pool) as server:
         script = (

@@ -183,6 +183,7 @@ def test_shutdown_finishes_what_was_cut(ledger: Path) -> None:
     assert ran(ledger) == list(range(100))
 
 
+@pytest.mark.usefixtures("heeding_the_terminal")
 def test_ctrl_c_in_a_worker_fails_one_item(pool: Pool) -> None:
     [first] = [pool.submit(os.getpid).result()]
     results = pool.map(helpers.interrupt_me_at, range(64), [20] * 64)
