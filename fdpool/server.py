@@ -7,7 +7,6 @@ It is a client of `Pool`, and nothing here forks, reaps or kills: each server wo
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import threading
 import time
@@ -345,10 +344,14 @@ class Server:
         self.stop(0.0 if kind is not None and issubclass(kind, KeyboardInterrupt) else None)
 
     async def __aenter__(self) -> Server:
+        import asyncio  # whoever comes here has it; the process of `run` need not, nor the 5 MiB
+
         await asyncio.get_running_loop().run_in_executor(None, self.start)
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        import asyncio
+
         grace = 0.0 if kind is not None and not issubclass(kind, Exception) else None
         await asyncio.get_running_loop().run_in_executor(None, partial(self.stop, grace))
 

@@ -11,6 +11,7 @@ a client may be sending on one right now. WebSockets are closed at once with cod
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures.thread  # noqa: F401 - the loop's executor: the same
 import contextlib
 import importlib
 import logging
@@ -27,7 +28,14 @@ from .doors import Door, Listening
 
 # uvicorn imports these, and what they stand for (httptools, websockets, uvloop), as it first needs them: in each worker
 # again, unless this module was imported in the supervisor.
-for _name in ("lifespan.on", "loops.auto", "protocols.http.auto", "protocols.websockets.auto"):
+for _name in (
+    "lifespan.on",
+    "loops.auto",
+    "loops.asyncio",
+    "loops.uvloop",
+    "protocols.http.auto",
+    "protocols.websockets.auto",
+):
     with contextlib.suppress(ImportError):
         importlib.import_module(f"uvicorn.{_name}")
 

@@ -11,6 +11,7 @@ in memory that the server sees (`_server.progress`).
 from __future__ import annotations
 
 import importlib
+import json  # noqa: F401 - of what is told the server: here, and so in the supervisor, not in each worker (1.2 MiB)
 import logging
 import os
 import select

@@ -6,6 +6,7 @@ meanwhile, and telling how far requests are. What speaks HTTP, buffers slow clie
 
 from __future__ import annotations
 
+import encodings.idna  # noqa: F401 - getaddrinfo(3) of waitress's default address: so each worker need not (0.6 MiB)
 import logging
 import socket
 import threading

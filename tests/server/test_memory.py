@@ -1,13 +1,21 @@
-"""A worker that takes more memory than there is (W3)."""
+"""The memory of servers: a worker that takes more than there is (W3), and what workers load for themselves."""
 
 from __future__ import annotations
 
+import http.client
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
+import pytest
+
+from fdpool import Pool, Server
+from fdpool._server import checks
 from tests.memory_group import memory_group
-from tests.server.helpers import read_all
+from tests.server.helpers import ANY_PORT, port_of, read_all
 from tests.server.programs import ask_port, port_in, program
 
 
@@ -41,3 +49,54 @@ def test_a_worker_that_the_kernel_kills_for_memory_is_named_and_the_server_goes_
         successor = server.expect("worker_ready")["worker_pid"]
         assert successor != exited["worker_pid"]
         assert ask_port(port) not in (exited["worker_pid"], os.getpid())
+
+
+TELLING = """
+import sys
+
+def loaded():
+    return ",".join(sorted(sys.modules)).encode()
+
+def wsgi(environ, start_response):
+    start_response("200 OK", [("Content-Length", str(len(loaded())))])
+    return [loaded()]
+
+async def asgi(scope, receive, send):
+    if scope["type"] == "lifespan":
+        await receive()
+        await send({"type": "lifespan.startup.complete"})
+        await receive()
+        await send({"type": "lifespan.shutdown.complete"})
+        return
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": loaded()})
+"""
+
+
+def modules_here() -> set[str]:
+    return set(sys.modules)
+
+
+@pytest.mark.parametrize("kind", ["wsgi", "asgi"])
+def test_a_worker_loads_nothing_but_the_application(
+    kind: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What each worker loads for itself is memory of each: it is to be in the supervisor when workers are forked."""
+    (tmp_path / "telling.py").write_text(TELLING)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with Pool(1, preload=checks.modules_to_serve(kind)) as pool:
+        forked = pool.submit(modules_here).result()
+    with Server(f"telling:{kind}", ANY_PORT, workers=1, interface=kind) as server:
+        client = http.client.HTTPConnection("127.0.0.1", port_of(server), timeout=20)
+        client.request("GET", "/")
+        loaded = set(client.getresponse().read().decode().split(","))
+        client.close()
+    assert loaded - forked == {"telling"}
+
+
+def test_the_process_of_a_server_loads_no_event_loop() -> None:
+    code = "import sys, fdpool._serve.command\nprint(*({'asyncio', 'ssl', 'uvicorn', 'waitress'} & set(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout == "\n"
