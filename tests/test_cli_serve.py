@@ -426,6 +426,26 @@ def test_a_check_finds_everything_that_is_wrong(app_dir: Path) -> None:
     assert "cannot listen on fd:99: it is not open" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("def make():\n    raise RuntimeError('no database')", "RuntimeError: no database"),
+        ("import sys\nsys.exit('no settings')", "it exited: no settings"),
+        ("import os\nos._exit(9)", "it exited with code 9"),
+    ],
+)
+def test_a_check_tells_a_failure_as_the_server_would(source: str, reason: str, app_dir: Path) -> None:
+    """S4: from where the application begins, and not as the loss of a task."""
+    (app_dir / "failing.py").write_text(source)
+    done = run("--check", "--app-dir", str(app_dir), "-b", "127.0.0.1:0", "failing:make()")
+    assert done.returncode == 1
+    lines = done.stderr.splitlines()
+    assert lines[0] == f"fdpool serve: cannot load failing:make(): {reason}"
+    frames = [line for line in lines if line.startswith("  File ")]
+    assert all(line.startswith(f'  File "{app_dir}/failing.py", line 2') for line in frames)
+    assert len(frames) == (0 if "_exit" in source else 1)
+
+
 def test_a_check_beside_the_server_that_runs_is_no_failure(app_dir: Path) -> None:
     """The address is in use then, by what is to be reloaded."""
     with serve(app_dir) as server:

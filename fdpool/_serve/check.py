@@ -12,7 +12,8 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 
 from .. import _bind
 from .._cpus import usable_cpus
-from .._server import apps
+from .._server import apps, failures
+from .._server.link import end_by
 from ..errors import BindFailed
 from ..pool import Pool
 from ..server import Server
@@ -38,15 +39,17 @@ def _application(options: Options) -> Iterable[str]:
     with Pool(1, preload=options.preload) as pool:
         loading = pool.submit(interface_of_target, options.target, options.interface)
         try:
-            interface = loading.result(limit_s)
+            interface, why = loading.result(limit_s)
         except FutureTimeoutError:
             pool.kill_workers()
             yield f"{options.target} is not loaded within {limit_s:g} s (--boot-timeout)"
             return
-        except Exception as error:
-            cause = f"\n{str(error.__cause__).strip()}" if error.__cause__ is not None else ""
-            yield f"cannot load {options.target}: {type(error).__name__}: {error}{cause}"
-            return
+        except Exception as error:  # what is to be preloaded, or the worker's death
+            end = end_by(error)
+            interface, why = "", f"{end.why}\n{end.traceback}".rstrip()
+    if why:
+        yield f"cannot load {options.target}: {why}"
+        return
     try:
         Server(options.target, interface=interface, dispatch=options.dispatch)  # type: ignore[arg-type]
     except (ValueError, TypeError, ImportError) as error:
@@ -55,10 +58,13 @@ def _application(options: Options) -> Iterable[str]:
     print(f"{options.target} loads, and is served as {interface}")
 
 
-def interface_of_target(target: str, interface: str | None) -> str:
-    """Runs in: a worker of the check's pool."""
-    app = apps.load(target)
-    return interface or apps.interface_of(app)
+def interface_of_target(target: str, interface: str | None) -> tuple[str, str]:
+    """Runs in: a worker of the check's pool. Which kind it is, and why it cannot be loaded ("" if it can)."""
+    try:
+        app = apps.load(target)
+        return interface or apps.interface_of(app), ""
+    except (Exception, SystemExit) as error:
+        return "", f"{failures.why(error)}\n{failures.formatted(error)}".rstrip()
 
 
 def _listeners(options: Options) -> Iterable[str]:

@@ -194,8 +194,11 @@ def end_of(done: Future[str]) -> End:
     if done.cancelled():
         return End("it was not started any more")
     error = done.exception()
-    if error is None:
-        return End(in_one_line(done.result()))
+    return End(in_one_line(done.result())) if error is None else end_by(error)
+
+
+def end_by(error: BaseException) -> End:
+    """How a worker has ended whose task has failed so."""
     if isinstance(error, WorkerLost):
         # Its own text is about a task, and who runs a server has never heard of one.
         how = (

@@ -10,7 +10,6 @@ in memory that the server sees (`_server.progress`).
 
 from __future__ import annotations
 
-import importlib
 import json  # noqa: F401 - of what is told the server: here, and so in the supervisor, not in each worker (1.2 MiB)
 import logging
 import os
@@ -19,7 +18,6 @@ import signal
 import socket
 import threading
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,13 +25,11 @@ from .. import _forensics, _platform, payload
 from .._links import Waker
 from ..fds import Fd
 from ..sockets import StreamSocket
-from . import apps, doors
+from . import apps, doors, failures
 from .context import Face, Order, ServerWorker, become
 from .logs import reopen_logs
 from .progress import STACKS_AT, Progress
 
-_MOST_TRACEBACK = 32 * 1024
-_PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
 _EXIT_S = 5.0  # how long threads and exit handlers may keep a worker that has served
 _LOG = logging.getLogger("fdpool.server")
 
@@ -86,15 +82,17 @@ def _boot_and_serve(
         worker.max_requests = order.max_requests
         listening.serves(face, interface)
     except BaseException as error:
-        _tell(stream, {"say": "failed", "why": _why(error), "traceback": _formatted(error)})
+        _tell(stream, {"say": "failed", "why": failures.why(error), "traceback": failures.formatted(error)})
         if isinstance(error, Exception):
-            return f"it could not be booted: {_why(error)}"
+            return f"it could not be booted: {failures.why(error)}"
         raise
     try:
         face.serve(worker.ready)
     except BaseException as error:
         if not worker.is_ready:
-            _tell(stream, {"say": "failed", "why": _why(error), "traceback": _formatted(error)})
+            _tell(
+                stream, {"say": "failed", "why": failures.why(error), "traceback": failures.formatted(error)}
+            )
         if not (worker.draining and isinstance(error, SystemExit) and not error.code):
             raise
     finally:
@@ -237,33 +235,6 @@ def _write_stacks_to(page_fd: int) -> None:
     fd = os.dup(page_fd)  # kept open for good, for the handler
     os.lseek(fd, STACKS_AT, os.SEEK_SET)
     _forensics.write_stacks_to(fd)
-
-
-def _why(error: BaseException) -> str:
-    if isinstance(error, SystemExit):
-        # sys.exit("text") is how a program says why, and it exits with 1 then.
-        return (
-            f"it exited: {error.code}"
-            if isinstance(error.code, str)
-            else f"it exited with code {error.code!r}"
-        )
-    text = str(error)
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
-
-
-def _formatted(error: BaseException) -> str:
-    """Its traceback from the first frame on that is the application's; "" if it is not from there."""
-    place = error.__traceback__
-    while place is not None and _is_way_there(place.tb_frame.f_code.co_filename):
-        place = place.tb_next
-    if place is None and not isinstance(error, SyntaxError) and error.__cause__ is None:
-        return ""  # the reason says it all
-    return "".join(traceback.format_exception(type(error), error, place))[-_MOST_TRACEBACK:]
-
-
-def _is_way_there(filename: str) -> bool:
-    """True of the frames that a traceback has before those of the application: ours, and the import system's."""
-    return filename.startswith(("<frozen importlib", _PACKAGE)) or filename == importlib.__file__
 
 
 def _exit_at_last() -> None:
