@@ -25,6 +25,7 @@ from .test_wire import (
     SO_PASSRIGHTS,
     Alarm,
     FakeSocket,
+    await_alarm,
     files,
     linux_only,
     no_free_descriptors,
@@ -508,8 +509,7 @@ def test_a_raising_handler_cannot_tear_or_double_a_frame_that_is_being_sent(pair
                 signal.setitimer(signal.ITIMER_REAL, 0.00005 + number % 7 * 0.00005)
                 pair[0].send_bytes(number.to_bytes(2, "little") * (size // 2))
                 certain.append((number, size))
-                while True:  # the alarm is still to come
-                    pass
+                await_alarm()
             except Alarm:
                 pass
     pair[0].send_bytes(b"last")
