@@ -63,11 +63,11 @@ def test_a_deadline_ends_the_whole_tree_and_keeps_what_was_written(
     pids = tmp_path / "pids"
     before = {process.pid for process in psutil.Process().children(recursive=True)}
     begun = time.monotonic()
-    future = pool.run(script(pids, escape, "wait; sleep 1000"), timeout=0.3, grace=0.2, capture_output=True)
+    future = pool.run(script(pids, escape, "wait; sleep 1000"), timeout=1.0, grace=0.2, capture_output=True)
     with pytest.raises(subprocess.TimeoutExpired) as caught:
         future.result()
     # The sleepers hold the pipes as well: that does not hold us.
-    assert time.monotonic() - begun < 3
+    assert time.monotonic() - begun < 10
     assert caught.value.output == b"begun\n"
     assert isinstance(caught.value, CommandTimedOut)
     assert caught.value.completed.timed_out
