@@ -7,7 +7,7 @@ How a task travels, and who may wait where:
     answers   who waits      `_receiver` takes answers, posts what they mean, and settles futures with the lock
               or the pump    free, as loading a result is user code.
     the rest  the pump       `_pump` waits for deaths and deadlines, and calls back, which is user code, too.
-    the end   the pump       in phases, each entered when the one before has nothing left to do.
+    the end   the pump       `_lifetime`: in phases, each entered when the one before has nothing left to do.
 """
 
 from __future__ import annotations
@@ -17,29 +17,27 @@ import os
 import signal
 import time
 from collections.abc import Callable, Sequence
-from enum import Enum
 from typing import Any, TypeVar
 
 from . import _budget, _dispatch, _messages, _process, _spill, wire
 from ._answers import task_lost
 from ._board import Board
-from ._broken import PoolBroken, describe_status
+from ._broken import PoolBroken
 from ._control import ControlLink
-from ._critical import Critical, block_in_main, mask_now, put_back
+from ._critical import Critical, block_in_main, put_back
 from ._dispatch import Action, Dispatcher, Where
 from ._inboxes import RETRY_S, Inboxes
+from ._lifetime import Lifetime, Phase
 from ._limits import Limits
-from ._links import Exit, SlotLink
+from ._links import SlotLink
 from ._news import News
 from ._options import TaskOptions
 from ._pump import Pump
 from ._receiver import Receiver
-from ._signals import Mask
 from ._slots import State
 from ._staffing import Staff, Staffing
 from ._supervision import Setup, Supervision
 from ._tasks import ChunkFuture, CutShort, TaskFuture
-from .errors import ForkedPool, PoolShutDown
 from .payload import Payload
 from .stats import PoolStats, PoolWorkerStats
 
@@ -55,23 +53,9 @@ _LARGEST_IN_BATCH = 1024
 # What kills from outside; a process's own faults have other signals.
 _OUTSIDE = (signal.SIGKILL, signal.SIGTERM)
 _REPORT_S = 1.0  # how long the report of a worker's start may come after its first answer
-_LEAVE_S = 5.0  # how long a dismissed worker may take for its exit handlers and threads
-_QUIT_S = 10.0  # how long the supervisor may take to clear up
 _NEVER = -1_000_000
 _MOST_REFUSALS = 20  # with a second between two
 _ROOM_S = 10.0  # how long who submits waits for a task to let go of descriptors
-
-
-class Phase(Enum):
-    """Where in its life a pool is; it only ever moves down this list."""
-
-    NEW = "new"  # nothing started yet
-    SERVING = "serving"
-    DRAINING = "draining"  # shut down: finishes what was submitted
-    LEAVING = "leaving"  # no task is left; the workers go
-    QUITTING = "quitting"  # no worker is left; the supervisor goes
-    OVER = "over"
-    FORKED = "forked"  # this is a copy, in a forked child of the pool's process
 
 
 class Client:
@@ -85,11 +69,9 @@ class Client:
     """
 
     def __init__(self, max_workers: int, processors: int, setup: Setup, staff: Staff) -> None:
-        self._max_workers = max_workers
+        self.max_workers = max_workers
+        self.life = Lifetime(self)
         self.supervision = Supervision(self, setup)
-        self.phase = Phase.NEW
-        self.phase_ends = 0.0  # when LEAVING or QUITTING has taken its time
-        self.last_death = ""
         self.tasks: dict[int, TaskFuture[Any]] = {}  # everything submitted and not settled
         self.links: dict[int, SlotLink] = {}
         self.board: Board | None = None
@@ -113,33 +95,22 @@ class Client:
         self.lost_workers = 0
         self.retried = 0
         self.newest = 0  # task
-        self.critical = Critical(self._handle, self.torn)
+        self.critical = Critical(self._handle, self.life.torn)
         self.new_id = itertools.count(1).__next__
-        self._broken: PoolBroken | None = None
         # Tokens of shared objects that are closed, and that tasks still to come may open again.
         self._forgotten: set[bytes] = set()
-        self._torn_by: BaseException | None = None
-        self.dropping = False  # what has not begun is cancelled
-        self._grace_s: float | None = (
-            None  # SIGTERM to SIGKILL, once the workers are to be ended, not dismissed
-        )
-        self._pump: Pump | None = None
+        self.pump: Pump | None = None  # once it serves
         self._performers: dict[type, Callable[[Any], Sequence[Action]]] = {
             _dispatch.SendTasks: self.inboxes.send,
             _dispatch.StartWorker: self._start_worker,
             _dispatch.TakeBack: self._take_back,
             _dispatch.LoseTask: self._lose_task,
             _dispatch.DismissWorker: self._dismiss_worker,
-            _dispatch.BreakPool: self._break_for_boots,
+            _dispatch.BreakPool: self._break_pool,
         }
-        _process.register(self)
+        _process.register(self.life)
 
     # -- for Pool and its futures ----------------------------------------------------------------------
-
-    @property
-    def is_over(self) -> bool:
-        """True once nothing of the pool is left."""
-        return self.phase is Phase.OVER
 
     @property
     def control(self) -> ControlLink | None:
@@ -147,15 +118,10 @@ class Client:
         return self.supervision.control
 
     @property
-    def runs_tasks(self) -> bool:
-        """True as long as what was submitted is run."""
-        return self.phase in (Phase.SERVING, Phase.DRAINING)
-
-    @property
     def receiver(self) -> Receiver:
         """Of a pool that serves."""
-        assert self._pump is not None
-        return self._pump.receiver
+        assert self.pump is not None
+        return self.pump.receiver
 
     def worker_pids(self) -> list[int]:
         """Of the workers that have been reported, and of those that have answered: their report is on its way."""
@@ -169,7 +135,7 @@ class Client:
 
     def stats(self) -> PoolStats:
         """What there is now; of a pool that is over, or was forked, what can be said."""
-        if self.phase in (Phase.OVER, Phase.FORKED) or self.critical.is_mine:
+        if self.life.phase in (Phase.OVER, Phase.FORKED) or self.critical.is_mine:
             return self._stats(())
         with self.critical:
             self.critical.handle_posted()
@@ -204,20 +170,6 @@ class Client:
             left=self.news.left,
         )
 
-    def check_usable(self) -> None:
-        """Raise what `submit` would, before any work is put into a payload."""
-        if self.phase is Phase.FORKED:
-            raise ForkedPool(
-                "this pool belongs to the process that made it, and this is a forked child of that: "
-                "make a new Pool here"
-            )
-        if self._broken is not None:
-            raise self.copy_of_broken()
-        if _process.exiting():
-            raise PoolShutDown("cannot schedule new futures after interpreter shutdown")
-        if self.phase not in (Phase.NEW, Phase.SERVING):
-            raise PoolShutDown("cannot schedule new futures after shutdown")
-
     def submit(self, call: Payload, label: str, future: TaskFuture[T]) -> TaskFuture[T]:
         """Take over the payload of a call; returns `future`, which is its own from now on.
 
@@ -239,24 +191,24 @@ class Client:
             or options is not None
             or type(future) is ChunkFuture
         )
-        if dispatcher.full and options is None and self.phase is Phase.SERVING:
+        if dispatcher.full and options is None and self.life.phase is Phase.SERVING:
             # Nothing to decide: it can only be queued, and whoever next gets the lock will do so. Looked at
             # again afterwards, as it may just have been too late for who had the lock.
             self.tasks[task] = future
             self.critical.leave((dispatcher.submitted, task, alone))
             if not dispatcher.full:
                 self.critical.drain()
-            if self.phase is not Phase.SERVING and self.withdraw(task):
-                self.check_usable()
+            if self.life.phase is not Phase.SERVING and self.withdraw(task):
+                self.life.check_usable()
             return future
         mask = block_in_main()  # a task that Ctrl-C left entered and not posted would never end
         try:
             # Entered first, checked second: who ends the pool sets the phase first and looks for tasks second,
             # so one of the two always sees the other.
             self.tasks[task] = future
-            if self.phase is not Phase.SERVING:
+            if self.life.phase is not Phase.SERVING:
                 try:
-                    self._begin_serving(mask)
+                    self.life.begin(mask)
                 except BaseException:
                     self.tasks.pop(task, None)
                     call.close()
@@ -278,7 +230,7 @@ class Client:
         holders = list(filter(_holds_descriptors, list(self.tasks.values())))
         if not holders:
             return False
-        pump = self._pump
+        pump = self.pump
         may_wait = pump is not None and not pump.is_current and not self.critical.is_mine
         deadline = time.monotonic() + (_ROOM_S if may_wait else 0.0)
         while all(map(_holds_descriptors, holders)):
@@ -290,7 +242,7 @@ class Client:
 
     def withdraw(self, task: int) -> bool:
         """Forget a task that no worker has begun, wherever it is; True if so, and then it will never run."""
-        if self.phase is Phase.FORKED or self.critical.is_mine:
+        if self.life.phase is Phase.FORKED or self.critical.is_mine:
             return False
         with self.critical:
             self.critical.handle_posted()
@@ -300,7 +252,7 @@ class Client:
         if record.call is not None:
             record.call.close()
             record.call = None
-        if self.phase is not Phase.SERVING:
+        if self.life.phase is not Phase.SERVING:
             self.wake()  # it may have been the last that the end waited for
         return True
 
@@ -310,7 +262,7 @@ class Client:
         if where is Where.INBOX:
             slot = self.dispatcher.slot_of(task)
             assert slot is not None
-            self._perform(self.inboxes.fetch(slot, task))
+            self.perform(self.inboxes.fetch(slot, task))
             return self.dispatcher.slot_of(task) != slot
         return where is Where.QUEUED
 
@@ -323,7 +275,7 @@ class Client:
 
         Again only for a shorter grace.
         """
-        if self.phase is Phase.FORKED or self.critical.is_mine:
+        if self.life.phase is Phase.FORKED or self.critical.is_mine:
             return
         with self.critical:
             self.critical.handle_posted()
@@ -339,7 +291,7 @@ class Client:
 
     def stop(self, task: int) -> bool:
         """Ask the worker that runs the task to stop it, which commands know how to do; False if none runs it."""
-        if self.phase is Phase.FORKED or self.critical.is_mine or self.board is None:
+        if self.life.phase is Phase.FORKED or self.critical.is_mine or self.board is None:
             return False
         with self.critical:
             self.critical.handle_posted()
@@ -352,7 +304,7 @@ class Client:
 
     def has_begun(self, task: int) -> bool:
         """True if a worker runs the task now, as far as can be known from here."""
-        if self.phase is Phase.FORKED or self.critical.is_mine:
+        if self.life.phase is Phase.FORKED or self.critical.is_mine:
             return False
         with self.critical:
             self.critical.handle_posted()
@@ -362,19 +314,19 @@ class Client:
 
     def wait_for(self, future: TaskFuture[Any], timeout: float | None) -> None:
         """Help to receive until `future` is settled or `timeout` seconds are over; may return early."""
-        pump = self._pump
-        if pump is None or self.phase is Phase.FORKED or self.critical.is_mine or pump.is_current:
+        pump = self.pump
+        if pump is None or self.life.phase is Phase.FORKED or self.critical.is_mine or pump.is_current:
             return
         pump.receiver.wait_for(future, timeout)
 
     def wake_waiter(self, future: TaskFuture[Any]) -> None:
         """`future` was settled by others than the pool: who receives for its sake shall see it."""
-        if self._pump is not None:
-            self._pump.receiver.wake(future)
+        if self.pump is not None:
+            self.pump.receiver.wake(future)
 
     def idle(self) -> None:
         """Every task is settled: the pump must know if the end waits for that."""
-        if self.phase is not Phase.SERVING:
+        if self.life.phase is not Phase.SERVING:
             self.wake()
         elif self._forgotten:  # a task that was still to come may have opened them again
             tokens, self._forgotten = self._forgotten, set()
@@ -388,7 +340,7 @@ class Client:
 
     def forget(self, token: bytes) -> None:
         """Tell the workers that no task takes a shared object any more. Never waits, for finalizers."""
-        if self.phase is Phase.SERVING:
+        if self.life.phase is Phase.SERVING:
             if self.tasks:
                 self._forgotten.add(token)
             self.critical.post(self._tell_to_forget, token)
@@ -402,63 +354,14 @@ class Client:
                 pass  # it will be pushed out by others, or go with the worker
         return ()
 
-    def let_go(self) -> None:
-        """The pool was dropped: finish what was submitted, and end. Never waits, as this is for a finalizer:
-        that may run anywhere, in the middle of this very client's decisions too."""
-        if self.phase is not Phase.FORKED:
-            self.critical.post(self._close_doors)
-
-    def _close_doors(self) -> Sequence[Action]:
-        """Event: no more tasks are taken."""
-        if self.phase is Phase.NEW:
-            self.release()
-        elif self.phase is Phase.SERVING:
-            self.phase = Phase.DRAINING
-        self.wake()
-        return ()
-
-    def shut_down(self, cancel: bool = False) -> None:
-        """Take no more tasks; finish (or, with `cancel`, drop) what has not begun. Does not wait."""
-        if self.phase is Phase.FORKED:
-            return
-        with self.critical:
-            self._close_doors()
-            self.dropping = self.dropping or cancel
-        if cancel:
-            # Newest first: what is queued goes before what lies in an inbox, or each place made there would
-            # be filled again from the queue.
-            for record in reversed(list(self.tasks.values())):
-                record.withdraw(running=False)  # what runs shall finish, a program too
-        self.wake()
-
-    def end(self, grace_s: float, reason: str) -> None:
-        """End every worker and what descends from it: SIGTERM, `grace_s` seconds, SIGKILL. Does not wait."""
-        self.shut_down(cancel=True)
-        self.critical.post(self.break_pool, PoolBroken(reason), grace_s)
-
-    @property
-    def may_wait(self) -> bool:
-        """True unless this thread is the pump, which runs callbacks: nothing would go on."""
-        return self._pump is None or not self._pump.is_current
-
-    def join(self) -> None:
-        """Wait until nothing of the pool is left; from a callback in the pump's own thread it returns at once."""
-        if self._pump is not None and self.phase is not Phase.FORKED:
-            self._pump.join()
-
-    def forget_in_child(self) -> None:
-        """Runs in: a forked child of the client, just after the fork. Close the copies, say nothing to anyone."""
-        self.phase = Phase.FORKED
-        self.close(abandoned=True)
-
     # -- performing: each action returns what follows from it. The caller holds the lock --------------------
 
     def _handle(self, event: Callable[..., Sequence[Action]], *arguments: Any) -> None:
         actions = event(*arguments)
         if actions:
-            self._perform(actions)
+            self.perform(actions)
 
-    def _perform(self, actions: Sequence[Action]) -> None:
+    def perform(self, actions: Sequence[Action]) -> None:
         while actions:
             follow: list[Action] = []
             for action in actions:
@@ -474,8 +377,8 @@ class Client:
             if link is None:
                 link = SlotLink(slot)
                 self.links[slot] = link
-                assert self._pump is not None
-                self._pump.watch(link)
+                assert self.pump is not None
+                self.pump.watch(link)
             link.starting = True
             assert self.board is not None
             self.board.clear(slot)
@@ -487,7 +390,7 @@ class Client:
             self._refusals += 1
             others = any(other.alive for other in self.links.values())
             if not others and (error.errno not in _budget.FULL or not 0 < self._refusals <= _MOST_REFUSALS):
-                return self.break_pool(PoolBroken(f"worker {slot} cannot be asked for: {error}"))
+                return self.life.break_pool(PoolBroken(f"worker {slot} cannot be asked for: {error}"))
             self.wake()  # the pump must learn when to try again
             return self.dispatcher.refused(slot, time.monotonic())
         return ()
@@ -517,7 +420,7 @@ class Client:
         """Have a lost task tried again, if it may be."""
         if record.call is None or record.options is None or not record.may_retry or record.done():
             return False
-        if record.cut_short is CutShort.TERMINATED or self.dropping or not self.runs_tasks:
+        if record.cut_short is CutShort.TERMINATED or self.life.dropping or not self.life.runs_tasks:
             return False
         self.retried += 1
         record.attempts = (*record.attempts, error)
@@ -543,11 +446,10 @@ class Client:
             self.limits.at(time.monotonic() + RETRY_S, self._tell_to_leave, slot, generation)
         return ()
 
-    def _break_for_boots(self, action: _dispatch.BreakPool) -> Sequence[Action]:
-        reason = (
-            f"{action.failures} workers in a row died before they were ready; the last one {self.last_death}"
-        )
-        return self.break_pool(PoolBroken(reason))
+    def _break_pool(self, action: _dispatch.BreakPool) -> Sequence[Action]:
+        how_many, last = action.failures, self.life.last_death
+        reason = f"{how_many} workers in a row died before they were ready; the last one {last}"
+        return self.life.break_pool(PoolBroken(reason))
 
     def _was_cut_short(self, slot: int) -> bool:
         return any(
@@ -577,71 +479,17 @@ class Client:
         unread = self.inboxes.received_not_begun(slot, unread) + unread
         return self.dispatcher.exited(slot, unread, time.monotonic(), killed)
 
-    def break_pool(self, error: PoolBroken, grace_s: float = 0.0) -> Sequence[Action]:
-        """Event: the pool is of no use any more. Fail every task, have the workers ended."""
-        if self.phase in (Phase.QUITTING, Phase.OVER, Phase.FORKED):
-            return ()
-        self._broken = self._broken or error
-        self._grace_s = grace_s
-        if self.phase is not Phase.LEAVING:
-            self.dispatcher.closed()
-            for task in list(self.tasks):
-                self.fail(task, self.copy_of_broken())
-        self.enter_leaving()
-        self.wake()
-        return ()
-
     def fail(self, task: int, error: BaseException) -> None:
         """Have the pump settle a task with an error, and close what the task still holds."""
         record = self.tasks.get(task)
-        if record is not None and self._pump is not None:
+        if record is not None and self.pump is not None:
             if record.call is not None:
                 record.call.close()
                 record.call = None
-            self._pump.receiver.settle_later(task, error)
+            self.pump.receiver.settle_later(task, error)
             self.wake()
 
     # -- beginning and end ---------------------------------------------------------------------------------
-
-    def _begin_serving(self, mask: Mask | None) -> None:
-        """Start what a first task needs: the supervisor, then the pump (a fork comes before any thread of ours).
-
-        `mask` is what signals this thread blocked before `submit`; None if they are blocked still.
-        """
-        self.check_usable()
-        with self.critical:
-            if self.phase is not Phase.NEW:
-                unusable = self.phase is not Phase.SERVING
-            else:
-                unusable = False
-                try:
-                    self._pump = Pump(self, mask_now() if mask is None else mask)
-                    self.board = Board(self._max_workers)
-                    self.supervision.start()
-                    self._pump.start()
-                    self.phase = Phase.SERVING
-                    self._perform(self.dispatcher.staffed())
-                except (OSError, RuntimeError) as error:
-                    self._broken = PoolBroken(f"the pool's supervisor could not be started: {error}")
-                    self._broken.__cause__ = error
-                    self.supervision.bury(0.0)
-                    self.release()
-                    self._pump = None  # a thread that has not started cannot be joined
-                    unusable = True
-        if unusable:
-            self.check_usable()
-
-    def enter_leaving(self) -> None:
-        """Dismiss the workers, or end them if the pool is broken; they have their time. Lock held."""
-        self.phase = Phase.LEAVING
-        if self._grace_s is None:
-            self.phase_ends = time.monotonic() + _LEAVE_S
-            self._perform(self.dispatcher.dismissed())
-            return
-        self.phase_ends = time.monotonic() + self._grace_s + _LEAVE_S
-        for slot, link in self.links.items():
-            if link.alive:
-                self.end_worker(slot, self._grace_s)
 
     def end_worker(self, slot: int, grace_s: float, stacks: bool = False) -> None:
         """Have the slot's worker ended, with all that descends from it; its `stacks` taken first. Lock held."""
@@ -653,89 +501,11 @@ class Client:
 
     def wanted_at(self) -> float | None:
         """When the pump is wanted next, whatever comes or not. Lock held."""
-        moments = [self.dispatcher.next_deadline()]
-        if self.phase in (Phase.LEAVING, Phase.QUITTING):
-            moments.append(self.phase_ends)
-        moments += (self.inboxes.looks_at, self.limits.next_look(), _spill.expires_at())
+        moments = [self.dispatcher.next_deadline(), self.life.overdue_at, self.inboxes.looks_at]
+        moments += (self.limits.next_look(), _spill.expires_at())
         if not self.supervision.flush():
             moments.append(time.monotonic() + RETRY_S)
         return min((moment for moment in moments if moment is not None), default=None)
-
-    def move_on(self) -> None:
-        """Runs in: the pump. Enter the next phase of the end if this one is done or has taken its time."""
-        if self.phase is Phase.SERVING:
-            return
-        with self.critical:
-            overdue = time.monotonic() >= self.phase_ends
-            if self.phase is Phase.DRAINING and not self.tasks:
-                self.enter_leaving()
-                overdue = False
-            if self.phase is Phase.LEAVING and not any(link.alive for link in self.links.values()):
-                self.phase, self.phase_ends = Phase.QUITTING, time.monotonic() + _QUIT_S
-                self.tell(_messages.Quit())
-            elif self.phase is Phase.LEAVING and overdue:
-                if self._grace_s == 0.0:  # the supervisor does not do as it was told (it is stopped, say)
-                    self.kill_all()
-                    self.bury(0.0)
-                else:
-                    self._grace_s = 0.0
-                    self.enter_leaving()
-            elif self.phase is Phase.QUITTING and overdue:
-                self.bury(0.0)
-
-    def supervisor_gone(self) -> bool:
-        """Runs in: the pump. The control link has ended: as it should, or the workers are killed from here.
-
-        Returns True if the pool goes on, with a new supervisor. Tasks that ran are lost; all others are not touched.
-        """
-        news = ""
-        with self.critical:
-            if self.phase is not Phase.QUITTING:
-                pid = 0 if self.control is None else self.control.pid
-                self.kill_all()
-                status = self.supervision.bury(_QUIT_S)
-                how = f"the pool's supervisor {describe_status(status)}"
-                if self._start_again(f"because {how}"):
-                    news = f"{how} (it was process {pid}); its workers have been killed, and a new one was started"
-                else:
-                    self.break_pool(PoolBroken(f"{how}; its workers have been killed"))
-        if news:
-            import logging
-
-            logging.getLogger("fdpool").warning(news)
-            return True
-        assert self._pump is not None
-        self._pump.settle()
-        with self.critical:
-            self.bury()
-        return False
-
-    def _start_again(self, hint: str) -> bool:
-        """Replace the supervisor, and settle what its workers were running. Lock held."""
-        if not self.supervision.replace(wanted=self.runs_tasks):
-            return False
-        assert self._pump is not None
-        self._pump.watch_control()
-        for link in [link for link in self.links.values() if link.lost or link.starting]:
-            self._pump.worker_gone(link.slot, Exit(link.last_exit.pid, signal.SIGKILL, hint=hint))
-        return True
-
-    def kill_all(self) -> None:
-        """SIGKILL every worker and its tree, without the supervisor. Lock held."""
-        for link in self.links.values():
-            link.kill()
-
-    def bury(self, limit_s: float = _QUIT_S) -> None:
-        """Wait for the supervisor, which is going or is killed after `limit_s`, and close everything. Lock held."""
-        self.supervision.bury(limit_s)
-        self.release()
-
-    def release(self) -> None:
-        """The pool is over: close what this object owns; the pump does so itself, with the lock free. Lock held."""
-        self.phase = Phase.OVER
-        _process.unregister(self)
-        if self._pump is None or not self._pump.is_current:
-            self.close()
 
     def close(self, abandoned: bool = False) -> None:
         """Close everything. Safe to call again.
@@ -743,8 +513,8 @@ class Client:
         Args:
             abandoned: this is a forked child of the client, without its threads.
         """
-        if self._pump is not None:
-            self._pump.close(abandoned)
+        if self.pump is not None:
+            self.pump.close(abandoned)
             _spill.expire()
         for owned in (*self.links.values(), self.supervision, self.board):
             if owned is not None:
@@ -760,33 +530,8 @@ class Client:
 
     def wake(self) -> None:
         """Make the pump look again; from any thread."""
-        if self._pump is not None:
-            self._pump.wake()
-
-    def torn(self, error: BaseException) -> None:
-        """Something was raised in the middle of a decision: what the dispatcher believes may be wrong now.
-
-        The pump breaks the pool, as no signal handler runs there: this may be interrupted, too.
-        """
-        self._torn_by = error
-        self.wake()
-
-    def mend(self) -> None:
-        """Runs in: the pump. Break the pool if a decision was torn."""
-        error = self._torn_by
-        if error is not None:
-            self._torn_by = None
-            broken = PoolBroken(f"interrupted in the middle of a decision by {type(error).__name__}: {error}")
-            broken.__cause__ = error
-            with self.critical:
-                self.break_pool(broken)
-
-    def copy_of_broken(self) -> PoolBroken:
-        """A new instance each time: futures that share one would pile their tracebacks onto it."""
-        assert self._broken is not None
-        error = PoolBroken(*self._broken.args)
-        error.__cause__ = self._broken.__cause__
-        return error
+        if self.pump is not None:
+            self.pump.wake()
 
 
 def _holds_descriptors(record: TaskFuture[Any]) -> bool:

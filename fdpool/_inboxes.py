@@ -341,10 +341,10 @@ class Inboxes:
             record = self._tasks.get(task)
             if record is None:
                 continue  # cancelled
-            if self._client.dropping or (type(record) is ChunkFuture and record.abandoned):
+            if self._client.life.dropping or (type(record) is ChunkFuture and record.abandoned):
                 self._client.fail(task, CancelledError())
-            elif not self._client.runs_tasks:
-                self._client.fail(task, self._client.copy_of_broken())
+            elif not self._client.life.runs_tasks:
+                self._client.fail(task, self._client.life.copy_of_broken())
             elif record.call is None:
                 self._client.fail(
                     task, PoolBroken("no descriptor is left for the rest of a map's items (RLIMIT_NOFILE)")

@@ -120,7 +120,7 @@ class Pump:
         # A signal that the main thread blocks must not find its way through this one instead.
         block_signals()
         try:
-            while not self._client.is_over:
+            while not self._client.life.is_over:
                 self._turn()
         except Exception as error:
             self._crash(error)
@@ -151,9 +151,9 @@ class Pump:
             client.critical.post(client.limits.look)
         _spill.expire(time.monotonic())
         client.critical.drain()
-        client.mend()
+        client.life.mend()
         self.settle()
-        client.move_on()
+        client.life.move_on()
 
     def _timeout_s(self) -> float | None:
         """How long nothing needs to be done unless something comes."""
@@ -176,12 +176,12 @@ class Pump:
         broken = PoolBroken(f"a defect in fdpool's pump: {type(error).__name__}: {error}")
         broken.__cause__ = error
         with client.critical:
-            client.break_pool(broken)
+            client.life.break_pool(broken)
             if client.control is not None:
                 client.control.socket.close()
         self.settle()
         with client.critical:
-            client.bury()
+            client.life.bury()
 
     # -- futures -------------------------------------------------------------------------------------------
 
@@ -215,7 +215,7 @@ class Pump:
         except EOFError as ended:
             ended.__traceback__ = None  # the link keeps it, and it would keep this thread's frames
             self._selector.unregister(control.socket)
-            return self._client.supervisor_gone()
+            return self._client.life.supervisor_gone()
         return True
 
     def _take_report(self, report: _messages.ToClient, numbers: list[int]) -> None:
@@ -223,16 +223,16 @@ class Pump:
         if isinstance(report, _messages.WorkerStarted):
             client.links[report.slot].began(report.pid, numbers)
         elif isinstance(report, _messages.WorkerExited):
-            client.last_death = describe_status(report.status)
+            client.life.last_death = describe_status(report.status)
             self.worker_gone(report.slot, Exit(report.pid, report.status, report.stacks, report.hint))
         elif isinstance(report, _messages.StartFailed):
-            client.last_death = f"could not be started: {report.reason}"
+            client.life.last_death = f"could not be started: {report.reason}"
             self.worker_gone(report.slot, Exit(0, None))
         else:
             reason = f"module {report.module!r} of preload= cannot be imported: {report.reason}"
             broken = PoolBroken(reason)
             broken.__cause__ = RemoteTraceback(report.traceback)
-            client.critical.post(client.break_pool, broken)
+            client.critical.post(client.life.break_pool, broken)
 
     def worker_gone(self, slot: int, death: Exit) -> None:
         """Settle a dead worker's slot: first every answer that it sent, then what it left unread, then the loss."""

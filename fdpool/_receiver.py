@@ -169,7 +169,7 @@ class Receiver:
                 if not self._kept:
                     self._outer.modify(self._inner, 0)
                 try:
-                    while future._state in UNDONE and not client.is_over:
+                    while future._state in UNDONE and not client.life.is_over:
                         events = look(poll)
                         if not events:
                             events = self._block(deadline, mask)
@@ -194,7 +194,7 @@ class Receiver:
             self.settle()
         except BaseException as error:
             # A signal that another of the program's threads got in the main thread's place: an answer may be lost.
-            self._client.torn(error)
+            self._client.life.torn(error)
             raise
 
     def _give_back(self, began: float) -> None:
@@ -325,7 +325,7 @@ class Receiver:
             cause = payload.loads_failure(received.data[HEADER_BYTES:], received.fds, header.spilled)
             broken = PoolBroken(f"the pool's initializer failed: {type(cause).__name__}: {cause}")
             broken.__cause__ = cause
-            client.critical.post_blocked(client.break_pool, broken)
+            client.critical.post_blocked(client.life.break_pool, broken)
         elif header.kind == _messages.ANSWERS:
             close_all(received.fds)
             self._take_answers(slot, received.data, HEADER_BYTES, header.task / 1e9, header.waited)

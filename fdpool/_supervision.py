@@ -122,7 +122,7 @@ class Supervision:
     def may_lend(self, likeness: _lending.Likeness) -> bool:
         """From any thread. True if a fork of this one is as good as a fresh one would be."""
         control = self.control
-        if control is None or not self._client.runs_tasks:
+        if control is None or not self._client.life.runs_tasks:
             return False
         return control.was_heard and control.likeness == likeness and _lending.is_as_confined(control.pid)
 

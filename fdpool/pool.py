@@ -166,7 +166,7 @@ class Pool(Executor):
         setup = Setup(fork, tuple(preload), boot, inherited, recycling, log_level)
         self._client = Client(max_workers, processors, setup, Staff(min_workers, idle_timeout, max_age))
         # A pool that is dropped without shutdown finishes what it was given, as ProcessPoolExecutor does.
-        weakref.finalize(self, self._client.let_go).atexit = False
+        weakref.finalize(self, self._client.life.let_go).atexit = False
 
     @property
     def max_workers(self) -> int:
@@ -234,7 +234,7 @@ class Pool(Executor):
 
     def _check_open(self) -> None:
         """Raise what `submit` does of a pool that takes no tasks."""
-        self._client.check_usable()
+        self._client.life.check_usable()
 
     def with_options(
         self,
@@ -291,7 +291,7 @@ class Pool(Executor):
             DescriptorRefused: it holds a descriptor; those travel in tasks only.
             OSError: no memory, or no descriptor, is left.
         """
-        self._client.check_usable()
+        self._client.life.check_usable()
         call = payload.dumps(obj, spill_bytes=0)
         assert call.fds is not None
         if call.carries_fds or call.lent:
@@ -381,7 +381,7 @@ class Pool(Executor):
                 continue
             if chunk.spilled:  # the next is to fit into a message
                 size = -(-size // 4)
-            self._client.check_usable()
+            self._client.life.check_usable()
             future = ChunkFuture(0, len(part))
             self._client.submit(chunk, label, future)
             yield future
@@ -607,25 +607,25 @@ class Pool(Executor):
 
         Safe to call again, and from any thread. In a forked child it does nothing.
         """
-        self._client.shut_down(cancel_futures)
+        self._client.life.shut_down(cancel_futures)
         if wait:
-            self._client.join()
+            self._client.life.join()
 
     def terminate_workers(self) -> None:
         """Send SIGTERM to every worker and all that descends from it, SIGKILL after a second; shut down.
 
         Tasks not begun are cancelled, those that run fail with `PoolBroken`. Does not wait; `shutdown()` does.
         """
-        self._client.end(1.0, "the pool was ended by terminate_workers()")
+        self._client.life.end(1.0, "the pool was ended by terminate_workers()")
 
     def kill_workers(self) -> None:
         """As `terminate_workers`, with SIGKILL at once."""
-        self._client.end(0.0, "the pool was ended by kill_workers()")
+        self._client.life.end(0.0, "the pool was ended by kill_workers()")
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Shut down and wait; but if Ctrl-C ended the block, kill the workers rather than wait for them."""
         if kind is not None and issubclass(kind, KeyboardInterrupt):
-            self._client.end(0.0, "the pool's block was interrupted")
+            self._client.life.end(0.0, "the pool's block was interrupted")
         self.shutdown(wait=True)
 
 
@@ -665,7 +665,7 @@ class _View(Pool):
         if cancel_futures:
             for future in reversed(mine):
                 future.withdraw(running=False)  # a program that runs shall finish
-        if wait and self._client.may_wait:
+        if wait and self._client.life.may_wait:
             futures.wait(mine)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

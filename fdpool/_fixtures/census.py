@@ -288,6 +288,7 @@ def _describe_thread(thread: threading.Thread) -> str:
 
 
 def _describe_pool(pool: object) -> str:
-    pids = [link.pid for link in getattr(pool, "links", {}).values() if link.pid is not None]
+    links = getattr(getattr(pool, "client", None), "links", {})
+    pids = [link.pid for link in links.values() if link.pid is not None]
     workers = f"with the workers {', '.join(map(str, pids))}" if pids else "without workers"
     return f"of fdpool {workers}: shut it down, or use it in a `with` block"

@@ -33,7 +33,7 @@ class Holdings(NamedTuple):
 
 
 def live_pools() -> set[Any]:
-    """The clients of the pools that are not over yet, in no order."""
+    """The lifetimes of the pools, and the servers, that are not over yet; in no order."""
     # A weak set may lose members while it is read, but never breaks over that.
     return {owner for owner in _process._owners if not getattr(owner, "is_over", False)}
 

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from .._client import Phase
+from .._lifetime import Phase
 from ..pool import Pool
 from . import census, coverage
 from .holdings import MEMORY
@@ -88,7 +88,7 @@ class SharedPool:
         """Look at every worker after a test, replace those that are not as they were; what there was to mend."""
         pool = self._pool
         assert pool is not None
-        if pool._client.phase is not Phase.SERVING or pool._client._broken is not None:
+        if pool._client.life.phase is not Phase.SERVING or pool._client.life.is_broken:
             self.close()
             return ["it was shut down or broken; it belongs to all tests: take worker_pool for that"]
         found = self._end_running(pool)

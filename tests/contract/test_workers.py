@@ -19,7 +19,7 @@ import pytest
 
 import fdpool
 from fdpool import Pool, _messages, wire
-from fdpool._client import Phase
+from fdpool._lifetime import Phase
 from fdpool._trees import WORKER_MARK
 from tests.process_state import seconds_until_gone, wait_until
 
@@ -377,7 +377,7 @@ def test_a_worker_whose_inbox_is_full_is_told_to_leave_when_there_is_room(tmp_pa
         while wire.try_send(inbox, (_messages.pack_header(_messages.FORGET),)):
             continue
         pool.shutdown(wait=False)
-        wait_until(lambda: pool._client.phase is Phase.LEAVING)
+        wait_until(lambda: pool._client.life.phase is Phase.LEAVING)
         os.close(os.open(gate, os.O_WRONLY))
     assert mark.exists()
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import fdpool
-from fdpool import _client
+from fdpool import _lifetime
 from tests.process_state import wait_until
 
 _STORM = """
@@ -108,8 +108,8 @@ def test_a_pool_that_is_collected_in_the_middle_of_its_own_decision_ends() -> No
             gc.collect()
     finally:
         gc.enable()
-    wait_until(lambda: client.is_over)
-    client.join()
+    wait_until(lambda: client.life.is_over)
+    client.life.join()
 
 
 def test_a_callback_that_exits_does_not_stop_the_pool(caplog: pytest.LogCaptureFixture) -> None:
@@ -144,7 +144,7 @@ def test_signals_that_the_program_has_blocked_stay_blocked() -> None:
 
 
 def test_a_supervisor_that_does_nothing_any_more_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_client, "_LEAVE_S", 0.2)
+    monkeypatch.setattr(_lifetime, "_LEAVE_S", 0.2)
     pool = fdpool.Pool(1)
     assert pool.submit(abs, -1).result() == 1
     assert pool._client.control is not None

@@ -67,7 +67,7 @@ def test_a_worker_that_the_kernel_has_reaped_is_found_dead_when_it_is_to_be_ende
 ) -> None:
     """S13: SIGCHLD is ignored, so nothing else tells. The supervisor outlives it."""
     monkeypatch.setenv(reaping_by_others.VARIABLE, "kernel")
-    monkeypatch.setattr("fdpool._client._LEAVE_S", 0.2)  # that the last worker is dead is not seen sooner
+    monkeypatch.setattr("fdpool._lifetime._LEAVE_S", 0.2)  # that the last worker is dead is not seen sooner
     with Pool(1, preload=["tests.crash.reaping_by_others"]) as pool:
         late = pool.with_options(timeout=0.2, grace=0).submit(os._exit, 3)
         assert isinstance(late.exception(20), fdpool.TaskTimeout)
