@@ -98,6 +98,7 @@ class Loop:
         self._next_reload_at = 0.0
         self._reloads: dict[int, Future[int]] = {}
         self._over = False
+        self._settled = False  # the plan has nothing more to do before its time comes, or something happens
         self.is_running = True
         self._stopping = False
         self._wanted = plan.wanted
@@ -215,7 +216,10 @@ class Loop:
                 now = time.monotonic()
                 for finding in self._watch.look(list(self.crew.links.values()), now):
                     self._heed(finding, now)
-                self._perform(self._plan.tick(now))
+                if not self._settled or self._is_due(now):
+                    actions = self._plan.tick(now)
+                    self._perform(actions)
+                    self._settled = not actions
         except BaseException as error:
             self.exit_code = FAILED
             self._failure = f"the server's loop failed: {type(error).__name__}: {error}"
@@ -226,6 +230,10 @@ class Loop:
             for future in list(self._asked):
                 _fail(future, "the server has ended")
             self._on_event("ended")
+
+    def _is_due(self, now: float) -> bool:
+        due = self._plan.next_deadline()
+        return due is not None and due <= now
 
     def _wanted_at(self) -> float | None:
         moments = (self._plan.next_deadline(), self._watch.next_look)
@@ -241,6 +249,7 @@ class Loop:
             self.crew.show(number, why)
 
     def _perform(self, actions: Sequence[Action]) -> None:
+        self._settled = False
         for action in actions:
             self._performers[type(action)](action)
 

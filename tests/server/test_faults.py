@@ -168,6 +168,19 @@ def test_a_worker_that_was_stopped_is_handed_connections_again_if_nobody_else_is
         assert ask(server)[0] == first
 
 
+def test_handing_a_connection_over_is_no_occasion_to_look_at_every_worker(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is to be done is worked out when something has happened to the plan, or its time has come."""
+    with Server(echo_pid, ANY_PORT, workers=2, dispatch="handoff") as server:
+        plan = server._loop._plan  # type: ignore[union-attr]
+        ticks: list[float] = []
+        tick = plan.tick
+        monkeypatch.setattr(plan, "tick", lambda now: [ticks.append(now), tick(now)][1])
+        assert len({ask(server)[0] for _ in range(50)}) == 2
+        assert len(ticks) < 10
+
+
 @pytest.mark.parametrize("dispatch", ["shared", "handoff"])
 def test_a_handler_that_fails_costs_its_connection_only(
     dispatch: Any, capfd: pytest.CaptureFixture[str]
