@@ -23,6 +23,12 @@ def read_all(file: Any) -> Any:
     return file.read()
 
 
+def read_and_close(file: Any, count: int) -> bytes:
+    with file:
+        data: bytes = file.read(count)
+    return data
+
+
 def die(how: int) -> None:
     """End this worker by a signal (positive) or exit code (zero or negative)."""
     if how > 0:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import resource
+import select
 import socket
 import subprocess
 import sys
@@ -292,6 +293,21 @@ def test_arrays_arrive_without_a_copy_writable_and_private(pool: Pool) -> None:
     assert theirs[1:].sum() == 0.0
     theirs[1] = 1.0  # writable here, too
     assert not theirs.flags.owndata
+
+
+def test_no_epoll_goes_on_reporting_what_was_handed_over_once_the_task_has_closed_it(pool: Pool) -> None:
+    """H11, M27: it would if anybody still held a copy."""
+    read, write = os.pipe()
+    with select.epoll() as epoll, open(write, "wb", buffering=0) as end:
+        with open(read, "rb", buffering=0) as file:
+            epoll.register(file, select.EPOLLIN)
+            end.write(b"x")
+            assert epoll.poll(0) == [(read, select.EPOLLIN)]
+            future = pool.submit(helpers.read_and_close, file, 1)
+        assert future.result(timeout=20) == b"x"
+        assert epoll.poll(0) == []
+        with pytest.raises(BrokenPipeError):
+            end.write(b"x")
 
 
 def test_a_pipe_end_handed_to_a_task_is_held_by_nobody_else(pool: Pool) -> None:

@@ -256,12 +256,17 @@ def test_a_worker_that_is_too_old_is_replaced_and_no_task_is_lost() -> None:
         assert pool.stats().recycled >= 2
 
 
-@pytest.mark.parametrize("tasks", [1, 7])
-def test_no_task_is_lost_while_workers_are_replaced_under_load(tasks: int) -> None:
+@pytest.mark.parametrize(
+    "replaced",
+    [{"max_tasks_per_child": 1}, {"max_tasks_per_child": 7}, {"max_age": 0.05}, {"max_memory": 1}],
+    ids=["each task", "each 7", "age", "size"],
+)
+def test_no_task_is_lost_while_workers_are_replaced_under_load(replaced: dict[str, Any]) -> None:
     """P15."""
-    with Pool(2, max_tasks_per_child=tasks) as pool:
-        futures = [pool.submit(helpers.square, n) for n in range(60)]
-        assert [future.result(timeout=60) for future in futures] == [n * n for n in range(60)]
+    with Pool(2, **replaced) as pool:
+        futures = [pool.submit(helpers.wait_and_tell, n, 0.01) for n in range(60)]
+        assert [future.result(timeout=60) for future in futures] == list(range(60))
+        wait_until(lambda: pool.stats().recycled > 2)
 
 
 def leave_endless_thread() -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import concurrent.futures as cf
+import logging
 import os
 import signal
 import subprocess
@@ -26,6 +27,11 @@ from tests.process_state import seconds_until_gone, wait_until
 from . import helpers
 
 START_METHODS = ["forkserver", "fork"]
+
+
+def runs_a_task(pool: Pool) -> bool:
+    """Its code has begun; that a future says so may be as its worker has the task in hand."""
+    return any(worker.running for worker in pool.stats().workers)
 
 
 def supervisor_of(pool: Pool) -> psutil.Process:
@@ -62,6 +68,30 @@ def test_a_dead_worker_fails_only_the_task_it_was_running(how: int, expected: st
     assert error.slot == 0
     assert error.pid > 0
     assert (error.signal, error.exit_code) == ((how, None) if how > 0 else (None, -how))
+
+
+@pytest.mark.parametrize("running", [True, False], ids=["running", "idle"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGQUIT", "SIGHUP", "SIGUSR1", "SIGALRM", "SIGPIPE"])
+def test_a_worker_dies_of_any_signal_that_is_not_ignored_and_its_task_alone_with_it(
+    name: str, running: bool
+) -> None:
+    """W1. Python ignores SIGPIPE."""
+    number, ignored = signal.Signals[name], name == "SIGPIPE"
+    with Pool(1) as pool:
+        pid = pool.submit(os.getpid).result(timeout=20)
+        future = pool.submit(time.sleep, 0.2 if ignored else 1000) if running else None
+        wait_until(lambda: future is None or runs_a_task(pool))
+        behind = [pool.submit(helpers.square, n) for n in range(5)] if running else []
+        worker = psutil.Process(pid)
+        os.kill(pid, number)
+        if not ignored:
+            assert seconds_until_gone([worker]) < 5
+        if future is not None:
+            error = future.exception(timeout=20)
+            assert getattr(error, "signal", None) == (None if ignored else number)
+            assert ignored or (isinstance(error, fdpool.WorkerLost) and name in str(error))
+        assert [each.result(timeout=20) for each in behind] == [n * n for n in range(len(behind))]
+        assert (pool.submit(os.getpid).result(timeout=20) == pid) is ignored
 
 
 def test_a_worker_killed_while_idle_is_noticed_by_nobody() -> None:
@@ -161,6 +191,34 @@ def test_preloaded_modules_are_there_when_a_worker_starts() -> None:
 
 
 inherited = {"value": 0}
+
+
+def log_and_look() -> tuple[int, list[str]]:
+    logging.getLogger("fdpool.test").warning("a record")
+    supervisor = psutil.Process(os.getppid())
+    return supervisor.num_threads(), [thread.name for thread in threading.enumerate()]
+
+
+def test_by_default_nothing_is_forked_beside_threads_nor_with_a_lock_that_one_holds() -> None:
+    """W6, M43: a lock that another thread holds would stay taken in a fork of this process."""
+    let_go, held = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with logging._lock:  # type: ignore[attr-defined]
+            held.set()
+            let_go.wait(60)
+
+    pool = Pool(2)  # which may import, and so log, here
+    with pool:
+        holder = threading.Thread(target=hold)
+        holder.start()
+        held.wait(20)
+        try:
+            found = [pool.submit(log_and_look).result(timeout=20) for _ in range(2)]
+        finally:
+            let_go.set()
+            holder.join()
+    assert found == [(1, ["MainThread"])] * 2
 
 
 def test_start_method_fork_inherits_memory_and_the_default_does_not() -> None:
@@ -442,10 +500,12 @@ def test_what_a_killed_worker_had_started_is_killed_too() -> None:
 def test_recovery_from_a_killed_worker_takes_no_noticeable_time() -> None:
     with Pool(1) as pool:
         pool.submit(helpers.square, 1).result()
-        dying = pool.submit(helpers.die, signal.SIGKILL)
-        with pytest.raises(fdpool.WorkerLost):
-            dying.result()
+        silent = pool.submit(time.sleep, 1000)
+        wait_until(lambda: runs_a_task(pool))
         begun = time.monotonic()
+        os.kill(pool.worker_pids()[0], signal.SIGKILL)
+        with pytest.raises(fdpool.WorkerLost):
+            silent.result(timeout=20)
         assert pool.submit(helpers.square, 3).result() == 9
         assert time.monotonic() - begun < 1.0
 
