@@ -87,6 +87,8 @@ def fork_supervisor(main: Callable[[], NoReturn]) -> int:
     if pid == 0:
 
         def child() -> None:
+            for number in _RESET:  # also what C code has set, of which Python does not know
+                _signals.set_handler(number, _signals.DEFAULT)
             _reset_stdin()
             main()
 

@@ -10,6 +10,8 @@ import textwrap
 import time
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -154,6 +156,40 @@ def test_a_program_that_adopts_orphans_reaps_the_supervisor_that_one_of_its_pool
         assert borrowed.ppid() == os.getpid()
         second.shutdown()
         assert not psutil.Process().children(), psutil.Process().children()
+        open(sys.argv[1], "w").write("done")
+        """
+    assert run_program(source, tmp_path) == "done"
+
+
+@pytest.mark.parametrize("start_method", ["forkserver", "fork"])
+def test_what_a_program_ignores_or_blocks_its_workers_and_their_programs_do_not(
+    start_method: str, tmp_path: Path
+) -> None:
+    """W2: by signal.signal, and by C code that Python knows nothing of. Those that Python ignores, workers do."""
+    source = f"""
+        import ctypes, signal, sys, fdpool
+
+        def own(status):
+            return [line for line in status.splitlines() if line.startswith(("SigBlk", "SigIgn"))]
+
+        def look():
+            return own(open("/proc/self/status").read())
+
+        ignore = ctypes.CDLL(None).signal
+        ignore.argtypes, ignore.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
+        for number in (signal.SIGCHLD, signal.SIGHUP, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+        for number in (signal.SIGUSR1, signal.SIGQUIT):
+            ignore(number, 1)
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2, signal.SIGALRM, signal.SIGTERM])
+        with fdpool.Pool(1, start_method={start_method!r}) as pool:
+            worker = pool.submit(look).result(30)
+            done = pool.run(["cat", "/proc/self/status"], capture_output=True).result(30)
+        internal = 0b11 << 31  # the C library's own two
+        python = 1 << signal.SIGPIPE - 1 | 1 << signal.SIGXFSZ - 1
+        for lines, ignored in ((worker, python), (own(done.stdout.decode()), 0)):
+            masks = [int(line.split()[1], 16) & ~internal for line in lines]
+            assert masks == [0, ignored], (lines, ignored)
         open(sys.argv[1], "w").write("done")
         """
     assert run_program(source, tmp_path) == "done"
