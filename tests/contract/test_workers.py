@@ -420,24 +420,28 @@ def test_what_another_process_of_the_same_number_has_left_is_not_touched() -> No
                 other.wait()
 
 
-def wait_and_register(gate: str, mark: str) -> None:
-    atexit.register(Path(mark).touch)
-    helpers.wait_at(gate)
+def begin_and_wait(folder: str) -> None:
+    atexit.register(Path(folder, "left").touch)
+    Path(folder, "begun").touch()
+    helpers.wait_at(f"{folder}/gate")
 
 
-def test_a_worker_whose_inbox_is_full_is_told_to_leave_when_there_is_room(tmp_path: Path) -> None:
-    """T9: and so leaves by itself, in place of being killed five seconds later."""
-    gate, mark = fifo(tmp_path / "gate"), tmp_path / "left"
-    pool = Pool(1, initializer=wait_and_register, initargs=(gate, str(mark)))
-    with pool:
+def test_a_worker_whose_inbox_is_full_is_told_to_leave_when_there_is_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """T9: and so leaves by itself, in place of being killed when it has had its time."""
+    monkeypatch.setattr("fdpool._lifetime._LEAVE_S", 20.0)
+    gate = fifo(tmp_path / "gate")
+    with Pool(1, initializer=begin_and_wait, initargs=(str(tmp_path),)) as pool:
         assert pool.submit(helpers.nothing).cancel()
+        wait_until((tmp_path / "begun").exists, 20)
         inbox = pool._client.links[0].mine
         while wire.try_send(inbox, (_messages.pack_header(_messages.FORGET),)):
             continue
         pool.shutdown(wait=False)
         wait_until(lambda: pool._client.life.phase is Phase.LEAVING)
         os.close(os.open(gate, os.O_WRONLY))
-    assert mark.exists()
+    assert (tmp_path / "left").exists()
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
