@@ -82,6 +82,7 @@ def test_a_worker_loads_nothing_but_the_application(
     kind: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What each worker loads for itself is memory of each: it is to be in the supervisor when workers are forked."""
+    pytest.importorskip({"wsgi": "waitress", "asgi": "uvicorn"}[kind])
     (tmp_path / "telling.py").write_text(TELLING)
     monkeypatch.syspath_prepend(str(tmp_path))
     with Pool(1, preload=checks.modules_to_serve(kind)) as pool:
