@@ -213,20 +213,24 @@ class Pool(Executor):
         future: TaskFuture[T],
     ) -> TaskFuture[T]:
         """Pickle a call and hand it on; `label` is what errors call it."""
-        self._check_open()
-        try:
-            call = payload.dumps_call(fn, args, kwargs)
-            if call.fds is not None and near_limit(call.fds.numbers):
-                self._make_room(call, label)
-        except NotPicklable as error:
-            future.set_exception(error)
-            return future
-        except OSError as error:
-            if error.errno not in FULL or isinstance(error, FdpoolError):
-                raise
-            if not self._client.wait_for_descriptors(label):
-                raise exhausted(label, 0, 0.0) from error
-            return self._submit(fn, args, kwargs, label, future)
+        tasks_hold_some = True
+        while True:
+            self._check_open()
+            try:
+                call = payload.dumps_call(fn, args, kwargs)
+                if call.fds is not None and near_limit(call.fds.numbers):
+                    self._make_room(call, label)
+                break
+            except NotPicklable as error:
+                future.set_exception(error)
+                return future
+            except OSError as error:
+                if error.errno not in FULL or isinstance(error, FdpoolError):
+                    raise
+                if not tasks_hold_some:
+                    raise exhausted(label, 0, 0.0) from error
+                # If none does now, the last may have let go just after that: so once more.
+                tasks_hold_some = self._client.wait_for_descriptors(label)
         if self._options is not None:
             future.options, future.grace_s = self._options, self._options.grace
             label = self._options.name or label

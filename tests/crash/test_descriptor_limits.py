@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import resource
@@ -90,6 +91,25 @@ def test_who_submits_more_descriptors_than_there_is_room_for_waits(little_room: 
         assert [future.result(timeout=60) for future in futures] == [5] * 300
         with open(os.devnull):
             pass  # there is room for the rest of the program
+
+
+def test_descriptors_that_were_let_go_just_after_none_was_left_are_found(
+    little_room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with fdpool.Pool(1) as pool, open(os.devnull) as null:
+        pool.submit(len, "").result()
+        held = []
+
+        def look_too_late(label: str) -> bool:
+            while held:
+                os.close(held.pop())
+            return False
+
+        monkeypatch.setattr(pool._client, "wait_for_descriptors", look_too_late)
+        with contextlib.suppress(OSError):
+            while True:
+                held.append(os.dup(null.fileno()))
+        assert pool.submit(count_descriptors, [fdpool.Fd(null)] * 5).result(timeout=20) == 5
 
 
 def test_a_queue_full_of_descriptors_that_does_not_move_is_an_error_that_names_the_limit(
