@@ -80,8 +80,8 @@ class SharedPool:
         """The pool, fit for use."""
         if self._pool is None:
             self._pool = self._make()
-            pid = self._pool.submit(os.getpid).result()
-            self._clean = profile(pid)
+            self._clean = profile(self._pool.submit(os.getpid).result())
+            self._see(profile(self._pool.submit(os.getpid).result()))
         return self._pool
 
     def audit(self) -> list[str]:
@@ -119,8 +119,15 @@ class SharedPool:
             time.sleep(0.005)
         return changed
 
+    def _see(self, now: Profile | None) -> None:
+        """What is not there now is none of what each worker has: it was tidying up when it was looked at first."""
+        if self._clean is not None and now is not None:
+            self._clean = self._clean._replace(descriptors=self._clean.descriptors & now.descriptors)
+
     def _changed_now(self, pid: int) -> list[str]:
-        clean, now = self._clean, profile(pid)
+        now = profile(pid)
+        self._see(now)
+        clean = self._clean
         if clean is None or now is None:
             return []
         extra = now.descriptors - clean.descriptors

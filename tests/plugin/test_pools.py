@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from subprocess import PIPE
 
 import psutil
@@ -83,6 +84,21 @@ def test_a_worker_that_is_left_changed_is_replaced_and_named(task, text: str) ->
         assert shared.begin() is pool
         assert pool.submit(os.getpid).result() != pid
         assert shared.audit() == []
+    finally:
+        shared.close()
+
+
+def test_a_worker_that_was_tidying_up_when_it_was_looked_at_first_hides_nothing_later() -> None:
+    shared = SharedPool(lambda: fdpool.Pool(1))
+    try:
+        pool = shared.begin()
+        clean = shared._clean
+        assert clean is not None
+        shared._clean = clean._replace(descriptors=clean.descriptors + Counter([os.devnull]))
+        assert shared.audit() == []
+        pool.submit(_leave_file).result()
+        (found,) = shared.audit()
+        assert found.endswith("left with 1 more open: /dev/null")
     finally:
         shared.close()
 
