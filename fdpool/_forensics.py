@@ -29,6 +29,8 @@ def write_stacks_to(fd: int) -> None:
 
     The last call counts. `fd` is kept: it must stay open.
     """
+    # A fork of a program that has it on would take it to be on here; but handlers are reset in a fork (`_spawn`).
+    faulthandler.disable()
     faulthandler.enable(fd)
     if ASK_SIGNAL is not None:
         faulthandler.register(ASK_SIGNAL, fd, all_threads=True, chain=False)

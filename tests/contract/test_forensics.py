@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -86,6 +87,20 @@ def test_a_fault_in_a_thread_shows_all_threads() -> None:
         pool.submit(with_a_thread).result(timeout=20)
     assert "in wait_for_ever" in caught.value.stacks
     assert "in read_nowhere" in caught.value.stacks
+
+
+def test_a_fault_in_a_fork_of_a_program_that_has_faulthandler_on_has_its_stacks() -> None:
+    source = """
+import ctypes, fdpool
+def read_nowhere():
+    ctypes.string_at(0)
+with fdpool.Pool(1, start_method="fork") as pool:
+    print(pool.submit(read_nowhere).exception(20).stacks)
+"""
+    program = [sys.executable, "-X", "faulthandler", "-c", source]
+    done = subprocess.run(program, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert "in read_nowhere" in done.stdout
+    assert done.stderr == ""
 
 
 def group(folder: Path, line: str, file: str) -> tuple[str, Path]:
