@@ -489,7 +489,7 @@ class Client:
             self.pump.receiver.settle_later(task, error)
             self.wake()
 
-    # -- beginning and end ---------------------------------------------------------------------------------
+    # -- what its parts ask for ----------------------------------------------------------------------------
 
     def end_worker(self, slot: int, grace_s: float, stacks: bool = False) -> None:
         """Have the slot's worker ended, with all that descends from it; its `stacks` taken first. Lock held."""
@@ -520,8 +520,6 @@ class Client:
             if owned is not None:
                 owned.close()
         self.links.clear()
-
-    # -- small things ----------------------------------------------------------------------------------------
 
     def tell(self, message: _messages.ToSupervisor, numbers: Sequence[int] = ()) -> None:
         """Send a control message; the pump sends what cannot go at once. Lock held."""
