@@ -286,13 +286,13 @@ class Dispatcher:
         return self._relieve() if self._given_to else NOTHING
 
     def inbox_full(self, slot: SlotNumber, tasks: Sequence[TaskId], until: float) -> Sequence[Action]:
-        """The kernel would not take the tasks: they are first in the queue again, and the slot gets no other
+        """The kernel would not take the tasks: they are first in the queue again, for others, and the slot gets none
         until one of its tasks ends; or, if it has none and others fill the kernel, until the time `until`."""
         seat = self._seats[slot]
         self._requeue(seat, tasks)
         seat.held_until = 0.0 if seat.given else until
         self._place(seat)
-        return NOTHING
+        return self._assign()
 
     def withdraw(self, task: TaskId) -> Where:
         """Forget the task if it is queued; otherwise say where it is."""

@@ -266,6 +266,18 @@ def test_short_tasks_wake_no_more_workers_than_there_are_processors() -> None:
         assert len(used(dispatcher)) <= 2
 
 
+def test_what_a_full_inbox_does_not_take_goes_to_whoever_is_idle() -> None:
+    """Who takes no more is none of those that are enough."""
+    dispatcher = of_two_processors(6, 1e-6)
+    for task in range(1, 5):
+        dispatcher.submitted(task, alone=False)
+    busy, _ = used(dispatcher)
+    [*_, last] = dispatcher.given(busy)
+    [(other, task)] = sent(dispatcher.inbox_full(busy, [last], until=5.0))
+    assert task == last
+    assert other != busy
+
+
 def test_longer_tasks_and_such_as_go_alone_wake_whoever_is_idle() -> None:
     dispatcher = of_two_processors(6, 1e-3)
     for task in range(1, 7):
