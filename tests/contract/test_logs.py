@@ -147,7 +147,7 @@ def test_a_flood_of_records_ends_and_what_was_dropped_is_said(
     def flood() -> float:
         from fdpool import _logs
 
-        _logs._PATIENCE_S = 0.01
+        _logs._PATIENCE_S = 0.003
         began = time.monotonic()
         log_numbers("fdpool.test", 400)
         return time.monotonic() - began

@@ -194,9 +194,12 @@ def test_a_failed_import_is_logged_with_its_traceback(
 
 @pytest.mark.parametrize("preload", [False, True])
 def test_new_code_that_hangs_at_import_is_ended_at_the_boot_deadline_and_shows_where(
-    module: Path, preload: bool, caplog: pytest.LogCaptureFixture
+    module: Path, preload: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """S2, W6: also where it hangs in the supervisor, before any worker is there."""
+    monkeypatch.setattr(
+        "fdpool._lifetime._LEAVE_S", 1.0
+    )  # that the supervisor does nothing is not seen sooner
     hangs = "import pathlib, threading\npathlib.Path(__file__ + '.hangs').touch()\nthreading.Event().wait()"
     with records(caplog) as logged:
         with Server("served:app", ANY_PORT, workers=1, preload=preload) as server:
