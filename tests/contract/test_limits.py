@@ -305,9 +305,10 @@ def test_a_worker_that_the_client_has_to_kill_itself_is_not_put_down_to_anybody_
     monkeypatch.setattr("fdpool._limits._OVERDUE_S", 0.1)
     hangs = ledger.with_name("hangs")
     with Pool(2) as pool:
-        late = pool.with_options(timeout=0.5, grace=0).submit(helpers.stuck, str(ledger))
+        late = pool.with_options(timeout=1.5, grace=0).submit(helpers.stuck, str(ledger))
         ended = pool.submit(helpers.note_and_hang, str(hangs))
         wait_until(lambda: len(pids(ledger)) == 1 and hangs.exists() and pids(hangs))
+        wait_until(lambda: len(pool.worker_pids()) == 2)
         workers = [psutil.Process(pid) for pid in pool.worker_pids()]
         [supervisor] = {worker.ppid() for worker in workers}
         os.kill(supervisor, signal.SIGSTOP)
