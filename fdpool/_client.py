@@ -124,11 +124,12 @@ class Client:
         return self.pump.receiver
 
     def worker_pids(self) -> list[int]:
-        """Of the workers that have been reported, and of those that have answered: their report is on its way."""
+        """Of the workers that have been reported, and of those that work already: their report is on its way."""
         deadline = time.monotonic() + _REPORT_S
         links = list(self.links.values())
         while time.monotonic() < deadline and any(
-            link.starting and self.dispatcher.state(link.slot) is State.READY for link in links
+            link.starting and (self.dispatcher.state(link.slot) is State.READY or self.running(link.slot)[0])
+            for link in links
         ):
             time.sleep(0.001)
         return [pid for link in links if (pid := link.pid) is not None]

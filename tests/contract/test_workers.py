@@ -582,3 +582,28 @@ def test_a_preloaded_module_that_takes_the_signal_of_dead_children_leaves_the_su
         with pytest.raises(fdpool.WorkerLost):
             pool.submit(os._exit, 1).result(timeout=20)
         assert pool.submit(signal.getsignal, signal.SIGPIPE).result(timeout=20) is signal.SIG_IGN
+
+
+def test_a_worker_that_runs_a_task_is_among_the_pids_however_late_its_report_is_read(tmp_path: Path) -> None:
+    with Pool(2) as pool:
+        pool.submit(helpers.note_and_hang, str(tmp_path / "first"))
+        wait_until(pool.worker_pids)
+        held, release = threading.Event(), threading.Event()
+
+        def hold() -> None:
+            with (
+                pool._client.receiver.undisturbed
+            ):  # so the pump, which reads reports as well, comes no further
+                held.set()
+                release.wait(30)
+
+        holder = threading.Thread(target=hold)
+        holder.start()
+        held.wait(30)
+        second = tmp_path / "second"
+        pool.submit(helpers.note_and_hang, str(second))
+        wait_until(lambda: second.exists() and second.read_text())
+        threading.Timer(0.1, release.set).start()
+        assert int(second.read_text()) in pool.worker_pids()
+        holder.join()
+        pool.kill_workers()
