@@ -467,7 +467,7 @@ def test_ctrl_c_stops_everything_at_once(twice: bool) -> None:
         assert program.stderr is not None
         assert program.stderr.read() == b""
     assert not any(process.is_running() for process in tree)
-    assert took_s < 0.5
+    assert took_s < 2
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])

@@ -144,6 +144,13 @@ def note_or_fail(path: str, number: int) -> int:
     return number
 
 
+def note_fail_or_wait(path: str, gate: str, number: int) -> int:
+    """At 2000, wait until there is a file `gate`."""
+    while number == 2000 and not os.path.exists(gate):
+        time.sleep(0.001)
+    return note_or_fail(path, number)
+
+
 def note_or_die(path: str, number: int) -> int:
     if number == 150:
         os._exit(1)

@@ -81,7 +81,7 @@ def test_what_descends_from_a_task_ends_with_it(ledger: Path) -> None:
         subprocess.run(command, check=False, shell=True, start_new_session=True)
 
     with Pool(1) as pool:
-        future = pool.with_options(timeout=0.5, grace=0.1).submit(grandparent)
+        future = pool.with_options(timeout=1.5, grace=0.1).submit(grandparent)
         wait_until(lambda: pids(ledger))
         [process] = [psutil.Process(pid) for pid in pids(ledger)]
         assert isinstance(future.exception(timeout=20), TaskTimeout)

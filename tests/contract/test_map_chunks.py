@@ -210,12 +210,13 @@ def test_a_deadline_counts_from_the_call(pool: Pool) -> None:
 
 
 def test_an_error_ends_the_results_and_cancels_what_has_not_begun(tmp_path: Path) -> None:
-    noted = tmp_path / "noted"
+    noted, gate = tmp_path / "noted", tmp_path / "gate"
     noted.touch()
-    with Pool(2) as pool:
-        results = pool.map(partial(helpers.note_or_fail, str(noted)), range(5000))
+    with Pool(1) as pool:
+        results = pool.map(partial(helpers.note_fail_or_wait, str(noted), str(gate)), range(5000))
         assert list(itertools.islice(results, 7)) == list(range(7))
         with pytest.raises(ValueError, match="7"):
             next(results)
         assert list(results) == []
+        gate.touch()
     assert len(noted.read_text().split()) < 5000

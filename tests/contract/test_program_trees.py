@@ -81,7 +81,7 @@ def test_a_deadline_ends_the_whole_tree_and_keeps_what_was_written(
 def test_a_program_may_use_its_grace_to_finish(pool: Pool) -> None:
     code = "trap 'echo bye; exit 3' TERM; echo begun; while :; do sleep 0.01; done"
     with pytest.raises(CommandTimedOut) as caught:
-        pool.run(code, timeout=0.3, grace=20, capture_output=True, text=True).result()
+        pool.run(code, timeout=1.0, grace=20, capture_output=True, text=True).result()
     assert caught.value.output == "begun\nbye\n"
     assert caught.value.completed.returncode == 3
     assert caught.value.completed.wall_s < 10
@@ -105,7 +105,7 @@ def test_a_deadline_holds_for_a_program_that_has_exited_and_left_its_pipe_to_ano
     pids = tmp_path / "pids"
     with pytest.raises(CommandTimedOut) as caught:
         pool.run(
-            script(pids, "(setsid sleep 1000 & note)", "exit 0"), timeout=0.3, capture_output=True
+            script(pids, "(setsid sleep 1000 & note)", "exit 0"), timeout=1.0, capture_output=True
         ).result()
     assert caught.value.output == b"begun\n"
     assert caught.value.completed.returncode == 0
