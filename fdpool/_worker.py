@@ -256,6 +256,8 @@ class Worker:
                 close_all(fds)
                 raise TaskTerminated
             fn, args, kwargs = payload.loads(body, fds, spilled)
+            if self._page.is_to_stop():  # what a handler raises in a finalizer of what was loaded is dropped
+                raise TaskTerminated
             self._name = _name_of(fn)
             if spilled:
                 self._memory = _spill.Watch()

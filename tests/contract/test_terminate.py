@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
+import time
 from concurrent.futures import CancelledError, as_completed, wait
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -41,6 +44,40 @@ def test_a_task_that_is_just_about_to_begin_costs_no_worker() -> None:
                 future.result(timeout=20)
         assert pool.stats().lost_workers == 0
         assert pool.submit(helpers.open_numbers).result(timeout=20).keys() <= set(range(20))
+
+
+class _Deaf:
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __del__(self) -> None:
+        self._path.touch()
+        time.sleep(30)  # what a signal's handler raises in a finalizer is dropped
+
+
+def _load_deaf(path: Path) -> None:
+    sys.unraisablehook = lambda _: None
+    _Deaf(path)
+
+
+class _Unloads:
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _load_deaf, (self._path,)
+
+
+def test_an_interrupt_that_a_finalizer_drops_while_the_call_is_loaded_is_heeded_then(tmp_path: Path) -> None:
+    deaf = tmp_path / "deaf"
+    with Pool(1) as pool:
+        pid = pool.submit(os.getpid).result(timeout=20)
+        future = pool.submit(helpers.spin_with, 60.0, _Unloads(deaf))
+        wait_until(deaf.exists)
+        assert future.terminate(grace=30)
+        with pytest.raises(CancelledError):
+            future.result(timeout=20)
+        assert pool.submit(os.getpid).result(timeout=20) == pid
 
 
 def test_a_task_that_cannot_be_interrupted_goes_with_its_worker(tmp_path: Path) -> None:
