@@ -5,14 +5,13 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from fdpool import Server
 from fdpool._server import apps, guess
 
-from .helpers import ANY_PORT, port_of
+from .helpers import ANY_PORT, get
 
 ASGI = "class {}:\n    async def __call__(self, scope, receive, send): ...\n"
 WSGI = "class App:\n    def __call__(self, environ, start_response): ...\n"
@@ -128,27 +127,17 @@ def app(environ, start_response):
 
 def test_only_what_serves_the_application_is_loaded(folder: Path) -> None:
     """Neither the memory nor the time of what the other kind would need."""
-    import http.client
-
     (folder / "shop_loaded.py").write_text(LOADED)
     with Server("shop_loaded:app", ANY_PORT, workers=1) as server:
-        client: Any = http.client.HTTPConnection("127.0.0.1", port_of(server), timeout=20)
-        client.request("GET", "/")
-        assert client.getresponse().read() == b"waitress"
-        client.close()
+        assert get(server)[1] == b"waitress"
 
 
 def test_a_wrong_guess_costs_nothing_but_an_import(folder: Path) -> None:
-    import http.client
-
     wrong = ASGI.format("App") + f"app = App()\nexec({LOADED!r})\n"
     (folder / "shop_mistaken.py").write_text(wrong)
     assert guess.interface_of("shop_mistaken:app") == "asgi"
     with Server("shop_mistaken:app", ANY_PORT, workers=1) as server:
-        client: Any = http.client.HTTPConnection("127.0.0.1", port_of(server), timeout=20)
-        client.request("GET", "/")
-        assert client.getresponse().read() == b"uvicorn,waitress"
-        client.close()
+        assert get(server)[1] == b"uvicorn,waitress"
 
 
 def test_guessing_reads_and_runs_nothing(folder: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import http.client
 import os
 import socket
 import subprocess
@@ -15,7 +14,7 @@ import pytest
 from fdpool import Pool, Server
 from fdpool._server import checks
 from tests.memory_group import memory_group
-from tests.server.helpers import ANY_PORT, port_of, read_all
+from tests.server.helpers import ANY_PORT, get, read_all
 from tests.server.programs import ask_port, port_in, program
 
 
@@ -88,10 +87,7 @@ def test_a_worker_loads_nothing_but_the_application(
     with Pool(1, preload=checks.modules_to_serve(kind)) as pool:
         forked = pool.submit(modules_here).result()
     with Server(f"telling:{kind}", ANY_PORT, workers=1, interface=kind) as server:
-        client = http.client.HTTPConnection("127.0.0.1", port_of(server), timeout=20)
-        client.request("GET", "/")
-        loaded = set(client.getresponse().read().decode().split(","))
-        client.close()
+        loaded = set(get(server)[1].decode().split(","))
     assert loaded - forked == {"telling"}
 
 
