@@ -98,19 +98,19 @@ def _finish_all() -> None:
     """
     global _exiting
     _exiting = True
-    owners = list(_owners)
+    ending = owners()
     try:
-        for owner in owners:
+        for owner in ending:
             if getattr(sys, "last_type", None) is KeyboardInterrupt:
                 owner.end(0.0, "the program was interrupted")
             else:
                 owner.shut_down()
-        for owner in owners:
+        for owner in ending:
             owner.join()
     except KeyboardInterrupt:
-        for owner in owners:
+        for owner in ending:
             owner.end(0.0, "the program was interrupted at its exit")
-        for owner in owners:
+        for owner in ending:
             owner.join()
         raise
 

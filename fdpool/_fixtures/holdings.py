@@ -34,8 +34,7 @@ class Holdings(NamedTuple):
 
 def live_pools() -> set[Any]:
     """The lifetimes of the pools, and the servers, that are not over yet; in no order."""
-    # A weak set may lose members while it is read, but never breaks over that.
-    return {owner for owner in _process._owners if not getattr(owner, "is_over", False)}
+    return {owner for owner in _process.owners() if not getattr(owner, "is_over", False)}
 
 
 def holdings_of(pools: Iterable[Any]) -> Holdings:
