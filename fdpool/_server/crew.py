@@ -207,7 +207,7 @@ class Crew:
             traceback = link.traceback or end.traceback
             repeated = bool(traceback) and self._told == (link.generation, traceback)
             self._told = (link.generation, traceback)
-            news.worker_failed(link, why, end, repeated)
+            news.worker_failed(link, why, end, traceback, repeated)
         else:
             news.worker_exited(link, why, end, expected)
         del self.links[link.number]

@@ -40,9 +40,10 @@ def say_of(
     )
 
 
-def worker_failed(link: WorkerLink, why: str, end: End, repeated: bool) -> None:
+def worker_failed(link: WorkerLink, why: str, end: End, traceback: str, repeated: bool) -> None:
     """A worker has not come to serve; `repeated` if the last of its generation has failed with the same traceback."""
-    traceback = "" if repeated else link.traceback or end.traceback
+    if repeated:
+        traceback = ""
     details = traceback or link.stacks()
     say_of(
         link,

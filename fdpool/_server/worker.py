@@ -82,7 +82,7 @@ def _boot_and_serve(
         worker.max_requests = order.max_requests
         listening.serves(face, interface)
     except BaseException as error:
-        _tell(stream, {"say": "failed", "why": failures.why(error), "traceback": failures.formatted(error)})
+        _tell_failed(stream, error)
         if isinstance(error, Exception):
             return f"it could not be booted: {failures.why(error)}"
         raise
@@ -90,9 +90,7 @@ def _boot_and_serve(
         face.serve(worker.ready)
     except BaseException as error:
         if not worker.is_ready:
-            _tell(
-                stream, {"say": "failed", "why": failures.why(error), "traceback": failures.formatted(error)}
-            )
+            _tell_failed(stream, error)
         if not (worker.draining and isinstance(error, SystemExit) and not error.code):
             raise
     finally:
@@ -228,6 +226,11 @@ def _tell(stream: StreamSocket, message: object) -> None:
         stream.send(message)
     except OSError:
         pass  # the server is gone
+
+
+def _tell_failed(stream: StreamSocket, error: BaseException) -> None:
+    """Why the application cannot be served."""
+    _tell(stream, {"say": "failed", "why": failures.why(error), "traceback": failures.formatted(error)})
 
 
 def _write_stacks_to(page_fd: int) -> None:
