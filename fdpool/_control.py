@@ -224,6 +224,7 @@ def _borrow(lend: Lender) -> _Started | None:
 
 def configuration(
     preload: tuple[str, ...],
+    idle_imports: tuple[str, ...],
     initializer: Payload | None,
     recycling: _messages.Recycling,
     log_level: int | None,
@@ -234,6 +235,7 @@ def configuration(
         argv=list(getattr(sys, "argv", [])),
         path=list(sys.path),
         preload=preload,
+        idle_imports=idle_imports,
         initializer=None if initializer is None else initializer.body,
         initializer_spilled=initializer is not None and initializer.spilled,
         recycling=recycling,

@@ -180,6 +180,7 @@ class Configure(NamedTuple):
     argv: list[str]
     path: list[str]
     preload: tuple[str, ...]
+    idle_imports: tuple[str, ...]  # names of modules, too, for the first idle moment
     initializer: bytes | None  # payload body of the call, or None
     initializer_spilled: bool
     recycling: Recycling

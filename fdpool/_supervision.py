@@ -27,6 +27,7 @@ class Setup(NamedTuple):
     Attributes:
         fork: start the supervisor by forking this process.
         preload: names of modules that it imports before it forks.
+        idle_imports: names of modules that it imports in its first idle moment, for the workers that it forks later.
         initializer: payload of a call that each worker runs first, or None; owned by whoever has this.
         inherited: with `fork`, that call as it stands, if there is no payload of it.
         recycling: when a worker leaves by itself.
@@ -35,6 +36,7 @@ class Setup(NamedTuple):
 
     fork: bool
     preload: tuple[str, ...]
+    idle_imports: tuple[str, ...]
     initializer: Payload | None
     inherited: Callable[[], object] | None
     recycling: _messages.Recycling
@@ -67,7 +69,9 @@ class Supervision:
         assert setup is not None
         self.control = _control.ControlLink(
             setup.fork,
-            _control.configuration(setup.preload, setup.initializer, setup.recycling, setup.log_level),
+            _control.configuration(
+                setup.preload, setup.idle_imports, setup.initializer, setup.recycling, setup.log_level
+            ),
             board.fd,
             setup.initializer,
             setup.inherited,

@@ -118,23 +118,16 @@ class Supervisor:
         )
 
     def _warm_up(self) -> None:
-        """Import, in an idle moment, what each worker would otherwise import for itself.
-
-        Each worker would pay 32 ms for cloudpickle at its first lambda, 34 for psutil at the first tree to be ended,
-        and 15 for `commands` at its first program (measured); those forked after this have them for nothing. Before
-        the first worker it would be somebody's waiting time.
-        """
+        """Import what each worker would otherwise import for itself. Before the first worker it would be somebody's
+        waiting time."""
         self._warm = True
         import gc
+        import importlib
 
+        assert self._configuration is not None
         try:
-            import cloudpickle  # noqa: F401
-            import psutil  # noqa: F401
-
-            from . import commands  # noqa: F401
-
-            if self._configuration is not None and self._configuration.log_level is not None:
-                from . import _logs  # noqa: F401
+            for name in self._configuration.idle_imports:
+                importlib.import_module(name)
         except Exception:
             return  # then whoever needs it will say so
         gc.freeze()
@@ -162,6 +155,7 @@ class Supervisor:
         import gc
 
         self._configuration = message
+        self._warm = not message.idle_imports
         self._board_fd, *self._initializer_fds = numbers
         sys.argv[:] = message.argv
         sys.path[:] = message.path

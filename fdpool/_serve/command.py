@@ -103,7 +103,7 @@ def server_of(options: Options, on_ready: Callable[[], object] | None) -> Server
         options.binds,
         interface=options.interface,  # type: ignore[arg-type]  # one of the choices
         dispatch=options.dispatch,  # type: ignore[arg-type]
-        preload=options.preload,
+        preload=(log.__name__, *options.preload),  # the log, too: 0.1 MiB that workers share
         on_ready=on_ready,
         on_worker_start=partial(log.configure_worker, options.log_json, options.log_level),
         **{name: value for name, value in chosen.items() if value is not None},
