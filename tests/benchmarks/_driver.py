@@ -39,13 +39,17 @@ class Contestant:
     """The driver's end of one contestant process."""
 
     def __init__(self, measure: Measure, side: str, settings: Settings, folder: str) -> None:
+        environment = {**os.environ, "TMPDIR": folder}
+        environment.pop(
+            "PYTHONDONTWRITEBYTECODE", None
+        )  # or each interpreter that it starts would compile the package
         command_read, self.commands = os.pipe()
         self.answers, answer_write = os.pipe()
         self.unread = b""
         self.process = subprocess.Popen(
             [sys.executable, "-m", f"{__package__}._contestant", str(command_read), str(answer_write)],
             cwd=ROOT,
-            env={**os.environ, "TMPDIR": folder},
+            env=environment,
             pass_fds=(command_read, answer_write),
             stdin=subprocess.DEVNULL,
             stderr=None if "FDPOOL_BENCH_DEBUG" in os.environ else subprocess.DEVNULL,
