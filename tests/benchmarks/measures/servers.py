@@ -165,7 +165,7 @@ MEASURES = (
     _measure(
         "serve-asgi",
         "a request to an ASGI application, on 32 kept connections",
-        _sides(throughput, "asgi", 1.0, names=_ASGI),
+        _sides(throughput, "asgi", 1.0, names=(*_ASGI, "fdpool-handoff")),
         goals=_AHEAD,
         **_REQUESTS,
     ),
