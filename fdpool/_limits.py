@@ -30,6 +30,9 @@ _MEMORY_LOOK_S = 0.05
 #: How long a task that is to end may take from the moment when its worker should be dead, before the client itself
 #: kills it: the supervisor is stopped, or has much to do.
 _OVERDUE_S = 5.0
+#: When a task is first interrupted again. Python heeds a signal that comes just before a system call that blocks only
+#: after that call: so it was in 8 of 3,000 tasks that were about to read.
+_SIGNAL_AGAIN_S = 0.02
 #: How often a task is looked at that is to be terminated and has not begun, but is in a worker's hands.
 _STUBBORN_LOOK_S = 0.1
 
@@ -159,7 +162,17 @@ class Limits:
             return
         self._client.board.ask_to_stop(slot, task)
         self._client.links[slot].wake_worker()
-        self.at(time.monotonic() + grace_s, self._end_stubborn, task)
+        now = time.monotonic()
+        self.at(now + _SIGNAL_AGAIN_S, self._interrupt_again, slot, task, _SIGNAL_AGAIN_S)
+        self.at(now + grace_s, self._end_stubborn, task)
+
+    def _interrupt_again(self, slot: int, task: int, pause_s: float) -> Sequence[Action]:
+        """Event: a task that was interrupted `pause_s` or more ago may run still. It is interrupted once, though: that
+        a signal comes again means nothing to one that has heeded it."""
+        if self._client.running(slot)[0] == task:
+            self._client.links[slot].wake_worker()
+            self.at(time.monotonic() + 2 * pause_s, self._interrupt_again, slot, task, 2 * pause_s)
+        return ()
 
     def _end_stubborn(self, task: int) -> Sequence[Action]:
         """Event: a task that was interrupted has had its time. Or it was not in a task's code just then: it had been
