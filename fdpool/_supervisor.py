@@ -32,17 +32,22 @@ _LONGEST_POLL_MS = 86_400_000.0  # poll(2) takes an int
 
 
 class _Child:
-    """One worker: whose it is, the file that its stacks go to, and its end once that was asked for."""
+    """One worker: whose it is, what tells of its death, the file that its stacks go to, and its end once that was asked
+    for. The descriptors are its own."""
 
-    __slots__ = ("ending", "generation", "mark", "pid", "slot", "stacks_fd")
+    __slots__ = ("ending", "generation", "mark", "pid", "pidfd", "slot", "stacks_fd")
 
     def __init__(self, slot: int, generation: int, mark: str, pid: int, stacks_fd: int | None) -> None:
         self.slot = slot
         self.mark = mark
         self.generation = generation
         self.pid = pid
+        self.pidfd = _platform.open_pidfd(pid)
         self.stacks_fd = stacks_fd
         self.ending: Ending | None = None
+
+    def owned(self) -> list[int]:
+        return [fd for fd in (self.pidfd, self.stacks_fd) if fd is not None]
 
 
 class Supervisor:
@@ -99,10 +104,11 @@ class Supervisor:
         ready = {fd for fd, _ in self._poll.poll(self._poll_ms())}
         if not ready and self._children and not self._warm:
             self._warm_up()
-        if self._sigchld_read in ready:
+        if ready - {self._control.fileno(), self._client_pidfd}:
+            # A pidfd tells what SIGCHLD does not, where a module that was preloaded has it ignored.
             self._forget_wakeups()
             self._reap()
-        if self._client_pidfd is not None and self._client_pidfd in ready:
+        if self._client_pidfd in ready:
             return False
         self._move_endings_on(time.monotonic())
         return self._control.fileno() not in ready or self._serve_frame()
@@ -220,11 +226,12 @@ class Supervisor:
         finally:
             del os.environ[_trees.WORKER_MARK]
             fds.close_all(numbers)
-        self._children[pid] = _Child(slot, generation, mark, pid, stacks_fd)
-        pidfd = _platform.open_pidfd(pid)
-        pidfds = [] if pidfd is None else [pidfd]
-        self._tell(_messages.WorkerStarted(slot, generation, pid), pidfds)
-        fds.close_all(pidfds)
+        self._children[pid] = child = _Child(slot, generation, mark, pid, stacks_fd)
+        if child.pidfd is not None:
+            self._poll.register(child.pidfd, select.POLLIN)
+        self._tell(
+            _messages.WorkerStarted(slot, generation, pid), [] if child.pidfd is None else [child.pidfd]
+        )
 
     def _be_worker(self, slot: int, inbox_fd: int, stacks_fd: int | None) -> None:
         """Runs in: the forked worker."""
@@ -248,7 +255,7 @@ class Supervisor:
     def _own_fds(self) -> list[int]:
         """What a worker must not keep: everything of this loop's, the initializer's descriptors excepted."""
         own = [self._control.fileno(), self._sigchld_read, self._sigchld_write]
-        own += [child.stacks_fd for child in self._children.values() if child.stacks_fd is not None]
+        own += [fd for child in self._children.values() for fd in child.owned()]
         return own if self._client_pidfd is None else [*own, self._client_pidfd]
 
     def _end_worker(self, message: EndWorker) -> None:
@@ -288,7 +295,7 @@ class Supervisor:
             self._lent.discard(pid)
             if child is not None:
                 self._report_death(child, status)
-        # With SIGCHLD ignored the kernel reaps them, and a module that was preloaded may do so, too.
+        # With SIGCHLD ignored the kernel has reaped them, and a module that was preloaded may have.
         for child in [child for pid, child in self._children.items() if not _trees.is_ours(pid)]:
             self._report_death(child, None)
 
@@ -305,7 +312,9 @@ class Supervisor:
         stacks = ""
         if child.stacks_fd is not None:
             stacks = _forensics.read_stacks(child.stacks_fd)
-            os.close(child.stacks_fd)
+        if child.pidfd is not None:
+            self._poll.unregister(child.pidfd)
+        fds.close_all(child.owned())
         hint = ""
         if child.ending is None and status is not None and os.WIFSIGNALED(status):
             hint = self._oom.explain(os.WTERMSIG(status))
