@@ -120,9 +120,8 @@ def run(
             calls = itertools.starmap(fn, part) if star else map(fn, part)
             try:
                 guard.in_task = True
-                results.extend(
-                    calls
-                )  # in C; what came before an error stays, as each is appended when it comes
+                # In C; what came before an error stays, as each is appended when it comes.
+                results.extend(calls)
                 if base + len(results) < end:  # it is the function that has raised StopIteration
                     raise StopIteration
                 guard.in_task = False

@@ -15,10 +15,8 @@ from .errors import FdTransferError, PayloadTooLarge, WireError
 from .fds import above_stdio
 from .sockets import DatagramSocket, StreamSocket
 
-DENIED, UNAVAILABLE = (
-    126,
-    125,
-)  # 125 is what `env`, `timeout` and their kind exit with when it is they who failed
+# 125 is what `env`, `timeout` and their kind exit with when it is they who failed.
+DENIED, UNAVAILABLE = (126, 125)
 
 
 class ExecRefused(Exception):

@@ -140,9 +140,8 @@ def _end_with_controller(workerinput: dict[str, Any]) -> None:
     if workerinput.get(_CONTROLLER) == os.getppid():  # it may be on another machine
         from . import _platform
 
-        _platform.signal_when_parent_dies(
-            signal.SIGKILL
-        )  # the controller starts workers in the thread that waits for them
+        # The controller starts workers in the thread that waits for them.
+        _platform.signal_when_parent_dies(signal.SIGKILL)
         if os.getppid() != workerinput[_CONTROLLER]:
             os.kill(os.getpid(), signal.SIGKILL)
 

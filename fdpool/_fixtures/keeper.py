@@ -64,9 +64,8 @@ def spawn(path: str, door: socket.socket, order: bytes, log_fd: int) -> None:
     actions: list[tuple[object, ...]] = [(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)]
     actions += [(os.POSIX_SPAWN_DUP2, high[at], number) for at, number in ((2, 1), (2, 2), (0, 3), (1, 4))]
     arguments = [sys.executable, "-c", _BOOT, path, *sys.path]
-    environment = {
-        name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"
-    }  # it is no test's
+    # It is no test's.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
     try:
         pid = os.posix_spawn(sys.executable, arguments, environment, file_actions=actions, setsid=True)
     finally:

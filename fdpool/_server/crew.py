@@ -89,10 +89,8 @@ class Crew:
         self.links: dict[int, WorkerLink] = {}
         self.started = 0
         self.failure = ""
-        self._told = (
-            0,
-            "",
-        )  # the last failed boot of which the log has it all: its generation, its traceback
+        # The last failed boot of which the log has it all: its generation, its traceback.
+        self._told = (0, "")
 
     def start(self, number: int, slot: int, generation: int, spread: float) -> None:
         """Have a worker started, to serve `spread` times as much as one may. If that fails, a later turn says so."""

@@ -40,9 +40,8 @@ class Contestant:
 
     def __init__(self, measure: Measure, side: str, settings: Settings, folder: str) -> None:
         environment = {**os.environ, "TMPDIR": folder}
-        environment.pop(
-            "PYTHONDONTWRITEBYTECODE", None
-        )  # or each interpreter that it starts would compile the package
+        # Or each interpreter that it starts would compile the package.
+        environment.pop("PYTHONDONTWRITEBYTECODE", None)
         command_read, self.commands = os.pipe()
         self.answers, answer_write = os.pipe()
         self.unread = b""

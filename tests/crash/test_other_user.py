@@ -163,9 +163,8 @@ def test_tasks_wait_while_too_many_descriptors_are_in_flight(as_other_uid: int) 
     def act() -> None:
         refusals = Refusals()
         with fdpool.Pool(1, start_method="fork") as pool:
-            assert (
-                pool.submit(abs, -1).result(20) == 1
-            )  # before there are ends of pipes that it would inherit
+            # Before there are ends of pipes that it would inherit.
+            assert pool.submit(abs, -1).result(20) == 1
             before = len(open_descriptors())
             with held_worker(pool):
                 futures = [submit_with_pipes(pool, number) for number in range(16)]

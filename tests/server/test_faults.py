@@ -137,9 +137,8 @@ def test_a_stopped_worker_is_killed_and_replaced(caplog: pytest.LogCaptureFixtur
         [before] = pids(server)
         os.kill(before, signal.SIGSTOP)
         assert ask(server)[0] != before
-        wait_until(
-            lambda: logged("worker_killed")
-        )  # its stacks are waited for, and the next one serves already
+        # Its stacks are waited for, and the next one serves already.
+        wait_until(lambda: logged("worker_killed"))
         assert "SIGSTOP" in logged("worker_killed")[0].reason
 
 

@@ -127,9 +127,8 @@ def test_a_stream_that_outlasts_the_grace_is_cut_off() -> None:
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A module `served` that can be rewritten."""
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setenv(
-        "PYTHONDONTWRITEBYTECODE", "1"
-    )  # one of the same second and size would be taken for it
+    # One of the same second and size would be taken for it.
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
     path = tmp_path / "served.py"
     path.write_text(version(1))
     return path
@@ -197,9 +196,8 @@ def test_new_code_that_hangs_at_import_is_ended_at_the_boot_deadline_and_shows_w
     module: Path, preload: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """S2, W6: also where it hangs in the supervisor, before any worker is there."""
-    monkeypatch.setattr(
-        "fdpool._lifetime._LEAVE_S", 1.0
-    )  # that the supervisor does nothing is not seen sooner
+    # That the supervisor does nothing is not seen sooner.
+    monkeypatch.setattr("fdpool._lifetime._LEAVE_S", 1.0)
     hangs = "import pathlib, threading\npathlib.Path(__file__ + '.hangs').touch()\nthreading.Event().wait()"
     with records(caplog) as logged:
         with Server("served:app", ANY_PORT, workers=1, preload=preload) as server:
