@@ -57,7 +57,9 @@ def test_a_ratio_is_of_one_round_and_a_goal_is_held_against_their_median() -> No
     spread = result.ratio("ppe")
     assert spread is not None
     assert (spread.low, spread.median, spread.high) == (1.5, 2.0, 2.5)
-    assert [result.reached(goal)[1] for goal in result.goals] == [True, None, True]
+    assert [result.reached(goal)[1] for goal in result.goals] == ["yes", "–", "yes"]
+    others = [ahead_of("ppe", 3), ahead_of("ppe", 3.2), at_most(1), at_most(0.8)]
+    assert [result.reached(goal)[1] for goal in others] == ["level", "no", "level", "no"]
     assert MeasureResult.from_json(json.loads(json.dumps(result.as_json()))) == result
 
 

@@ -72,14 +72,8 @@ def goal_text(result: MeasureResult, goal: Goal) -> str:
 
 def verdict(result: MeasureResult, side: str) -> str:
     """The goals that fdpool has against `side`, or by itself, each with whether it is reached."""
-    found = []
-    for goal in result.goals:
-        if (goal.rival or "fdpool") == side:
-            enough = result.reached(goal)[1]
-            found.append(
-                f"{goal_text(result, goal)} {'' if enough is None else 'yes' if enough else '**no**'}"
-            )
-    return ", ".join(found)
+    against = [goal for goal in result.goals if (goal.rival or "fdpool") == side]
+    return ", ".join(f"{goal_text(result, goal)} {_mark(result, goal)}" for goal in against)
 
 
 def table(result: MeasureResult) -> str:
@@ -120,17 +114,22 @@ def goals_table(results: Iterable[MeasureResult]) -> str:
     ]
     for result in results:
         for goal in result.goals:
-            spread, enough = result.reached(goal)
+            spread, _ = result.reached(goal)
             against = label(result, goal.rival) if goal.rival else "(by itself)"
             if goal.rival:
                 reached = times(spread)
             else:
                 reached = "–" if spread is None else f"{figure(spread.median)} {result.unit}"
-            mark = "–" if enough is None else "yes" if enough else "**no**"
+            mark = _mark(result, goal)
             lines.append(
                 _line([f"[{result.name}](#{result.name})", against, goal_text(result, goal), reached, mark])
             )
     return "\n".join(lines) + "\n"
+
+
+def _mark(result: MeasureResult, goal: Goal) -> str:
+    _, verdict = result.reached(goal)
+    return "**no**" if verdict == "no" else verdict
 
 
 def markdown(results: Sequence[MeasureResult], about: dict[str, Any]) -> str:

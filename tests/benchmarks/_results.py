@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -44,20 +45,26 @@ class SideResult:
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """Median and quartiles."""
+    """Median and quartiles, of `count` rounds."""
 
     median: float
     low: float
     high: float
+    count: int
 
     @classmethod
     def of(cls, numbers: Sequence[float]) -> Spread | None:
         if not numbers:
             return None
         if len(numbers) == 1:
-            return cls(numbers[0], numbers[0], numbers[0])
+            return cls(numbers[0], numbers[0], numbers[0], 1)
         low, median, high = statistics.quantiles(numbers, n=4, method="inclusive")
-        return cls(median, low, high)
+        return cls(median, low, high, len(numbers))
+
+    @property
+    def error(self) -> float:
+        """The median's standard error, as the quartiles of a normal distribution would have it."""
+        return 1.253 * (self.high - self.low) / 1.349 / math.sqrt(self.count)
 
 
 @dataclass(slots=True)
@@ -98,17 +105,22 @@ class MeasureResult:
             return None
         return Spread.of([theirs / ours for theirs, ours in zip(other, own)])
 
-    def reached(self, goal: Goal) -> tuple[Spread | None, bool | None]:
-        """What was reached (a ratio, or fdpool's value in the measure's unit), and whether it is enough."""
+    def reached(self, goal: Goal) -> tuple[Spread | None, str]:
+        """What was reached (a ratio, or fdpool's value in the measure's unit), and whether that is enough: "yes", "no",
+        or "level" if the goal is missed by less than twice the median's standard error."""
         if goal.limit is not None:
             if "fdpool" not in self.sides:
-                return None, None
+                return None, "–"
             spread = Spread.of([value * self.scale for value in self.sides["fdpool"].values])
-            return spread, spread is not None and spread.median <= goal.limit
+            if spread is None:
+                return None, "–"
+            return spread, _verdict(spread.median - goal.limit, spread)
         assert goal.rival is not None
         assert goal.ratio is not None
         spread = self.ratio(goal.rival)
-        return spread, None if spread is None else spread.median >= goal.ratio
+        if spread is None:
+            return None, "–"
+        return spread, _verdict(goal.ratio - spread.median, spread)
 
     def as_json(self) -> dict[str, Any]:
         for side in self.sides.values():
@@ -121,3 +133,7 @@ class MeasureResult:
         result.goals = [Goal(**goal) for goal in saved["goals"]]
         result.sides = {name: SideResult(**side) for name, side in saved["sides"].items()}
         return result
+
+
+def _verdict(missed_by: float, spread: Spread) -> str:
+    return "yes" if missed_by <= 0 else "level" if missed_by < 2 * spread.error else "no"
