@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -41,6 +41,19 @@ def wait_until(condition: Callable[[], object], limit_s: float = 10.0) -> None:
     while not condition():
         assert time.monotonic() < deadline, "what the test waited for did not come"
         time.sleep(0.001)
+
+
+def living(pids: Iterable[int]) -> list[psutil.Process]:
+    """The processes of these pids that are there still; a zombie is."""
+    import psutil
+
+    found = []
+    for pid in pids:
+        try:
+            found.append(psutil.Process(pid))
+        except psutil.NoSuchProcess:
+            continue
+    return found
 
 
 def seconds_until_gone(processes: list[psutil.Process], limit_s: float = 5.0) -> float:

@@ -18,7 +18,7 @@ import pytest
 from fdpool import Pool, WorkerLost
 from fdpool.commands import CommandTimedOut
 from tests.contract.helpers_programs import warm_pool
-from tests.process_state import seconds_until_gone, wait_until
+from tests.process_state import living, seconds_until_gone, wait_until
 
 # Each line of these scripts that ends with "note" leaves a process behind whose pid is in the file.
 _ESCAPES = {
@@ -38,13 +38,7 @@ def script(path: Path, escape: str, then: str) -> str:
 
 
 def noted(path: Path) -> list[psutil.Process]:
-    found = []
-    for line in path.read_text().split():
-        try:
-            found.append(psutil.Process(int(line)))
-        except psutil.NoSuchProcess:
-            continue
-    return found
+    return living(map(int, path.read_text().split()))
 
 
 @pytest.fixture(params=["pidfd", "without pidfd"], scope="module")

@@ -22,7 +22,7 @@ import fdpool
 from fdpool import Pool, _messages, wire
 from fdpool._lifetime import Phase
 from fdpool._trees import WORKER_MARK
-from tests.process_state import seconds_until_gone, wait_until
+from tests.process_state import living, seconds_until_gone, wait_until
 
 from . import helpers
 
@@ -384,8 +384,8 @@ def test_what_a_task_has_forked_and_hidden_dies_with_its_worker(start_method: An
             wait_until(lambda: all(path.exists() and path.read_text() for path in (ended, others)))
             future.terminate(grace=0)
             cf.wait([future], timeout=20)
-            for pid in (int(killed.read_text()), int(ended.read_text())):
-                assert not psutil.pid_exists(pid) or seconds_until_gone([psutil.Process(pid)]) < 5
+            orphans = living(int(path.read_text()) for path in (killed, ended))
+            assert seconds_until_gone(orphans) < 5
             assert psutil.Process(int(others.read_text())).is_running()
             assert keeper.running()
         finally:

@@ -7,12 +7,11 @@ import subprocess
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 from tests.plugin import many
 from tests.plugin.conftest import Outcome, Run, command, environment, write_project
-from tests.process_state import seconds_until_gone, wait_until
+from tests.process_state import living, seconds_until_gone, wait_until
 
 
 def test_servers_of_parallel_processes_never_meet(tmp_path: Path) -> None:
@@ -109,7 +108,7 @@ def test_nothing_is_left_a_second_after_pytest_has_ended(  # type: ignore[no-unt
     ):
         wait_until(lambda: pids.exists() or process.poll() is not None, 30)
         assert pids.exists()
-        started = [process for pid in pids.read_text().split() for process in _running(int(pid))]
+        started = living(map(int, pids.read_text().split()))
         end(process)
         try:
             process.wait(30)
@@ -119,14 +118,6 @@ def test_nothing_is_left_a_second_after_pytest_has_ended(  # type: ignore[no-unt
         assert process.returncode != 0
         said.seek(0)
         assert (" Timeout " in said.read()) == (plugin == "timeout")
-
-
-def _running(pid: int) -> list[psutil.Process]:
-    """The process of that id; none if it has ended, as the run was not to wait."""
-    try:
-        return [psutil.Process(pid)]
-    except psutil.NoSuchProcess:
-        return []
 
 
 EVERYTHING = """

@@ -17,7 +17,7 @@ import fdpool
 from fdpool._fixtures.errors import ServerDied
 from fdpool._fixtures.service import Services
 from tests.plugin.conftest import Run
-from tests.process_state import seconds_until_gone, wait_until
+from tests.process_state import living, seconds_until_gone, wait_until
 
 
 def tell_pid(listening: socket.socket) -> None:
@@ -84,7 +84,7 @@ def test_a_program_may_be_a_service() -> None:
             assert client.recv(20) == b"program"
     finally:
         services.close()
-    assert seconds_until_gone([psutil.Process(service.pid)] if psutil.pid_exists(service.pid) else []) < 2
+    assert seconds_until_gone(living([service.pid])) < 2
 
 
 def test_one_that_cannot_be_started_fails_every_holder_with_the_reason() -> None:
