@@ -65,6 +65,9 @@ UNCHANGED = Unchanged.UNCHANGED
 _CHUNKS_PER_WORKER = 8
 _LARGEST_CHUNK = 4096
 
+#: How long descriptors may take to be closed that no task holds any more.
+_LET_GO_S = 0.2
+
 
 class Pool(Executor):
     """A pool of worker processes whose tasks may carry open files, pipes and sockets.
@@ -218,7 +221,7 @@ class Pool(Executor):
         future: TaskFuture[T],
     ) -> TaskFuture[T]:
         """Pickle a call and hand it on; `label` is what errors call it."""
-        tasks_hold_some = True
+        give_up_at: float | None = None
         while True:
             self._check_open()
             try:
@@ -232,10 +235,15 @@ class Pool(Executor):
             except OSError as error:
                 if error.errno not in FULL or isinstance(error, FdpoolError):
                     raise
-                if not tasks_hold_some:
+                if self._client.wait_for_descriptors(label):
+                    give_up_at = None
+                    continue
+                # No task holds any now; but the last ones may just be closed, by a thread that waits for its turn.
+                now = time.monotonic()
+                give_up_at = give_up_at or now + _LET_GO_S
+                if now >= give_up_at:
                     raise exhausted(label, 0, 0.0) from error
-                # If none does now, the last may have let go just after that: so once more.
-                tasks_hold_some = self._client.wait_for_descriptors(label)
+                time.sleep(_LET_GO_S / 100)
         if self._options is not None:
             future.options, future.grace_s = self._options, self._options.grace
             label = self._options.name or label
