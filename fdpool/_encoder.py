@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import pickle
 import sys
+from types import CodeType
 from typing import TYPE_CHECKING, Any
 
 from . import _reducers, _spill
@@ -315,6 +316,23 @@ def _needs_values(chunk: Bytes | pickle.PickleBuffer) -> bool:
     return False
 
 
+#: What cloudpickle 3.1.3 and later put in place of a code object's file, so that equal functions have equal pickles.
+_NO_FILE = "<dynamic-code>"
+
+
+def _code_with_file_name(reduce: Callable[[CodeType], tuple[Any, ...]], code: CodeType) -> tuple[Any, ...]:
+    """What `reduce` makes of a code object, naming the file that it was written in.
+
+    A traceback finds its lines by that, and coverage and debuggers know code by it.
+    """
+    make, arguments = reduce(code)
+    # Only strings are compared: bytes with a string would warn, under `-b`.
+    return make, tuple(
+        code.co_filename if isinstance(argument, str) and argument == _NO_FILE else argument
+        for argument in arguments
+    )
+
+
 _CloudPickler: Any = None
 
 
@@ -329,7 +347,11 @@ def _cloud_pickler() -> Any:
         def reducer_override(self: Any, obj: object) -> Any:
             # First, because cloudpickle would send a text file as a StringIO with a copy of its contents.
             reducer = _reducers.find(type(obj))
-            return base.reducer_override(self, obj) if reducer is None else reducer(obj)
+            if reducer is not None:
+                return reducer(obj)
+            if type(obj) is CodeType:
+                return _code_with_file_name(base.dispatch_table[CodeType], obj)
+            return base.reducer_override(self, obj)
 
         _CloudPickler = type("_CloudPickler", (base,), {"reducer_override": reducer_override})
     return _CloudPickler

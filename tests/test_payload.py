@@ -19,7 +19,7 @@ import sys
 import threading
 import weakref
 from pathlib import Path
-from types import SimpleNamespace
+from types import CodeType, SimpleNamespace
 from typing import Any
 
 import cloudpickle
@@ -131,6 +131,14 @@ def test_a_module_registered_by_value_travels_by_value(
     monkeypatch.delitem(sys.modules, "registered_by_value")
     monkeypatch.undo()
     assert deliver(sent)() == "by value"
+
+
+def test_code_that_travels_by_value_names_its_file() -> None:
+    def outer() -> CodeType:
+        return (lambda: None).__code__
+
+    there = deliver(payload.dumps(outer))
+    assert (there.__code__.co_filename, there().co_filename) == (__file__, __file__)
 
 
 def test_a_missing_module_is_named_with_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
