@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import concurrent.futures as cf
+import gc
 import logging
 import os
 import signal
@@ -176,6 +177,11 @@ def test_a_module_that_cannot_be_preloaded_breaks_the_pool_and_is_named() -> Non
         with pytest.raises(fdpool.PoolBroken, match="no_such_module_here.*ModuleNotFoundError") as caught:
             pool.submit(helpers.square, 1).result()
         assert str(caught.value.__cause__).startswith("Traceback")
+
+
+def test_a_worker_collects_garbage_as_any_process_does() -> None:
+    with Pool(1) as pool:
+        assert pool.submit(gc.isenabled).result()
 
 
 def test_preloaded_modules_are_there_when_a_worker_starts() -> None:
