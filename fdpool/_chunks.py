@@ -1,7 +1,7 @@
 """Items of a map that travel together: run one by one, and cut short where they take long.
 
 Runs in: a worker. What became of each item is its own affair, as if it had come alone. After `BUDGET_S` the worker
-returns what it has and hands the rest back, so that idle workers can share it.
+returns what it has and hands the rest back, so that idle workers can share it; later, if it has other work waiting.
 """
 
 from __future__ import annotations
@@ -16,14 +16,17 @@ from .payload import Payload
 
 T = TypeVar("T")
 
-#: How long a worker runs items of one chunk. What comes after it waits so long; and each cut costs 80 microseconds.
+#: How long a worker runs items of one chunk, so that idle ones can share the rest. Each cut costs 80 microseconds.
 BUDGET_S = 0.006
+#: How long it does so while there is more for it to do: what idle workers want is taken from that. What comes behind
+#: the chunk waits so long. 20,000 items of 20 microseconds take 4 % longer without it.
+_BUDGET_WITH_MORE_S = 0.024
 #: How long a slice may take that is claimed, and begun, as one. Items of 100 microseconds and more are claimed singly.
 _SLICE_S = 200e-6
 _LONGEST_SLICE = 128  # an item that does nothing costs 0.28 microseconds by 32, 0.14 by 128, 0.12 by 512
 #: How long results are kept for each other. Each message wakes the client, on a processor that a worker could have:
-#: 20,000 items of 20 microseconds take 300 ms with 1 ms, 230 with 3, and 260 with 6, as workers wait for more then.
-_FLUSH_S = 0.003
+#: 20,000 items of 20 microseconds take 4 % longer with 3 ms, and no less time with 12 or 50.
+_FLUSH_S = 0.006
 
 #: Types whose instances cannot change: it makes no difference whether items or results share one.
 _PLAIN = frozenset((int, float, complex, bool, str, bytes, type(None)))
@@ -92,6 +95,7 @@ def run(
     claim: Callable[[int, int], bool],
     guard: Guard,
     flush: Callable[[list[Any], bool], None],
+    has_more: Callable[[], bool],
 ) -> int:
     """Run `items` from `start` on, `stop` at most, or as far as time and `claim` allow; returns how far.
 
@@ -101,11 +105,12 @@ def run(
         guard: told where user code begins and ends.
         flush: sends results, and whether some are `Raised`. Takes what is not plain data at once, as the function may
             return the same object again, and change it.
+        has_more: whether there is something to do behind this chunk.
     """
     clock = time.monotonic
     results: list[Any] = []
-    flushed = began = clock()
-    ends = began + BUDGET_S
+    flushed = began = first = clock()
+    ends = first + BUDGET_S
     base = index = start  # of the first of `results`, and of what comes next
     step, longest = 1, _LONGEST_SLICE
     mixed = False
@@ -143,7 +148,9 @@ def run(
             flush(results, mixed)
             results, mixed, base, flushed = [], False, index, now
         if now > ends:
-            break
+            if now > first + _BUDGET_WITH_MORE_S or not has_more():
+                break
+            ends = now + BUDGET_S
     guard.items = iter(())
     if results:
         flush(results, mixed)

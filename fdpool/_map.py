@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from functools import partial
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodDescriptorType, ModuleType
@@ -55,7 +55,7 @@ def _names_in(code: CodeType) -> set[str]:
     return names
 
 
-def dumped_chunk(fn: Callable[..., Any], items: list[Any], star: bool) -> payload.Payload | None:
+def dumped_chunk(fn: Callable[..., Any], items: Sequence[Any], star: bool) -> payload.Payload | None:
     """The payload of a chunk; None if its items do not go together, and perhaps one by one."""
     try:
         return payload.dumps((fn, items, star))

@@ -75,6 +75,8 @@ class Worker:
 
     def __init__(self, inbox: socket.socket, page: Page) -> None:
         self._inbox = inbox
+        self._poll = select.poll()
+        self._poll.register(inbox, select.POLLIN)
         self._pid = os.getpid()
         self.in_task = False
         self.items: Iterator[object] = iter(())
@@ -94,9 +96,7 @@ class Worker:
         upkeep = self._upkeep = Upkeep(boot.recycling)
         self._send(_messages.READY, 0, None)
         spin = Spin()
-        poll = select.poll()
-        poll.register(self._inbox, select.POLLIN)
-        ready, clock = poll.poll, self._clock
+        ready, clock = self._poll.poll, self._clock
         while not upkeep.over:
             soon = spin.look(ready)
             if not soon and upkeep.has_unseen and not ready(_IDLE_MS):
@@ -225,11 +225,15 @@ class Worker:
             for count, piece in _chunks.answers(results, mixed):
                 self._send(_messages.PIECE, task, piece, count)
 
-        reached = _chunks.run(fn, items, star, start, stop, partial(page.claim, task), self, flush)
+        claim = partial(page.claim, task)
+        reached = _chunks.run(fn, items, star, start, stop, claim, self, flush, self._has_more)
         page.end()
         self._send(_messages.DONE if reached == stop else _messages.CUT, task, payload.dumps_result([]))
         name = f"items of a map of {_name_of(fn)}"
         self._tell_left(self._upkeep.ran(name, reached - start, time.monotonic() - began))
+
+    def _has_more(self) -> bool:
+        return bool(self._poll.poll(0))
 
     def _send_answers(self, answers: list[bytes]) -> None:
         """Send what `answers` holds, if anything, and forget it. They have taken since the clock was started."""

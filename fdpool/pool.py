@@ -378,15 +378,25 @@ class Pool(Executor):
     ) -> Iterator[Future[Any]]:
         """Submit a map's items in chunks, which their workers cut if they take long."""
         star = len(iterables) != 1
-        items = list(zip(*iterables) if star else iterables[0])
+        items: Sequence[Any]
+        if star:
+            items = list(zip(*iterables))
+        elif isinstance(iterables[0], range):
+            # It travels as three numbers, which saves a third of the time of a million calls that do nothing.
+            items = iterables[0]
+        else:
+            items = list(iterables[0])
         label = f"items of a map of {getattr(fn, '__qualname__', None) or repr(fn)}"
         size = min(_LARGEST_CHUNK, -(-len(items) // (_CHUNKS_PER_WORKER * self._max_workers)))
         start = 0
         while start < len(items):
-            part = items[start : start + size]
+            part: Sequence[Any] = items[start : start + size]
             start += size
             # Copies of an item that can change must not be shared with others, as in one pickle they would be.
-            together = len(part) > 1 and is_plain(list(itertools.chain.from_iterable(part)) if star else part)
+            together = len(part) > 1 and (
+                isinstance(part, range)
+                or is_plain(list(itertools.chain.from_iterable(part)) if star else part)
+            )
             chunk = dumped_chunk(fn, part, star) if together else None
             if chunk is None:
                 for item in part:

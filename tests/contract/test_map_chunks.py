@@ -45,6 +45,13 @@ def test_every_item_once_and_in_order(pool: Pool, count: int) -> None:
     assert list(pool.map(pow, range(count), [2] * count)) == [n * n for n in range(count)]
 
 
+@pytest.mark.parametrize(
+    "items", [range(0), range(7, 8), range(5, -400, -3), range(1 << 70, (1 << 70) + 300)]
+)
+def test_a_range_is_mapped_as_the_list_of_its_items(pool: Pool, items: range) -> None:
+    assert list(pool.map(helpers.square, items)) == list(pool.map(helpers.square, list(items)))
+
+
 def test_items_of_all_lengths_come_in_order(pool: Pool) -> None:
     dice = random.Random(3)
     seconds = [dice.choice([0, 0, 0, 1e-5, 1e-4, 3e-3]) for _ in range(600)]
