@@ -99,6 +99,7 @@ class Client:
         self.new_id = itertools.count(1).__next__
         # Tokens of shared objects that are closed, and that tasks still to come may open again.
         self._forgotten: set[bytes] = set()
+        self._files_due: float | None = None  # when the pump looks for memory files that nobody wants
         self.pump: Pump | None = None  # once it serves
         self._performers: dict[type, Callable[[Any], Sequence[Action]]] = {
             _dispatch.SendTasks: self.inboxes.send,
@@ -336,8 +337,13 @@ class Client:
 
     def recycle(self, call: Payload) -> None:
         """Keep the memory file of a call, which nobody maps any more, for the next one."""
-        if call.fds is not None and call.fds.numbers and _spill.recycle(call.fds.numbers.pop(0)):
-            self.wake()  # the pump is to close it after a while
+        if call.fds is None or not call.fds.numbers:
+            return
+        mapping, call.mapping = call.mapping, None
+        # The pump is to close it after a while: it must know, if it is not to look for such a file in any case. To wake
+        # it for each took 70 of the 300 microseconds of a task with 256 KiB.
+        if _spill.recycle(call.fds.numbers.pop(0), mapping) and self._files_due is None:
+            self.wake()
 
     def forget(self, token: bytes) -> None:
         """Tell the workers that no task takes a shared object any more. Never waits, for finalizers."""
@@ -503,7 +509,9 @@ class Client:
     def wanted_at(self) -> float | None:
         """When the pump is wanted next, whatever comes or not. Lock held."""
         moments = [self.dispatcher.next_deadline(), self.life.overdue_at, self.inboxes.looks_at]
-        moments += (self.limits.next_look(), _spill.expires_at())
+        self._files_due = None  # first: a file that is kept just now is either seen here, or wakes the pump
+        self._files_due = _spill.expires_at()
+        moments += (self.limits.next_look(), self._files_due)
         if not self.supervision.flush():
             moments.append(time.monotonic() + RETRY_S)
         return min((moment for moment in moments if moment is not None), default=None)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import pickle
 import sys
+from mmap import mmap
 from types import CodeType
 from typing import TYPE_CHECKING, Any
 
@@ -46,17 +47,24 @@ class Payload:
             spilled, the first is the memory file.
         spilled: True if `body` is only the head, and the rest is in the memory file.
         lent: how many of the other descriptors are of shared objects.
+        mapping: where the memory file is mapped, for `_spill.recycle`, or None; owned.
     """
 
-    __slots__ = ("body", "fds", "lent", "spilled")
+    __slots__ = ("body", "fds", "lent", "mapping", "spilled")
 
     def __init__(
-        self, body: bytes, fds: OwnedFds | None = None, spilled: bool = False, lent: int = 0
+        self,
+        body: bytes,
+        fds: OwnedFds | None = None,
+        spilled: bool = False,
+        lent: int = 0,
+        mapping: mmap | None = None,
     ) -> None:
         self.body = body
         self.fds = fds
         self.spilled = spilled
         self.lent = lent
+        self.mapping = mapping
 
     @property
     def carries_fds(self) -> bool:
@@ -82,8 +90,15 @@ class Payload:
 
     def close(self) -> None:
         """Close the descriptors that it still owns; safe to call again."""
+        self.unmap()
         if self.fds is not None:
             self.fds.close()
+
+    def unmap(self) -> None:
+        """Let go of the mapping; safe to call again."""
+        if self.mapping is not None:
+            self.mapping.close()
+            self.mapping = None
 
     def __repr__(self) -> str:
         spilled = ", spilled" if self.spilled else ""
@@ -209,9 +224,9 @@ class Encoder(Outgoing):
                 f"{len(self.fds)} descriptors and {self.size()} bytes in one message: bytes beyond"
                 f" {self.spill_bytes} need a descriptor too, and {self.max_fds} is the limit"
             )
-        memory, body = _spill.write(self.chunks, self.buffers)
+        memory, body, mapping = _spill.write(self.chunks, self.buffers)
         fds, self.fds = self.fds, []
-        return Payload(body, OwnedFds([memory, *fds]), True, self.lent)
+        return Payload(body, OwnedFds([memory, *fds]), True, self.lent, mapping)
 
     def size(self) -> int:
         """How many bytes were pickled, buffers included."""

@@ -311,6 +311,7 @@ class Pool(Executor):
         self._client.life.check_usable()
         call = payload.dumps(obj, spill_bytes=0)
         assert call.fds is not None
+        call.unmap()  # what somebody may write to cannot be sealed
         if call.carries_fds or call.lent:
             call.close()
             raise DescriptorRefused(f"{type(obj).__qualname__} cannot be shared, as it holds a descriptor")

@@ -5,6 +5,7 @@ Row: M44; design section 6.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import gc
 import os
@@ -13,7 +14,7 @@ import resource
 import struct
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -296,6 +297,55 @@ def test_a_full_file_system_is_an_oserror_and_leaks_nothing() -> None:
             payload.dumps_result([Fd(0), b"x" * 1_000_000])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.fixture
+def used_file() -> Iterator[None]:
+    """A memory file of more than 1 MiB has come back, and is kept."""
+    sent = payload.dumps(bytes(1_200_000))
+    assert sent.fds is not None
+    assert _spill.recycle(sent.fds.numbers.pop(0), sent.mapping)
+    yield
+    _spill.expire()
+
+
+@pytest.mark.usefixtures("used_file")
+def test_a_file_that_is_used_again_is_copied_to() -> None:
+    dice = np.random.default_rng(1)
+    for size in (131_000, 80_000, 131_000, 1, 100_000):
+        array = dice.random(size)
+        sent = payload.dumps((array, [str(size)], array[:5000]), spill_bytes=0)
+        assert sent.fds is not None
+        mapping, sent.mapping = sent.mapping, None
+        assert (mapping is not None) == (size > 60_000)  # of a small one it is not worth it
+        number = os.dup(sent.fds.numbers[0])
+        one, text, other = deliver(sent)
+        assert np.array_equal(one, array)
+        assert (text, list(other)) == ([str(size)], list(array[:5000]))
+        del one, other
+        _spill.recycle(number, mapping)
+
+
+@pytest.mark.usefixtures("used_file")
+def test_a_file_that_cannot_be_mapped_is_written_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_arguments: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(_spill.mmap, "mmap", fail)
+    sent = payload.dumps(b"x" * (1 << 20))
+    monkeypatch.undo()
+    assert sent.mapping is None
+    assert deliver(sent) == b"x" * (1 << 20)
+
+
+def test_a_file_that_others_could_cut_is_not_mapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FDPOOL_WITHOUT", "memfd")
+    for _ in range(2):
+        sent = payload.dumps(bytes(1 << 20))
+        assert sent.fds is not None
+        assert sent.mapping is None
+        assert _spill.recycle(sent.fds.numbers.pop(0))
+    _spill.expire()
 
 
 def test_short_writes_are_gone_on_with(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,6 +38,17 @@ def memory_files() -> int:
 # -- share -----------------------------------------------------------------------------------------
 
 
+def test_a_shared_object_in_a_file_that_is_used_again_is_sealed_against_writing(pool: Pool) -> None:
+    array = numpy.ones(200_000)
+    for _ in range(2):
+        assert pool.submit(helpers.sum_of, {"array": array}).result() == 200_000
+    inode = os.fstat(_spill._kept[0][1]).st_ino
+    with pool.share(array) as shared:
+        assert os.fstat(shared._fd).st_ino == inode
+        with pytest.raises(PermissionError):
+            os.pwrite(shared._fd, b"x", 0)
+
+
 def test_a_task_takes_a_shared_object_as_if_it_were_that(pool: Pool) -> None:
     array = numpy.arange(100_000)
     with pool.share({"array": array, "name": "x"}) as shared:
