@@ -209,6 +209,15 @@ def _channel_class(worker: ServerWorker, door: Door) -> type[Any]:
     """waitress's connection, with its requests told, and its answers marked while the worker drains."""
 
     class Task(WSGITask):  # type: ignore[misc]  # waitress has no types
+        def execute(self) -> None:
+            try:
+                super().execute()
+            except Exception:
+                raise
+            except BaseException as error:
+                # SystemExit, say. Of what is no Exception waitress keeps the connection, and never closes it.
+                raise RuntimeError(f"the application raised {type(error).__name__}") from error
+
         def build_response_header(self) -> Any:
             if worker.draining:
                 self.request.headers["CONNECTION"] = "close"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import os
 import resource
 import select
@@ -9,6 +10,7 @@ import signal
 import socket
 import struct
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +180,37 @@ def test_handing_a_connection_over_is_no_occasion_to_look_at_every_worker(
         monkeypatch.setattr(plan, "tick", lambda now: [ticks.append(now), tick(now)][1])
         assert len({ask(server)[0] for _ in range(50)}) == 2
         assert len(ticks) < 10
+
+
+@pytest.mark.parametrize("threads", [2])
+@pytest.mark.parametrize("error", [ValueError, SystemExit, KeyboardInterrupt])
+def test_a_wsgi_application_that_raises_fails_its_own_request_only(
+    error: type[BaseException], threads: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """P1, for requests."""
+    pytest.importorskip("waitress")
+
+    def late() -> Iterator[bytes]:
+        yield b"begun"
+        raise error("of the application")
+
+    def app(environ: Any, start_response: Any) -> Any:
+        if environ["PATH_INFO"] == "/raise":
+            raise error("of the application")
+        if environ["PATH_INFO"] == "/late":
+            start_response("200 OK", [("Content-Length", "1000")])
+            return late()
+        return wsgi(environ, start_response)
+
+    with Server(app, ANY_PORT, workers=1, threads=threads) as server:
+        [before] = pids(server)
+        for _ in range(2):
+            assert get(server, "/raise")[0] == 500
+            with pytest.raises(http.client.IncompleteRead) as cut:
+                get(server, "/late")
+            assert cut.value.partial == b"begun"
+            assert int(get(server)[1]) == before
+    assert f"{error.__name__}: of the application" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("dispatch", ["shared", "handoff"])
