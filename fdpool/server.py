@@ -106,8 +106,8 @@ class Server:
         dispatch: who accepts. "shared": whichever worker is first. "handoff": this process, and it hands each
             connection to the least busy worker; one whose worker dies before it has taken it goes to the next.
             "reuseport": each worker from a listener of its own, between which the kernel spreads connections.
-        threads: connections that a worker serves at a time, by default one; for WSGI requests, by default four. Not for
-            ASGI.
+        threads: connections that a worker serves at a time, by default one; for WSGI requests, by default four. One at
+            a time is served in the worker's main thread, without a hand-over to another. Not for ASGI.
         grace: seconds that requests in flight have when their worker is replaced, or the server ends.
         boot_timeout: seconds that a worker may take until it serves.
         request_timeout: seconds that a request may go without moving on; then its worker is killed, and where it was is

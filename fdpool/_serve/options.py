@@ -135,7 +135,11 @@ def parser() -> argparse.ArgumentParser:
         "-w", "--workers", type=_whole, metavar="N", help="how many (one for each processor)"
     )
     workers.add_argument(
-        "--threads", type=_whole, metavar="N", help="of each worker, where the interface has threads"
+        "--threads",
+        type=_whole,
+        metavar="N",
+        help="connections, or WSGI requests, that a worker serves at a time; 1 serves them in its main thread "
+        "(4 for WSGI, else 1; not for ASGI)",
     )
     workers.add_argument(
         "--max-requests", type=_whole, metavar="N", help="replace a worker after about so many"

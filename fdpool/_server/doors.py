@@ -117,9 +117,10 @@ class HandedOver:
     def ended(self) -> None:
         if self._reserve.fill():
             self._paused_until = 0.0
-        if self._progress.waited_for and self._inbox is not None:
+        inbox = self._inbox  # which a drain may close in another thread
+        if self._progress.waited_for and inbox is not None:
             try:
-                wire.try_send(self._inbox, (ENDED,))
+                wire.try_send(inbox, (ENDED,))
             except OSError:
                 pass
 

@@ -2,6 +2,7 @@
 
 What is ours: where connections come from, when to stop taking them, what becomes of those that are kept alive
 meanwhile, and telling how far requests are. What speaks HTTP, buffers slow clients and keeps the threads is waitress.
+With one thread there is none: the loop runs the requests (`_server.inline`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from waitress.task import ThreadedTaskDispatcher, WSGITask
 from ..fds import is_readable
 from .context import Order, ServerWorker
 from .doors import Door, Listening
+from .inline import InlineChannel, InlineTask, InlineTasks
 
 _IDLE_S = 5.0  # how long a client that keeps its connection has for one more request, while the worker drains
 _TURN_S = 1.0
@@ -37,11 +39,12 @@ class WsgiFace:
         self._worker = worker
         self._door = door
         self._map: dict[int, Any] = {}
-        self._tasks = ThreadedTaskDispatcher()
-        self._tasks.queue_logger = _NO_LOG  # a warning for each request that waits, while others are served
+        self._turning = threading.Lock()  # held by the loop in its turns, and not while it runs requests
         self._until: float | None = None  # a drain's end
         self._idle_at = 0.0
         options = {"threads": order.threads or 4, "backlog": order.backlog, "ident": None, **order.options}
+        self._inline = InlineTasks() if int(options["threads"]) == 1 else None
+        self._tasks: Any = _threads() if self._inline is None else self._inline
         accepts = isinstance(door, Listening)
         self._servers: list[BaseWSGIServer] = [
             create_server(
@@ -49,11 +52,13 @@ class WsgiFace:
             )
             for listener in listeners
         ]
-        self._tasks.set_thread_count(self._servers[0].adj.threads)
-        channel = _channel_class(worker, door)
+        channel = _channel_class(worker, door, self._inline is not None)
         for server in self._servers:
             server.channel_class = channel
             _wake_once(server)
+            if self._inline is not None:
+                # For a loop that waits, which none does while a request runs in its thread; the next turn sees it all.
+                server.pull_trigger = lambda: None
             if accepts:
                 _accept_by(server, door)
             else:
@@ -63,16 +68,19 @@ class WsgiFace:
                 self._map[fileno] = _Intake(fileno, door, worker, self._servers)
 
     def serve(self, ready: Callable[[], None]) -> None:
+        if self._inline is None:
+            self._tasks.set_thread_count(self._servers[0].adj.threads)
+            self._serve(ready, self._close_what_is_done)
+        else:
+            with self._inline.heeding_sigint():
+                self._serve(ready, self._inline.run)
+
+    def _serve(self, ready: Callable[[], None], after_turn: Callable[[], None]) -> None:
         ready()
         while self._until is None or not self._has_drained(self._until):
-            timeout_s = _TURN_S if self._until is None else 0.05
-            wasyncore.loop(
-                timeout=max(0.001, min(timeout_s, self._door.pause_s() or timeout_s)),
-                use_poll=True,
-                map=self._map,
-                count=1,
-            )
-            self._close_what_is_done()
+            with self._turning:
+                wasyncore.loop(timeout=self._timeout_s(), use_poll=True, map=self._map, count=1)
+            after_turn()
         left_s = max(0.0, self._until - time.monotonic())
         self._tasks.shutdown(timeout=left_s)
         wasyncore.close_all(self._map, ignore_all=True)
@@ -94,8 +102,21 @@ class WsgiFace:
                 self._worker.closed()
             self._until = now + grace_s
 
-        # Runs `begin` in the loop's thread.
+        # Runs `begin` in the loop's thread; and here first if that is busy with a request, which is not waited for:
+        # nothing more is taken from now on. It may be done twice.
         self._servers[0].trigger.pull_trigger(begin)
+        if self._inline is not None and self._turning.acquire(blocking=False):
+            try:
+                begin()
+            finally:
+                self._turning.release()
+
+    def _timeout_s(self) -> float:
+        """For how long a turn of the loop may wait."""
+        if self._inline is not None and self._inline.has_waiting:
+            return 0.0
+        timeout_s = _TURN_S if self._until is None else 0.05
+        return max(0.001, min(timeout_s, self._door.pause_s() or timeout_s))
 
     def _channels(self) -> list[Any]:
         return [channel for server in self._servers for channel in list(server.active_channels.values())]
@@ -114,6 +135,13 @@ class WsgiFace:
                 if not channel.requests and not channel.total_outbufs_len and not _has_input(channel):
                     channel.will_close = True
         return not channels or now >= until
+
+
+def _threads() -> Any:
+    """waitress's threads, not started yet."""
+    tasks = ThreadedTaskDispatcher()
+    tasks.queue_logger = _NO_LOG  # a warning for each request that waits, while others are served
+    return tasks
 
 
 def _accept_by(server: Any, door: Door) -> None:
@@ -205,10 +233,12 @@ class _Intake:
         """For wasyncore.close_all."""
 
 
-def _channel_class(worker: ServerWorker, door: Door) -> type[Any]:
+def _channel_class(worker: ServerWorker, door: Door, inline: bool) -> type[Any]:
     """waitress's connection, with its requests told, and its answers marked while the worker drains."""
+    task_base: Any = InlineTask if inline else WSGITask
+    channel_base: Any = InlineChannel if inline else HTTPChannel
 
-    class Task(WSGITask):  # type: ignore[misc]  # waitress has no types
+    class Task(task_base):  # type: ignore[misc]
         def execute(self) -> None:
             try:
                 super().execute()
@@ -223,7 +253,7 @@ def _channel_class(worker: ServerWorker, door: Door) -> type[Any]:
                 self.request.headers["CONNECTION"] = "close"
             return super().build_response_header()
 
-    class Channel(HTTPChannel):  # type: ignore[misc]
+    class Channel(channel_base):  # type: ignore[misc]
         task_class = Task
         token = 0
 
@@ -246,8 +276,11 @@ def _channel_class(worker: ServerWorker, door: Door) -> type[Any]:
                 worker.ended(worker.progress.end(self.token))
 
         def write_soon(self, data: Any) -> Any:
-            worker.progress.touch(self.token)
+            self.moved_on()
             return super().write_soon(data)
+
+        def moved_on(self) -> None:
+            worker.progress.touch(self.token)
 
         def handle_close(self) -> None:
             super().handle_close()

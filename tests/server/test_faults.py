@@ -182,7 +182,7 @@ def test_handing_a_connection_over_is_no_occasion_to_look_at_every_worker(
         assert len(ticks) < 10
 
 
-@pytest.mark.parametrize("threads", [2])
+@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("error", [ValueError, SystemExit, KeyboardInterrupt])
 def test_a_wsgi_application_that_raises_fails_its_own_request_only(
     error: type[BaseException], threads: int, capfd: pytest.CaptureFixture[str]
@@ -369,13 +369,20 @@ def test_a_long_request_is_left_alone_where_no_limit_is_set() -> None:
         assert int(read_all(client)) in pids(server)
 
 
-@pytest.mark.parametrize(("app", "path"), [(asgi, "/block/600"), (wsgi, "/sleep/600")])
+@pytest.mark.parametrize(
+    ("app", "threads", "path"),
+    [(asgi, None, "/block/600"), (wsgi, None, "/sleep/600"), (wsgi, 1, "/sleep/600")],
+)
 def test_a_worker_that_stands_still_is_logged_with_its_stacks_and_left_alone_where_no_limit_is_set(
-    app: Any, path: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    app: Any,
+    threads: int | None,
+    path: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     pytest.importorskip("uvicorn" if app is asgi else "waitress")
     monkeypatch.setattr("fdpool._server.watch._SLOW_S", 0.3)
-    with records(caplog) as logged, Server(app, ANY_PORT, workers=1) as server:
+    with records(caplog) as logged, Server(app, ANY_PORT, workers=1, threads=threads) as server:
         before = pids(server)
         with connect(server) as client:
             client.sendall(f"GET {path} HTTP/1.0\r\n\r\n".encode())
@@ -457,14 +464,14 @@ def reset(client: socket.socket) -> None:
 
 
 @pytest.mark.parametrize("dispatch", ["shared", "handoff"])
-@pytest.mark.parametrize("app", [echo_pid, asgi, wsgi])
+@pytest.mark.parametrize(("app", "threads"), [(echo_pid, 1), (asgi, None), (wsgi, 4), (wsgi, 1)])
 def test_clients_that_reset_at_any_moment_leave_no_trace(
-    app: Any, dispatch: Any, capfd: pytest.CaptureFixture[str]
+    app: Any, threads: int | None, dispatch: Any, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """S10: before they are accepted, before they are handed over, in the middle of a request, and of its answer."""
     if app is not echo_pid:
         pytest.importorskip("uvicorn" if app is asgi else "waitress")
-    with Server(app, ANY_PORT, workers=1, dispatch=dispatch) as server:
+    with Server(app, ANY_PORT, workers=1, threads=threads, dispatch=dispatch) as server:
         before = pids(server)
         os.kill(before[0], signal.SIGSTOP)  # so that some are reset while nobody can take them
         for sent in (b"", b"GET / HT", b"GET /sleep/0.1 HTTP/1.1\r\nHost: x\r\n\r\n"):

@@ -27,8 +27,9 @@ from tests.server.helpers import (
 )
 
 APPS = [
-    pytest.param(asgi, id="asgi"),
-    pytest.param(wsgi, id="wsgi"),
+    pytest.param(asgi, None, id="asgi"),
+    pytest.param(wsgi, None, id="wsgi"),
+    pytest.param(wsgi, 1, id="wsgi-1-thread"),
 ]
 
 
@@ -54,11 +55,13 @@ def test_reloading_under_load_loses_no_connection(dispatch: Any) -> None:
         assert len(load.answered) == 6
 
 
-@pytest.mark.parametrize("app", APPS)
-def test_reloading_under_load_loses_no_request_of_connections_that_are_kept(app: Any) -> None:
+@pytest.mark.parametrize(("app", "threads"), APPS)
+def test_reloading_under_load_loses_no_request_of_connections_that_are_kept(
+    app: Any, threads: int | None
+) -> None:
     """S1, S7: an answer that ends a connection says so, before anybody sends on it in vain."""
     need(app)
-    with Server(app, ANY_PORT, workers=2, options=patient(app)) as server:
+    with Server(app, ANY_PORT, workers=2, threads=threads, options=patient(app)) as server:
         with KeptAlive(server) as request, Load(request) as load:
             for _ in range(2):
                 load.go_on()
@@ -68,11 +71,11 @@ def test_reloading_under_load_loses_no_request_of_connections_that_are_kept(app:
         assert len(load.answered) >= 3
 
 
-@pytest.mark.parametrize("app", APPS)
-def test_a_kept_connection_is_answered_once_more_and_told_to_close(app: Any) -> None:
+@pytest.mark.parametrize(("app", "threads"), APPS)
+def test_a_kept_connection_is_answered_once_more_and_told_to_close(app: Any, threads: int | None) -> None:
     """S7."""
     need(app)
-    with Server(app, ANY_PORT, workers=1, options=patient(app)) as server:
+    with Server(app, ANY_PORT, workers=1, threads=threads, options=patient(app)) as server:
         client = http.client.HTTPConnection("127.0.0.1", port_of(server), timeout=20)
         client.request("GET", "/")
         response = client.getresponse()
@@ -89,11 +92,13 @@ def test_a_kept_connection_is_answered_once_more_and_told_to_close(app: Any) -> 
         client.close()
 
 
-@pytest.mark.parametrize("app", APPS)
-def test_a_request_in_flight_is_finished_by_the_worker_that_has_begun_it(app: Any) -> None:
+@pytest.mark.parametrize(("app", "threads"), APPS)
+def test_a_request_in_flight_is_finished_by_the_worker_that_has_begun_it(
+    app: Any, threads: int | None
+) -> None:
     """S7."""
     need(app)
-    with Server(app, ANY_PORT, workers=1) as server:
+    with Server(app, ANY_PORT, workers=1, threads=threads) as server:
         client = http.client.HTTPConnection("127.0.0.1", port_of(server), timeout=20)
         client.request("GET", "/sleep/0.5")
         wait_until(lambda: (worker := server.stats().workers[0]).in_flight or worker.requests)

@@ -73,10 +73,11 @@ def test_an_http_application_serves(app: Any) -> None:
 
 
 @pytest.mark.parametrize("dispatch", ["shared", "handoff"])
-def test_a_request_is_served_in_whatever_pieces_it_comes(dispatch: Any) -> None:
+@pytest.mark.parametrize("threads", [1, 4])
+def test_a_request_is_served_in_whatever_pieces_it_comes(threads: int, dispatch: Any) -> None:
     """Waitress is given what came with the connection at once, which may be nothing, a part, or the end."""
     pytest.importorskip("waitress")
-    with Server(wsgi, ANY_PORT, workers=1, dispatch=dispatch) as server:
+    with Server(wsgi, ANY_PORT, workers=1, threads=threads, dispatch=dispatch) as server:
         connect(server).close()
         with connect(server) as silent, connect(server) as halved, connect(server) as several:
             several.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" * 2 + b"GET / HTTP/1.0\r\n\r\n")

@@ -1,0 +1,155 @@
+"""Serving WSGI requests in the thread of waitress's loop, one at a time: in a worker with `threads=1`.
+
+waitress runs requests in threads beside its loop. Where there is one of them, each request is handed over twice, and
+nobody gains by it. So the loop runs the request itself here, between two of its turns; and what waitress leaves to its
+loop while a request runs is done in place.
+
+    a block of the answer          sent before the application is asked for the next; the first with the header
+    what the kernel did not take   sent by the loop, after the request, or with the next block
+    more than is to be buffered    waited for: until the client takes some, or goes
+    a client that has gone         closed as it is noticed; the next block raises ClientDisconnected
+
+Runs in: the main thread of a server worker.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from waitress.channel import HTTPChannel
+from waitress.task import WSGITask
+from waitress.utilities import logger
+
+from ..fds import is_readable, is_writable
+
+
+class InlineTasks:
+    """waitress's dispatcher of tasks, without threads: `run` is called after each turn of the loop."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[Any] = deque()
+        self._interrupted = False
+
+    @property
+    def has_waiting(self) -> bool:
+        """True if `run` would find something to do."""
+        return bool(self._waiting)
+
+    def add_task(self, task: Any) -> None:
+        """For waitress: a connection has a request."""
+        # Not run here: the connection's `requests_lock` is held, which a task takes.
+        self._waiting.append(task)
+
+    def run(self) -> None:
+        """Run a request of each connection that has one. A connection's next one comes after a turn of the loop, so
+        that a client that sends many ahead keeps nobody else waiting.
+
+        Raises:
+            KeyboardInterrupt: the worker was sent SIGINT meanwhile. One that an application raises is no reason.
+        """
+        for _ in range(len(self._waiting)):
+            channel = self._waiting.popleft()
+            try:
+                channel.service()
+            except BaseException:  # as waitress's threads do
+                logger.exception("Exception when servicing %r", channel)
+            channel.send_now()
+            if self._interrupted:
+                raise KeyboardInterrupt
+
+    def shutdown(self, cancel_pending: bool = True, timeout: float = 5.0) -> bool:
+        """For waitress: drop what waits. Nothing runs, as it is called in the thread that would run it."""
+        del timeout
+        while cancel_pending and self._waiting:
+            self._waiting.popleft().cancel()
+        return cancel_pending
+
+    @contextmanager
+    def heeding_sigint(self) -> Iterator[None]:
+        """Have SIGINT end the worker meanwhile, also where it finds an application that would be blamed for it."""
+        before = signal.getsignal(signal.SIGINT)
+        if not callable(before):
+            yield
+            return
+
+        def interrupt(number: int, frame: Any) -> None:
+            self._interrupted = True
+            before(number, frame)
+
+        signal.signal(signal.SIGINT, interrupt)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+
+class InlineChannel(HTTPChannel):  # type: ignore[misc]  # waitress has no types
+    """waitress's connection, which does what it can at once, as there is no loop beside it.
+
+    Attributes:
+        holding: what is written is not sent for now.
+    """
+
+    holding = False
+
+    def moved_on(self) -> None:
+        """A part of the answer has left, while its request waits for that."""
+
+    def send_now(self) -> None:
+        """Send as much as the kernel takes, and close if that was all, and the last."""
+        if self.socket is not None and self.total_outbufs_len:
+            self._flush_exception(self._flush_some)
+        is_last = self.close_when_flushed and not self.total_outbufs_len
+        if self.socket is not None and (is_last or self.will_close):
+            self.handle_close()
+
+    def check_client_disconnected(self) -> Any:
+        # With `channel_request_lookahead` the loop would read on, and notice.
+        if self.socket is not None and self.readable() and is_readable(self.socket):
+            self.handle_read()
+        return super().check_client_disconnected()
+
+    def _flush_exception(self, flush: Any, do_close: bool = True) -> Any:
+        return (True, False) if self.holding else self._flush(flush)
+
+    def _flush(self, flush: Any) -> Any:
+        """As waitress does, but that it closes what is broken: in threads that is left to the loop, which is here."""
+        result = super()._flush_exception(flush)
+        if result is not None and result[1] and self.socket is not None:
+            self.handle_close()
+        return result
+
+    def _flush_outbufs_below_high_watermark(self) -> None:
+        # waitress waits for its loop to send, which would be for ever.
+        while self.connected and self.total_outbufs_len > self.adj.outbuf_high_watermark:
+            sent, _ = self._flush(self._flush_some)
+            if sent:
+                self.moved_on()
+            elif self.connected:
+                is_writable(self.socket, None)
+
+
+class InlineTask(WSGITask):  # type: ignore[misc]
+    """waitress's request, whose answer is sent as it comes."""
+
+    def get_environment(self) -> Any:
+        environ = super().get_environment()
+        environ["wsgi.multithread"] = False
+        return environ
+
+    def write(self, data: Any) -> None:
+        # waitress sends the header by itself, and then the block: a system call more for most answers, and a packet.
+        channel = self.channel
+        channel.holding = True
+        try:
+            super().write(data)
+        finally:
+            channel.holding = False
+        # PEP 3333 ("Buffering and Streaming"): a block is not kept while the application makes the next one. Nor for
+        # the request's end: what it does in `close()` is not for the client to wait for.
+        if data and channel.total_outbufs_len >= channel.adj.send_bytes:
+            channel.send_now()

@@ -1,0 +1,444 @@
+"""WSGI with one thread, the worker's main thread: what waitress leaves to a loop beside it happens all the same.
+
+Where a test is of what any number of threads does, it is of both.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("waitress")
+
+from fdpool.fds import is_readable
+from fdpool.server import Server, ServerWorker
+from tests.process_state import wait_until
+from tests.server.helpers import ANY_PORT, Load, connect, get, pids, port_of, read_all, records, wsgi
+from tests.server.test_faults import is_over, reset
+
+THREADS = pytest.mark.parametrize("threads", [1, 2])
+MIB = 2**20
+
+
+class Gate:
+    """A place where the application waits for the test, which waits for it there: a FIFO."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = str(path)
+        os.mkfifo(path)
+
+    def wait(self) -> None:
+        """Runs in: the application.
+
+        In short turns: a signal that comes just before a call that waits is heard by Python when that returns.
+        """
+        fifo = os.open(self._path, os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            while not is_readable(fifo, 0.02):
+                pass
+            os.set_blocking(fifo, True)
+            while os.read(
+                fifo, 10
+            ):  # until the test has closed it, or it would be found open by the next to wait
+                pass
+        finally:
+            os.close(fifo)
+
+    def let_pass(self) -> None:
+        """Return when the application has come."""
+        with open(self._path, "wb") as fifo:
+            fifo.write(b"x")
+
+
+@pytest.fixture
+def gate(tmp_path: Path) -> Gate:
+    return Gate(tmp_path / "gate")
+
+
+def waiting_at(gate: Gate) -> Any:
+    """An application that answers with its worker's pid; `/wait` waits first."""
+
+    def app(environ: Any, start_response: Any) -> list[bytes]:
+        if environ["PATH_INFO"] == "/wait":
+            gate.wait()
+        return wsgi(environ | {"PATH_INFO": "/"}, start_response)
+
+    return app
+
+
+def in_megabytes(count: int, told: Path) -> Any:
+    """An application whose answer is so long; `told` has a byte for each piece, and an "x" at the end."""
+
+    def pieces() -> Iterator[bytes]:
+        try:
+            for number in range(count):
+                with told.open("ab") as file:
+                    file.write(b".")
+                yield bytes([number]) * MIB
+        finally:
+            with told.open("ab") as file:
+                file.write(b"x")
+
+    def app(environ: Any, start_response: Any) -> Any:
+        if environ["PATH_INFO"] != "/long":
+            return wsgi(environ, start_response)
+        start_response("200 OK", [("Content-Length", str(count * MIB))])
+        return pieces()
+
+    return app
+
+
+@contextlib.contextmanager
+def asked(server: Server, path: str = "/wait") -> Iterator[http.client.HTTPConnection]:
+    """A connection on which this is on its way."""
+    client = http.client.HTTPConnection("127.0.0.1", port_of(server), timeout=20)
+    with contextlib.closing(client):
+        client.request("GET", path)
+        yield client
+
+
+def in_flight(server: Server) -> int:
+    return sum(each.in_flight for each in server.stats().workers)
+
+
+# -- where it runs ---------------------------------------------------------------------------------------
+
+
+@THREADS
+def test_one_thread_is_the_main_thread_and_the_application_is_told(threads: int) -> None:
+    def app(environ: Any, start_response: Any) -> list[bytes]:
+        start_response("200 OK", [])
+        is_main = threading.current_thread() is threading.main_thread()
+        others = [each.name for each in threading.enumerate() if each.name.startswith("waitress")]
+        return [repr((is_main, environ["wsgi.multithread"], len(others))).encode()]
+
+    with Server(app, ANY_PORT, workers=1, threads=threads) as server:
+        assert get(server)[1] == (b"(True, False, 0)" if threads == 1 else b"(False, True, 2)")
+
+
+# -- answers -----------------------------------------------------------------------------------------------
+
+
+def test_an_answer_leaves_with_its_header_in_one_piece(tmp_path: Path) -> None:
+    log = tmp_path / "sent"
+
+    def note_what_is_sent(worker: ServerWorker) -> None:
+        send = socket.socket.send
+
+        def noted(self: socket.socket, data: Any, *flags: int) -> int:
+            if self.family == socket.AF_INET:
+                with log.open("ab") as file:
+                    file.write(b"%d\n" % len(data))
+            return send(self, data, *flags)
+
+        socket.socket.send = noted  # type: ignore[method-assign]
+
+    with Server(wsgi, ANY_PORT, workers=1, threads=1, on_worker_start=note_what_is_sent) as server:
+        with connect(server) as client:
+            client.sendall(b"GET / HTTP/1.0\r\n\r\n")
+            answer = read_all(client)
+    assert answer.startswith(b"HTTP/1.0 200 OK")
+    assert log.read_bytes() == b"%d\n" % len(answer)
+
+
+def with_write(start_response: Any, pieces: Iterator[bytes]) -> list[bytes]:
+    write = start_response("200 OK", [])
+    for piece in pieces:
+        write(piece)
+    return []
+
+
+def with_length(start_response: Any, pieces: Iterator[bytes]) -> Iterator[bytes]:
+    start_response("200 OK", [("Content-Length", "3")])
+    return pieces
+
+
+def without_length(start_response: Any, pieces: Iterator[bytes]) -> Iterator[bytes]:
+    start_response("200 OK", [])
+    return pieces
+
+
+@pytest.mark.parametrize("answer", [with_write, with_length, without_length])
+@THREADS
+def test_each_small_piece_arrives_before_the_next_is_made(
+    answer: Callable[..., Any], threads: int, gate: Gate
+) -> None:
+    """PEP 3333, "Buffering and Streaming"."""
+
+    def pieces() -> Iterator[bytes]:
+        for piece in (b"a", b"b", b"c"):
+            yield piece
+            gate.wait()
+
+    def app(environ: Any, start_response: Any) -> Any:
+        return answer(start_response, pieces())
+
+    with Server(app, ANY_PORT, workers=1, threads=threads, grace=1) as server:
+        with asked(server) as client:
+            response = client.getresponse()
+            for piece in (b"a", b"b", b"c"):
+                assert response.read(1) == piece
+                gate.let_pass()
+            assert response.read() == b""
+
+
+def test_an_answer_is_sent_before_the_next_request_begins(gate: Gate) -> None:
+    """Of the same client, who sent it ahead."""
+    with Server(waiting_at(gate), ANY_PORT, workers=1, threads=1, grace=1) as server:
+        with connect(server) as client:
+            client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\nGET /wait HTTP/1.0\r\n\r\n")
+            first = client.recv(1000)
+            assert first.startswith(b"HTTP/1.1 200 OK")
+            gate.let_pass()
+            assert read_all(client).startswith(b"HTTP/1.0 200 OK")
+
+
+@THREADS
+def test_requests_that_are_sent_ahead_are_answered_in_their_order(threads: int) -> None:
+    def app(environ: Any, start_response: Any) -> list[bytes]:
+        body = environ["wsgi.input"].read() + environ["PATH_INFO"].encode()
+        start_response("200 OK", [("Content-Length", str(len(body)))])
+        return [body]
+
+    with Server(app, ANY_PORT, workers=1, threads=threads) as server, connect(server) as client:
+        for number in range(200):
+            client.sendall(b"POST /%d HTTP/1.1\r\nContent-Length: 3\r\n\r\nxyz" % number)
+        client.sendall(b"POST /last HTTP/1.0\r\nContent-Length: 0\r\n\r\n")
+        answers = read_all(client).split(b"HTTP/1.")[1:]
+        assert [answer.rpartition(b"\r\n")[2] for answer in answers] == [
+            *(b"xyz/%d" % number for number in range(200)),
+            b"/last",
+        ]
+
+
+@THREADS
+def test_a_client_that_expects_to_be_told_to_continue_is(threads: int) -> None:
+    def app(environ: Any, start_response: Any) -> list[bytes]:
+        body = environ["wsgi.input"].read()
+        start_response("200 OK", [("Content-Length", str(len(body)))])
+        return [body]
+
+    with Server(app, ANY_PORT, workers=1, threads=threads) as server, connect(server) as client:
+        for _ in range(2):
+            client.sendall(b"POST / HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: 5\r\n\r\n")
+            assert client.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
+            client.sendall(b"hello")
+            answer = b""
+            while not answer.endswith(b"hello"):
+                answer += client.recv(1000)
+            assert answer.startswith(b"HTTP/1.1 200 OK")
+
+
+# -- clients that are slow, or go --------------------------------------------------------------------------
+
+
+@THREADS
+def test_more_than_is_buffered_arrives_whole_however_slow_its_client(threads: int, tmp_path: Path) -> None:
+    told = tmp_path / "told"
+    with Server(in_megabytes(48, told), ANY_PORT, workers=1, threads=threads) as server:
+        with asked(server, "/long") as client:
+            wait_until(lambda: told.exists() and told.stat().st_size > 16)
+            response = client.getresponse()
+            for number in range(48):
+                assert response.read(MIB) == bytes([number]) * MIB
+            assert response.read() == b""
+        wait_until(lambda: told.read_bytes() == b"." * 48 + b"x")
+        assert get(server)[0] == 200
+
+
+@THREADS
+def test_a_request_moves_on_as_its_client_takes_some_and_does_not_otherwise(
+    threads: int, tmp_path: Path
+) -> None:
+    told = tmp_path / "told"
+
+    def waited_s() -> float:
+        return server.stats().workers[0].oldest_s or 0.0
+
+    def take_some() -> bool:
+        response.read(MIB)
+        return waited_s() < 0.1
+
+    with Server(in_megabytes(200, told), ANY_PORT, workers=1, threads=threads, grace=0) as server:
+        with asked(server, "/long") as client:
+            wait_until(lambda: waited_s() > 0.2)  # the 16 MiB are full
+            response = client.getresponse()
+            if threads == 1:
+                wait_until(take_some)
+            produced = told.stat().st_size
+            wait_until(lambda: waited_s() > 0.2)
+            assert b"x" not in told.read_bytes()
+            assert produced < 200
+
+
+def test_a_client_that_does_not_take_its_answer_is_stuck(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    told = tmp_path / "told"
+    with records(caplog) as logged:
+        with Server(in_megabytes(200, told), ANY_PORT, workers=1, threads=1, request_timeout=0.5) as server:
+            [before] = pids(server)
+            with asked(server, "/long"):
+                wait_until(lambda: pids(server) not in ([before], []))
+        [killed] = logged("worker_killed")
+        assert "a request has not moved on" in killed.reason
+
+
+@pytest.mark.parametrize("go", [reset, socket.socket.close])
+@THREADS
+def test_a_client_that_goes_in_the_midst_of_its_answer_frees_the_worker(
+    threads: int, go: Callable[[socket.socket], None], tmp_path: Path
+) -> None:
+    told = tmp_path / "told"
+    with Server(in_megabytes(200, told), ANY_PORT, workers=1, threads=threads) as server:
+        before = pids(server)
+        client = connect(server)
+        client.sendall(b"GET /long HTTP/1.1\r\nHost: x\r\n\r\n")
+        wait_until(lambda: told.exists() and told.stat().st_size > 16)
+        go(client)
+        wait_until(lambda: told.read_bytes().endswith(b"x"))
+        assert len(told.read_bytes()) < 200
+        assert get(server)[0] == 200
+        assert pids(server) == before
+
+
+def test_an_application_that_streams_hears_of_a_client_that_has_gone(gate: Gate, tmp_path: Path) -> None:
+    """The first piece that cannot be sent closes the connection, and the next one raises."""
+    left = tmp_path / "left"
+
+    def pieces() -> Iterator[bytes]:
+        try:
+            yield b"first"
+            gate.wait()
+            while True:
+                yield b"more"
+        finally:
+            left.touch()
+
+    def app(environ: Any, start_response: Any) -> Any:
+        if environ["PATH_INFO"] == "/":
+            return wsgi(environ, start_response)
+        start_response("200 OK", [])
+        return pieces()
+
+    with Server(app, ANY_PORT, workers=1, threads=1) as server:
+        with asked(server, "/stream") as client:
+            assert client.getresponse().read(5) == b"first"
+        gate.let_pass()
+        wait_until(left.exists)
+        assert get(server)[0] == 200
+
+
+@THREADS
+def test_an_application_that_asks_is_told_that_its_client_has_gone(
+    threads: int, gate: Gate, tmp_path: Path
+) -> None:
+    seen = tmp_path / "seen"
+
+    def app(environ: Any, start_response: Any) -> list[bytes]:
+        if environ["PATH_INFO"] == "/wait":
+            has_gone = environ["waitress.client_disconnected"]
+            assert not has_gone()
+            gate.wait()
+            wait_until(has_gone)
+            seen.touch()
+        return wsgi(environ, start_response)
+
+    options = {"channel_request_lookahead": 1}
+    with Server(app, ANY_PORT, workers=1, threads=threads, options=options) as server:
+        with asked(server):
+            wait_until(lambda: in_flight(server))
+        gate.let_pass()
+        wait_until(seen.exists)
+        assert get(server)[0] == 200
+
+
+# -- signals, and the end of a worker ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dispatch", ["shared", "handoff", "reuseport"])
+@THREADS
+def test_a_reload_waits_for_no_request_and_cuts_none_off(threads: int, dispatch: Any, gate: Gate) -> None:
+    """S7: what is busy takes nothing new from the moment on that it is told."""
+    with Server(waiting_at(gate), ANY_PORT, workers=1, threads=threads, dispatch=dispatch) as server:
+        [old] = pids(server)
+        with asked(server) as client:
+            wait_until(lambda: in_flight(server))
+            assert server.reload().result(30) == 2
+            assert int(get(server)[1]) != old
+            gate.let_pass()
+            response = client.getresponse()
+            assert response.status == 200
+            assert response.getheader("connection") == "close"
+            assert int(response.read()) == old
+        wait_until(lambda: [each.pid for each in server.stats().workers] == pids(server))
+
+
+@THREADS
+def test_sigterm_in_the_midst_of_a_request_lets_it_finish_and_has_a_successor_first(
+    threads: int, gate: Gate
+) -> None:
+    """W1."""
+    with Server(waiting_at(gate), ANY_PORT, workers=1, threads=threads) as server:
+        [old] = pids(server)
+        with asked(server) as client:
+            wait_until(lambda: in_flight(server))
+            os.kill(old, signal.SIGTERM)
+            os.kill(old, signal.SIGUSR1)
+            wait_until(lambda: pids(server) not in ([old], []))
+            gate.let_pass()
+            assert int(client.getresponse().read()) == old
+
+
+@THREADS
+def test_sigint_in_the_midst_of_a_request_ends_the_worker(threads: int, gate: Gate) -> None:
+    """W1: as where it comes between requests."""
+    with Server(waiting_at(gate), ANY_PORT, workers=1, threads=threads) as server:
+        [old] = pids(server)
+        with connect(server) as client:
+            client.sendall(b"GET /wait HTTP/1.0\r\n\r\n")
+            wait_until(lambda: in_flight(server))
+            os.kill(old, signal.SIGINT)
+            wait_until(lambda: pids(server) not in ([old], []))
+            assert int(get(server)[1]) != old
+            if threads > 1:
+                assert is_over(client)
+
+
+def test_a_request_that_outlasts_the_grace_is_cut_off(gate: Gate, caplog: pytest.LogCaptureFixture) -> None:
+    """S7."""
+    with records(caplog) as logged:
+        with Server(waiting_at(gate), ANY_PORT, workers=1, threads=1, grace=0.1) as server:
+            with connect(server) as client:
+                client.sendall(b"GET /wait HTTP/1.0\r\n\r\n")
+                wait_until(lambda: in_flight(server))
+                server.reload().result(30)
+                assert is_over(client)
+            wait_until(lambda: logged("worker_killed"))
+            assert "test_inline.py" in logged("worker_killed")[0].stacks
+
+
+def test_workers_are_replaced_after_so_many_requests_and_none_is_lost() -> None:
+    with Server(wsgi, ANY_PORT, workers=2, threads=1, max_requests=20) as server:
+        with Load(lambda: get(server)[1]) as load:
+            wait_until(lambda: len(load.answered) >= 5)
+        assert load.failed == []
+
+
+def test_a_worker_that_is_busy_leaves_connections_to_others(gate: Gate) -> None:
+    with Server(waiting_at(gate), ANY_PORT, workers=2, threads=1) as server:
+        with asked(server) as client:
+            wait_until(lambda: in_flight(server))
+            others = {int(get(server)[1]) for _ in range(20)}
+            assert len(others) == 1
+            gate.let_pass()
+            assert int(client.getresponse().read()) not in others
