@@ -34,6 +34,7 @@ _FDPOOL = (
 _COMMANDS: dict[str, tuple[str, ...]] = {
     "fdpool": _FDPOOL,
     "fdpool-handoff": (*_FDPOOL, "--dispatch", "handoff"),
+    "fdpool-sync": (*_FDPOOL, "--threads", "1"),
     "fdpool-preload": (*_FDPOOL, "--preload", _APP),
     "uvicorn": (*_UVICORN, "--workers", "{workers}", "--port", "{port}", "{app}"),
     "gunicorn": (*_GUNICORN, "-w", "{workers}", "-b", "fd://{fd}", "{app}"),
@@ -50,6 +51,7 @@ _COMMANDS: dict[str, tuple[str, ...]] = {
 LABELS = {
     "fdpool": "`fdpool serve`",
     "fdpool-handoff": "`fdpool serve --dispatch handoff`",
+    "fdpool-sync": "`fdpool serve --threads 1`",
     "fdpool-preload": "`fdpool serve --preload`",
     "uvicorn": "uvicorn --workers",
     "gunicorn": "gunicorn, sync workers",

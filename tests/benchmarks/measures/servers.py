@@ -119,8 +119,10 @@ def private_memory(name: str, form: str, settings: Settings) -> Iterator[Round]:
         yield one_round
 
 
-def _measure(name: str, title: str, sides: dict[str, Side], **rest: Any) -> Measure:
-    return Measure(name, "Servers", title, sides, labels=servers.LABELS, **rest)
+def _measure(name: str, title: str, sides: dict[str, Side], ours: str = "fdpool", **rest: Any) -> Measure:
+    """`ours` is the server that is the side "fdpool" here."""
+    labels = servers.LABELS | {"fdpool": servers.LABELS[ours]}
+    return Measure(name, "Servers", title, sides, labels=labels, **rest)
 
 
 def _sides(side: object, *given: object, names: tuple[str, ...]) -> dict[str, Side]:
@@ -178,9 +180,20 @@ MEASURES = (
     ),
     _measure(
         "serve-wsgi",
-        "a request to a WSGI application, each on a connection of its own, 32 at a time",
-        _sides(throughput, "wsgi", 0.0, names=(*_WSGI, "gunicorn-threads")),
+        "a request to a WSGI application, each on a connection of its own, 32 at a time; workers of one thread",
+        {
+            "fdpool": partial(throughput, "fdpool-sync", "wsgi", 0.0),
+            **_sides(throughput, "wsgi", 0.0, names=("gunicorn",)),
+        },
+        ours="fdpool-sync",
         goals=(ahead_of("gunicorn", 1),),
+        **_REQUESTS,
+    ),
+    _measure(
+        "serve-wsgi-threads",
+        "a request to a WSGI application, each on a connection of its own, 32 at a time; workers of four threads",
+        _sides(throughput, "wsgi", 0.0, names=("fdpool", "gunicorn-threads")),
+        goals=(ahead_of("gunicorn-threads", 1),),
         **_REQUESTS,
     ),
     _measure(
