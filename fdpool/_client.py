@@ -251,9 +251,9 @@ class Client:
             record = self.tasks.pop(task, None) if self.take_out(task) else None
         if record is None:
             return False
-        if record.call is not None:
-            record.call.close()
-            record.call = None
+        call, record.call = record.call, None
+        if call is not None:
+            call.close()
         if self.life.phase is not Phase.SERVING:
             self.wake()  # it may have been the last that the end waited for
         return True
@@ -490,9 +490,9 @@ class Client:
         """Have the pump settle a task with an error, and close what the task still holds."""
         record = self.tasks.get(task)
         if record is not None and self.pump is not None:
-            if record.call is not None:
-                record.call.close()
-                record.call = None
+            call, record.call = record.call, None  # first: who waits may just settle it
+            if call is not None:
+                call.close()
             self.pump.receiver.settle_later(task, error)
             self.wake()
 

@@ -96,9 +96,9 @@ class Payload:
 
     def unmap(self) -> None:
         """Let go of the mapping; safe to call again."""
-        if self.mapping is not None:
-            self.mapping.close()
-            self.mapping = None
+        mapping, self.mapping = self.mapping, None  # first: closing it lets other threads go on
+        if mapping is not None:
+            mapping.close()
 
     def __repr__(self) -> str:
         spilled = ", spilled" if self.spilled else ""
@@ -117,13 +117,14 @@ class _Sink:
 class Encoder(Outgoing):
     """A thread's pickler with all that it fills; kept, as making one costs nearly as much as using it."""
 
-    __slots__ = ("buffers", "busy", "chunks", "in_band", "outer", "pickler", "sink", "spill_bytes")
+    __slots__ = ("buffers", "busy", "chunks", "fresh", "in_band", "outer", "pickler", "sink", "spill_bytes")
 
     def __init__(self, outer: Outgoing | None) -> None:
         super().__init__(SCM_MAX_FD)
         self.busy = False
         self.outer = outer
         self.spill_bytes = SPILL_BYTES
+        self.fresh = False
         self.chunks: list[Bytes] = []
         self.buffers: list[memoryview] = []
         self.in_band = 0
@@ -139,6 +140,7 @@ class Encoder(Outgoing):
         chunks = self.chunks
         self.busy = True
         self.spill_bytes = SPILL_BYTES
+        self.fresh = False
         simple = False
         try:
             pickler.dump(obj)
@@ -224,7 +226,7 @@ class Encoder(Outgoing):
                 f"{len(self.fds)} descriptors and {self.size()} bytes in one message: bytes beyond"
                 f" {self.spill_bytes} need a descriptor too, and {self.max_fds} is the limit"
             )
-        memory, body, mapping = _spill.write(self.chunks, self.buffers)
+        memory, body, mapping = _spill.write(self.chunks, self.buffers, self.fresh)
         fds, self.fds = self.fds, []
         return Payload(body, OwnedFds([memory, *fds]), True, self.lent, mapping)
 
@@ -244,7 +246,7 @@ class Encoder(Outgoing):
         self.failure = None
 
 
-def enter(spill_bytes: int, max_fds: int) -> Encoder:
+def enter(spill_bytes: int, max_fds: int, fresh: bool = False) -> Encoder:
     """This thread's encoder, or another inside it: a `__reduce__`, or a finalizer, may make payloads too."""
     encoder: Encoder | None = current.outgoing  # type: ignore[assignment] # nothing else is ever put there
     if encoder is None or encoder.busy:
@@ -252,6 +254,7 @@ def enter(spill_bytes: int, max_fds: int) -> Encoder:
     encoder.busy = True
     encoder.spill_bytes = spill_bytes
     encoder.max_fds = max_fds
+    encoder.fresh = fresh
     _reducers.refresh_if_stale()
     return encoder
 
@@ -275,10 +278,17 @@ def leave(encoder: Encoder, *, keep: bool) -> None:
 
 
 def encode(
-    obj: object, spill_bytes: int, max_fds: int, explain: Callable[[Exception], FdpoolError]
+    obj: object,
+    spill_bytes: int,
+    max_fds: int,
+    explain: Callable[[Exception], FdpoolError],
+    fresh: bool = False,
 ) -> Payload:
-    """The payload of `obj`; where it cannot be pickled, `explain` makes the error to raise of the original."""
-    encoder = enter(spill_bytes, max_fds)
+    """The payload of `obj`; where it cannot be pickled, `explain` makes the error to raise of the original.
+
+    `fresh` is as for `_spill.write`.
+    """
+    encoder = enter(spill_bytes, max_fds, fresh)
     done = False
     try:
         try:

@@ -35,8 +35,14 @@ _F_SEAL_SEAL, _F_SEAL_SHRINK, _F_SEAL_GROW, _F_SEAL_WRITE = 1, 2, 4, 8
 Bytes = bytes | bytearray | memoryview
 
 
-def write(chunks: Sequence[Bytes], buffers: Sequence[memoryview]) -> tuple[int, bytes, mmap.mmap | None]:
+def write(
+    chunks: Sequence[Bytes], buffers: Sequence[memoryview], fresh: bool = False
+) -> tuple[int, bytes, mmap.mmap | None]:
     """A memory file that holds a pickle (in chunks) and its buffers.
+
+    Args:
+        fresh: it must not have been used before, as it is to be sealed against writing: a child that was forked
+            meanwhile may have it mapped.
 
     Returns:
         Its descriptor, the caller's to close, the body for the message, and if the file was used before, a mapping to
@@ -57,12 +63,11 @@ def write(chunks: Sequence[Bytes], buffers: Sequence[memoryview]) -> tuple[int, 
         end = _pad(pieces, end, _PAGE)
         pieces.append(buffer)
         end += buffer.nbytes
-    kept = _take_kept(end)
-    if kept is None:
-        fd, mapping = _acquire(), None
-    else:
-        fd, mapping = kept
+    kept = None if fresh else _take_kept(end)
+    fd, mapping = (_acquire(), None) if kept is None else kept
     try:
+        if mapping is None and kept is not None:
+            mapping = _map_to_fill(fd)
         if mapping is not None:
             _copy_all(mapping, pieces)
         else:
@@ -76,6 +81,8 @@ def write(chunks: Sequence[Bytes], buffers: Sequence[memoryview]) -> tuple[int, 
         ) from error
     except BaseException:
         _release(fd)
+        if mapping is not None:
+            mapping.close()  # or it would live as long as the traceback
         raise
     return fd, HEAD.pack(pickled, len(buffers)), mapping
 
@@ -171,8 +178,8 @@ def _map(fd: int, length: int, writable: bool) -> mmap.mmap:
         options["trackfd"] = False  # no duplicate of fd: a kept array then pins memory, and no descriptor
     with standard_numbers_taken():
         mapping = mmap.mmap(fd, length, **options)
-    if writable:  # else it is a shared object's, which the task's own memory must not be taken for
-        _latest.mapping, _latest.forks = weakref.ref(mapping), _forks
+    if writable and _first.mapping is None:  # else it is a shared object's, which is not the task's own
+        _first.mapping, _first.forks = weakref.ref(mapping), _forks
     return mapping
 
 
@@ -182,14 +189,15 @@ def _map(fd: int, length: int, writable: bool) -> mmap.mmap:
 # copy, 9; and to copy to where it is mapped, 6, as any copy does.
 
 
-class _Latest(threading.local):
-    """The mapping that this thread made last, and how often this process had forked before."""
+class _First(threading.local):
+    """The first mapping that this thread has made since it was asked to watch, and how often this process had forked
+    before."""
 
     mapping: weakref.ref[mmap.mmap] | None = None
     forks = 0
 
 
-_latest = _Latest()
+_first = _First()
 _forks = 0
 
 #: Files to be filled again: their size, their descriptor, when they are to be closed, and where they are mapped.
@@ -205,14 +213,19 @@ _COPIED_AT_ONCE = 32 << 20
 
 
 class Watch:
-    """Tells whether anybody can still see the memory that this thread mapped last."""
+    """Tells whether anybody can still see the memory that this thread maps first: what it comes with may load others,
+    as it is made."""
 
     __slots__ = ("_forks", "_mapping")
 
     def __init__(self) -> None:
-        self._mapping = _latest.mapping
-        self._forks = _latest.forks
-        _latest.mapping = None
+        _first.mapping = None
+        self._mapping: weakref.ref[mmap.mmap] | None = None
+        self._forks = 0
+
+    def loaded(self) -> None:
+        """It is mapped now."""
+        self._mapping, self._forks = _first.mapping, _first.forks
 
     def is_over(self) -> bool:
         """True if the mapping is gone, and no child was forked that may have it."""
@@ -249,31 +262,42 @@ def expire(now: float | None = None) -> None:
 
 
 def _take_kept(size: int) -> tuple[int, mmap.mmap | None] | None:
-    """One that is large enough, and not far too large, and where it is mapped, if it can be."""
+    """One that is large enough, and not far too large, and where it is mapped, if it is."""
     for entry in sorted(_kept):
         if size <= entry[0] <= 2 * size:
             try:
                 _kept.remove(entry)
             except ValueError:
                 continue
-            length, fd, _, mapping = entry
-            return fd, mapping or _map_to_fill(fd, length)
+            return entry[1], entry[3]
     return None
 
 
-def _map_to_fill(fd: int, length: int) -> mmap.mmap | None:
+#: Where used files are mapped in this process. Of a forked child they are none of its business.
+_mapped_to_fill: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
+
+
+def _map_to_fill(fd: int) -> mmap.mmap | None:
     """All of a file that was filled before, mapped with all its pages; None if that cannot be.
 
-    A file that is not sealed is left alone: who has its descriptor could cut it, and we would die of SIGBUS.
+    A file that is not sealed is left alone: who has its descriptor could cut it, and we would die of SIGBUS. (As we
+    would if what is copied is a mapping, too, whose file was cut; but so does whoever looks at that.) And there are
+    never more than a few: before Python 3.13 each holds a descriptor that nobody has counted.
     """
-    flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
+    if len(_mapped_to_fill) >= _MOST_KEPT:
+        return None
+    options: dict[str, Any] = {"flags": mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)}
+    if sys.version_info >= (3, 13):
+        options["trackfd"] = False
     try:
         if not fcntl.fcntl(fd, _F_GET_SEALS) & _F_SEAL_SHRINK:
             return None
         with standard_numbers_taken():
-            return mmap.mmap(fd, length, flags)
+            mapping = mmap.mmap(fd, os.fstat(fd).st_size, **options)
     except OSError:
-        return None  # EINVAL: a plain file; EMFILE, as a mapping has a descriptor of its own; ENOMEM
+        return None  # EINVAL: a plain file; EMFILE; ENOMEM
+    _mapped_to_fill.add(mapping)
+    return mapping
 
 
 def _copy_all(mapping: mmap.mmap, pieces: Sequence[Bytes]) -> None:
@@ -293,7 +317,17 @@ def _count_fork() -> None:
     _forks += 1
 
 
-os.register_at_fork(after_in_parent=_count_fork, after_in_child=expire)
+def _forget_in_child() -> None:
+    """Runs in: a forked child. What it could write to are the arguments of the parent's tasks."""
+    expire()
+    for mapping in list(_mapped_to_fill):
+        try:
+            mapping.close()
+        except BufferError:
+            continue  # a thread of the parent's, which is not here, was just copying
+
+
+os.register_at_fork(after_in_parent=_count_fork, after_in_child=_forget_in_child)
 
 
 def seal_for_good(fd: int) -> None:

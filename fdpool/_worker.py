@@ -259,12 +259,14 @@ class Worker:
             if self._page.is_to_stop():  # the signal came before that
                 close_all(fds)
                 raise TaskTerminated
+            if spilled:
+                self._memory = _spill.Watch()
             fn, args, kwargs = payload.loads(body, fds, spilled)
+            if self._memory is not None:
+                self._memory.loaded()
             if self._page.is_to_stop():  # what a handler raises in a finalizer of what was loaded is dropped
                 raise TaskTerminated
             self._name = _name_of(fn)
-            if spilled:
-                self._memory = _spill.Watch()
             result = fn(*args, **kwargs)
             self.leave_if_forked()
             fn = args = kwargs = None

@@ -35,8 +35,10 @@ __all__ = [
 ]
 
 
-def dumps(obj: object, *, spill_bytes: int = SPILL_BYTES, max_fds: int = SCM_MAX_FD) -> Payload:
-    """A payload that `loads` makes an equal object from, descriptors included.
+def dumps(
+    obj: object, *, spill_bytes: int = SPILL_BYTES, max_fds: int = SCM_MAX_FD, fresh: bool = False
+) -> Payload:
+    """A payload that `loads` makes an equal object from, descriptors included; in a `fresh` memory file, if in any.
 
     Descriptors are borrowed: the payload has duplicates, made when each was met. Writers are flushed, and the
     offset of a reader is put where its user has got to.
@@ -51,7 +53,11 @@ def dumps(obj: object, *, spill_bytes: int = SPILL_BYTES, max_fds: int = SCM_MAX
     Whatever is raised, nothing stays open.
     """
     return encode(
-        obj, spill_bytes, max_fds, lambda error: _diagnosis.explain_value(error, obj, "the object", attempt)
+        obj,
+        spill_bytes,
+        max_fds,
+        lambda error: _diagnosis.explain_value(error, obj, "the object", attempt),
+        fresh,
     )
 
 

@@ -309,9 +309,8 @@ class Pool(Executor):
             OSError: no memory, or no descriptor, is left.
         """
         self._client.life.check_usable()
-        call = payload.dumps(obj, spill_bytes=0)
+        call = payload.dumps(obj, spill_bytes=0, fresh=True)
         assert call.fds is not None
-        call.unmap()  # what somebody may write to cannot be sealed
         if call.carries_fds or call.lent:
             call.close()
             raise DescriptorRefused(f"{type(obj).__qualname__} cannot be shared, as it holds a descriptor")

@@ -14,6 +14,7 @@ import resource
 import struct
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -34,6 +35,12 @@ def mapped() -> int:
     """How many mappings of payload files this process has."""
     with open("/proc/self/maps") as maps:
         return sum("fdpool-payload" in line for line in maps)
+
+
+def writable_mappings() -> int:
+    """How many of them are shared and may be written to."""
+    with open("/proc/self/maps") as maps:
+        return sum("fdpool-payload" in line and " rw-s " in line for line in maps)
 
 
 # -- when ------------------------------------------------------------------------------------------------
@@ -327,8 +334,60 @@ def test_a_file_that_is_used_again_is_copied_to() -> None:
 
 
 @pytest.mark.usefixtures("used_file")
+def test_what_is_to_be_sealed_gets_a_file_of_its_own() -> None:
+    """A child that was forked meanwhile may have a used one mapped; then it cannot be sealed."""
+    kept = os.fstat(_spill._kept[0][1]).st_ino
+    sent = payload.dumps(bytes(1_200_000), spill_bytes=0, fresh=True)
+    assert sent.fds is not None
+    assert os.fstat(sent.fds.numbers[0]).st_ino != kept
+    sent.close()
+
+
+@pytest.mark.usefixtures("used_file")
+def test_a_forked_child_has_no_file_mapped_to_write_to() -> None:
+    sent = payload.dumps(bytes(1_200_000))
+    assert sent.mapping is not None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of threads, which the child does without
+        pid = os.fork()
+    if pid == 0:
+        os._exit(writable_mappings())
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert writable_mappings() == 1
+    sent.close()
+    assert writable_mappings() == 0
+
+
+@pytest.mark.usefixtures("used_file")
+def test_a_handler_that_raises_while_a_file_is_mapped_leaves_nothing_open(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupt(*_arguments: object, **_options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_spill.mmap, "mmap", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        payload.dumps(bytes(1_200_000))
+    monkeypatch.undo()
+    assert not _spill._kept
+
+
+def test_only_a_few_files_are_mapped_at_a_time() -> None:
+    held = []
+    for _ in range(6):
+        first = payload.dumps(bytes(1 << 20))
+        assert first.fds is not None
+        assert _spill.recycle(first.fds.numbers.pop(0), first.mapping)
+        held.append(payload.dumps(bytes(1 << 20)))
+    assert [sent.mapping is not None for sent in held] == [True] * 4 + [False] * 2
+    for sent in held:
+        sent.close()
+    _spill.expire()
+
+
+@pytest.mark.usefixtures("used_file")
 def test_a_file_that_cannot_be_mapped_is_written_to(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_arguments: object) -> None:
+    def fail(*_arguments: object, **_options: object) -> None:
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
     monkeypatch.setattr(_spill.mmap, "mmap", fail)

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fdpool import TaskTerminated
+from fdpool import TaskTerminated, payload
 
 TAKEN: list[int] = []  # descriptors that a test has a worker hold
 KEPT: list[bytearray] = []
@@ -250,6 +250,24 @@ def keep_array(array: Any, how: str) -> int:
             os._exit(0)
         _kept.extend((ask[1], tell[0]))
     return first
+
+
+class LoadsAnother:
+    """An argument that keeps its array, and loads another large payload as it is made (another pool's result, say)."""
+
+    def __init__(self, array: Any) -> None:
+        self.array = array
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _keep_and_load, (self.array,)
+
+
+def _keep_and_load(array: Any) -> int:
+    _kept.append(array)
+    other = payload.dumps(bytes(1 << 20))
+    assert other.fds is not None
+    payload.loads(other.body, other.fds.detach(), other.spilled)
+    return int(array[0])
 
 
 def kept_array() -> int:
