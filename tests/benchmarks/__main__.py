@@ -67,10 +67,10 @@ def measured(given: argparse.Namespace) -> Iterator[MeasureResult]:
         yield result
 
 
-def load(file: Path) -> tuple[dict[str, Any], dict[str, MeasureResult]]:
-    """What --json saved: the machine, and the results by name."""
+def load(file: Path) -> dict[str, MeasureResult]:
+    """What --json saved, by name."""
     saved = json.loads(file.read_text())
-    return saved["machine"], {each["name"]: MeasureResult.from_json(each) for each in saved["measures"]}
+    return {each["name"]: MeasureResult.from_json(each) for each in saved["measures"]}
 
 
 def save(file: Path, about: dict[str, Any], results: Iterable[MeasureResult]) -> None:
@@ -91,21 +91,22 @@ def main() -> int:
         return 0
     results: dict[str, MeasureResult] = {}
     if given.load:
-        about, results = load(given.load)
+        results = load(given.load)
     else:
         about = _report.machine()
         if given.add and given.json and given.json.exists():
-            _, results = load(given.json)
+            results = load(given.json)
         for result in measured(given):
+            result.machine = _report.described(about)
             results[result.name] = result
             if given.json:  # each time: a run takes long, and may be interrupted
                 save(given.json, about, in_order(results))
             if not given.markdown:
                 print(f"\n{result.name}: {result.title}\n\n{_report.table(result)}", flush=True)
     found = in_order(results)
-    print(_report.markdown(found, about) if given.markdown else _report.goals_table(found))
+    print(_report.markdown(found) if given.markdown else _report.goals_table(found))
     if given.update:
-        _report.update(given.update, _report.markdown(found, about))
+        _report.update(given.update, _report.markdown(found))
     if given.plot:
         _plot.draw(found, given.plot)
     return 0

@@ -38,6 +38,15 @@ def machine() -> dict[str, Any]:
     }
 
 
+def described(about: dict[str, Any]) -> str:
+    """A line that says what `machine` returns."""
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    return (
+        f"{about['processor']}, {about['cpus']} CPUs, {about['memory_gib']} GiB; {about['system']}; "
+        f"{about['python']}; {versions}."
+    )
+
+
 def _processor() -> str:
     names = re.findall(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.M)
     virtual = " (virtual)" if "hypervisor" in Path("/proc/cpuinfo").read_text() else ""
@@ -132,21 +141,22 @@ def _mark(result: MeasureResult, goal: Goal) -> str:
     return "**no**" if verdict == "no" else verdict
 
 
-def markdown(results: Sequence[MeasureResult], about: dict[str, Any]) -> str:
+def markdown(results: Sequence[MeasureResult]) -> str:
     """All that is generated in docs/benchmarks.md."""
-    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-    where = (
-        f"{about['processor']}, {about['cpus']} CPUs, {about['memory_gib']} GiB; {about['system']}; "
-        f"{about['python']}; {versions}.\n"
-    )
-    parts = ["## The goals\n", goals_table(results), "## Machine\n", where]
+    machines = list(dict.fromkeys(result.machine for result in results))
+    parts = ["## The goals\n", goals_table(results)]
+    if len(machines) == 1:
+        parts += ["## Machine\n", f"{machines[0]}\n"]
+    else:
+        parts += ["## Machines\n", *(f"{number}. {each}" for number, each in enumerate(machines, 1)), ""]
     family = ""
     for result in results:
         if result.family != family:
             family = result.family
             parts.append(f"## {family}\n")
         rounds = max((len(side.values) for side in result.sides.values()), default=0)
-        parts.append(f"### {result.name}\n\n{result.title}. {rounds} rounds.\n")
+        where = f" on machine {machines.index(result.machine) + 1}" if len(machines) > 1 else ""
+        parts.append(f"### {result.name}\n\n{result.title}. {rounds} rounds{where}.\n")
         parts.append(table(result))
     return "\n".join(parts)
 

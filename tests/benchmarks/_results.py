@@ -69,7 +69,7 @@ class Spread:
 
 @dataclass(slots=True)
 class MeasureResult:
-    """One measure: what it was, and what each side did."""
+    """One measure: what it was, where it was made, and what each side did."""
 
     name: str
     family: str
@@ -82,6 +82,7 @@ class MeasureResult:
     sides: dict[str, SideResult] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
+    machine: str = ""
 
     @classmethod
     def of(cls, measure: Measure, size: int) -> MeasureResult:
