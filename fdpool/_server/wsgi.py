@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import encodings.idna  # noqa: F401 - getaddrinfo(3) of waitress's default address: so each worker need not (0.6 MiB)
 import logging
+import os
 import socket
 import threading
 import time
@@ -27,6 +28,7 @@ from .inline import InlineChannel, InlineTask, InlineTasks
 
 _IDLE_S = 5.0  # how long a client that keeps its connection has for one more request, while the worker drains
 _TURN_S = 1.0
+_LOG = logging.getLogger("fdpool.server")
 _NO_LOG = logging.Logger("fdpool.server.queue", logging.CRITICAL)
 
 
@@ -210,6 +212,16 @@ class _Intake:
         return False
 
     def handle_read_event(self) -> None:
+        try:
+            self._take()
+        except Exception:  # of one connection, and not of those to come; waitress would close this for good
+            _LOG.exception(
+                "a connection could not be taken in process %d",
+                os.getpid(),
+                extra={"event": "connection_lost"},
+            )
+
+    def _take(self) -> None:
         connection = self._door.take(self._fileno)
         if connection is None:
             return
@@ -263,10 +275,13 @@ def _channel_class(worker: ServerWorker, door: Door, inline: bool) -> type[Any]:
                 data = self.socket.recv(self.adj.recv_bytes)
             except OSError:
                 return  # nothing yet; or a reset, of which the loop hears
-            if data:
-                self.received(data)
-            else:
+            if not data:
                 self.handle_close()
+                return
+            try:
+                self.received(data)
+            except Exception:  # as waitress's loop does: its parser raises, of some requests that are none
+                self.handle_error()
 
         def service(self) -> None:
             self.token = worker.progress.begin()

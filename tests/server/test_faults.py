@@ -213,6 +213,57 @@ def test_a_wsgi_application_that_raises_fails_its_own_request_only(
     assert f"{error.__name__}: of the application" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("dispatch", DISPATCHES)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_request_that_waitress_cannot_parse_costs_its_connection_only(
+    threads: int, dispatch: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """P1: of this one its parser raises, with the first of what a client sends or later."""
+    pytest.importorskip("waitress")
+    with Server(wsgi, ANY_PORT, workers=1, threads=threads, dispatch=dispatch) as server:
+        [before] = pids(server)
+        for asks_before in (False, True):
+            with connect(server) as client:
+                if asks_before:
+                    client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+                    answer = b""
+                    while not answer.endswith(b"%d" % before):
+                        answer += client.recv(1000)
+                client.sendall(b"GET http://[/ HTTP/1.1\r\nHost: x\r\n\r\n")
+                assert read_all(client) == b""
+            assert int(get(server)[1]) == before
+    assert capfd.readouterr().err.count("ValueError") == 2
+
+
+def test_an_error_as_a_handed_connection_is_taken_costs_that_one_only(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """P1, where it is nobody's request yet."""
+    pytest.importorskip("waitress")
+
+    def fail_once(_: ServerWorker) -> None:
+        from waitress.channel import HTTPChannel
+
+        begin = HTTPChannel.__init__
+
+        def failing(self: Any, *args: Any, **options: Any) -> None:
+            HTTPChannel.__init__ = begin
+            raise ValueError("no channel")
+
+        HTTPChannel.__init__ = failing
+
+    with Server(
+        wsgi, ANY_PORT, workers=1, threads=2, dispatch="handoff", on_worker_start=fail_once
+    ) as server:
+        [before] = pids(server)
+        with connect(server) as client:
+            assert is_over(client)
+        assert int(get(server)[1]) == before
+    said = capfd.readouterr().err
+    assert "Traceback" in said
+    assert "ValueError: no channel" in said
+
+
 @pytest.mark.parametrize("dispatch", ["shared", "handoff"])
 def test_a_handler_that_fails_costs_its_connection_only(
     dispatch: Any, capfd: pytest.CaptureFixture[str]
