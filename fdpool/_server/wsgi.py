@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import encodings.idna  # noqa: F401 - getaddrinfo(3) of waitress's default address: so each worker need not (0.6 MiB)
 import logging
+import math
 import os
 import socket
 import threading
@@ -44,6 +45,7 @@ class WsgiFace:
         self._turning = threading.Lock()  # held by the loop in its turns, and not while it runs requests
         self._until: float | None = None  # a drain's end
         self._idle_at = 0.0
+        self._cleanup_at = 0.0
         options = {"threads": order.threads or 4, "backlog": order.backlog, "ident": None, **order.options}
         self._inline = InlineTasks() if int(options["threads"]) == 1 else None
         self._tasks: Any = _threads() if self._inline is None else self._inline
@@ -61,6 +63,7 @@ class WsgiFace:
             if self._inline is not None:
                 # For a loop that waits, which none does while a request runs in its thread; the next turn sees it all.
                 server.pull_trigger = lambda: None
+                server.next_channel_cleanup = math.inf  # see _close_idle
             if accepts:
                 _accept_by(server, door)
             else:
@@ -75,7 +78,7 @@ class WsgiFace:
             self._serve(ready, self._close_what_is_done)
         else:
             with self._inline.heeding_sigint():
-                self._serve(ready, self._inline.run)
+                self._serve(ready, self._run_requests)
 
     def _serve(self, ready: Callable[[], None], after_turn: Callable[[], None]) -> None:
         ready()
@@ -119,6 +122,27 @@ class WsgiFace:
             return 0.0
         timeout_s = _TURN_S if self._until is None else 0.05
         return max(0.001, min(timeout_s, self._door.pause_s() or timeout_s))
+
+    def _run_requests(self) -> None:
+        assert self._inline is not None
+        self._close_idle()
+        self._inline.run()
+
+    def _close_idle(self) -> None:
+        """Close connections that have been idle for too long, after a turn in which each was read and written to.
+
+        waitress does it before a turn, which is after requests here: all that a client had sent or taken
+        while they ran would count as nothing, and the time as its own.
+        """
+        now = time.time()
+        if now < self._cleanup_at:
+            return
+        self._cleanup_at = now + self._servers[0].adj.cleanup_interval
+        for server in self._servers:
+            server.maintenance(now)
+        for channel in self._channels():
+            if channel.will_close:
+                channel.handle_close()
 
     def _channels(self) -> list[Any]:
         return [channel for server in self._servers for channel in list(server.active_channels.values())]
@@ -205,7 +229,7 @@ class _Intake:
 
     def readable(self) -> bool:
         for server in self._servers:
-            server.readable()  # which also closes connections that have been idle for too long
+            server.readable()  # which, but for one thread, also closes connections that are idle for too long
         return not self._door.pause_s()
 
     def writable(self) -> bool:

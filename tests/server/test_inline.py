@@ -110,6 +110,11 @@ def in_flight(server: Server) -> int:
     return sum(each.in_flight for each in server.stats().workers)
 
 
+def requests(server: Server) -> int:
+    """Those that are over."""
+    return sum(each.requests for each in server.stats().workers)
+
+
 # -- where it runs ---------------------------------------------------------------------------------------
 
 
@@ -360,6 +365,66 @@ def test_an_application_that_asks_is_told_that_its_client_has_gone(
         gate.let_pass()
         wait_until(seen.exists)
         assert get(server)[0] == 200
+
+
+# -- several connections -----------------------------------------------------------------------------------
+
+
+def or_megabytes(app: Any, count: int) -> Any:
+    """An application that answers `/long` with so many in one piece, and leaves the rest to `app`."""
+
+    def either(environ: Any, start_response: Any) -> Any:
+        if environ["PATH_INFO"] != "/long":
+            return app(environ, start_response)
+        start_response("200 OK", [("Content-Length", str(count * MIB))])
+        return [b"x" * (count * MIB)]
+
+    return either
+
+
+@contextlib.contextmanager
+def kept(server: Server) -> Iterator[http.client.HTTPConnection]:
+    """A connection that has been answered, and is open."""
+    with asked(server, "/") as client:
+        assert client.getresponse().read() == b"%d" % pids(server)[0]
+        yield client
+
+
+def take_what_has_come(client: socket.socket) -> int:
+    """Bytes that the kernel has for it. They take a moment from the sender's side to this one."""
+    count = 0
+    while is_readable(client, 0.1):
+        count += len(client.recv(MIB))
+    return count
+
+
+def test_time_for_which_the_worker_is_busy_is_not_idle_time_of_its_clients(gate: Gate) -> None:
+    """What they have sent and taken meanwhile is in the kernel."""
+    options = {"channel_timeout": 1, "cleanup_interval": 1}
+    app = or_megabytes(waiting_at(gate), 12)
+    with Server(app, ANY_PORT, workers=1, threads=1, options=options) as server:
+        with kept(server) as other, connect(server) as downloading:
+            downloading.sendall(b"GET /long HTTP/1.0\r\n\r\n")
+            wait_until(lambda: requests(server) == 2)
+            with asked(server) as busy:
+                wait_until(lambda: in_flight(server))
+                other.request("GET", "/")
+                wait_until(lambda: (server.stats().workers[0].oldest_s or 0.0) > 2.1)
+                taken = take_what_has_come(downloading)
+                gate.let_pass()
+                assert busy.getresponse().status == 200
+            assert other.getresponse().status == 200
+            assert 0 < taken < 12 * MIB
+            assert taken + len(read_all(downloading)) > 12 * MIB
+
+
+@pytest.mark.parametrize("dispatch", ["shared", "handoff"])
+@THREADS
+def test_connections_that_are_idle_for_too_long_are_closed(threads: int, dispatch: Any) -> None:
+    options = {"channel_timeout": 1, "cleanup_interval": 1}
+    with Server(wsgi, ANY_PORT, workers=1, threads=threads, options=options, dispatch=dispatch) as server:
+        with kept(server) as client:
+            assert is_over(client.sock)
 
 
 # -- signals, and the end of a worker ------------------------------------------------------------------------
