@@ -5,7 +5,7 @@ nobody gains by it. So the loop runs the request itself here, between two of its
 loop while a request runs is done in place.
 
     a block of the answer          sent before the application is asked for the next; the first with the header
-    what the kernel did not take   sent by the loop, after the request, or with the next block
+    what the kernel did not take   sent by the loop, after the request or a few short ones, or with the next block
     more than is to be buffered    waited for: until the client takes some, or goes
     a client that has gone         closed as it is noticed; the next block raises ClientDisconnected
 
@@ -15,6 +15,7 @@ Runs in: the main thread of a server worker.
 from __future__ import annotations
 
 import signal
+import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,12 +27,15 @@ from waitress.utilities import logger
 
 from ..fds import is_readable, is_writable
 
+_MOMENT_S = 0.01  # for how long requests run before the loop has a turn
+
 
 class InlineTasks:
     """waitress's dispatcher of tasks, without threads: `run` is called after each turn of the loop."""
 
     def __init__(self) -> None:
         self._waiting: deque[Any] = deque()
+        self._left = 0  # of the round
         self._interrupted = False
 
     @property
@@ -39,27 +43,40 @@ class InlineTasks:
         """True if `run` would find something to do."""
         return bool(self._waiting)
 
+    @property
+    def is_amid_round(self) -> bool:
+        """True if some of those that waited as the round began still wait."""
+        return self._left > 0
+
     def add_task(self, task: Any) -> None:
         """For waitress: a connection has a request."""
         # Not run here: the connection's `requests_lock` is held, which a task takes.
         self._waiting.append(task)
 
     def run(self) -> None:
-        """Run a request of each connection that has one. A connection's next one comes after a turn of the loop, so
-        that a client that sends many ahead keeps nobody else waiting.
+        """Run requests for a moment: in a round, one of each connection that has one. A connection's next one comes
+        in another round, so that a client that sends many ahead keeps nobody else waiting; and after the moment
+        comes a turn of the loop, so that answers that wait for their clients are sent on meanwhile.
 
         Raises:
             KeyboardInterrupt: the worker was sent SIGINT meanwhile. One that an application raises is no reason.
         """
-        for _ in range(len(self._waiting)):
+        until = time.monotonic() + _MOMENT_S
+        self._left = self._left or len(self._waiting)
+        while self._left and not self._interrupted:
+            self._left -= 1
             channel = self._waiting.popleft()
             try:
                 channel.service()
             except BaseException:  # as waitress's threads do
                 logger.exception("Exception when servicing %r", channel)
             channel.send_now()
-            if self._interrupted:
-                raise KeyboardInterrupt
+            if time.monotonic() >= until:
+                break
+        if (
+            self._interrupted
+        ):  # also where nothing waits: it may have come, and been swallowed, in the loop's turn
+            raise KeyboardInterrupt
 
     def shutdown(self, cancel_pending: bool = True, timeout: float = 5.0) -> bool:
         """For waitress: drop what waits. Nothing runs, as it is called in the thread that would run it."""

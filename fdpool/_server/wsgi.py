@@ -65,12 +65,12 @@ class WsgiFace:
                 server.pull_trigger = lambda: None
                 server.next_channel_cleanup = math.inf  # see _close_idle
             if accepts:
-                _accept_by(server, door)
+                _accept_by(server, door, self._takes)
             else:
                 server.del_channel()  # never to be polled: the server hands its connections over
         if not accepts:
             for fileno in door.filenos():
-                self._map[fileno] = _Intake(fileno, door, worker, self._servers)
+                self._map[fileno] = _Intake(fileno, door, worker, self._servers, self._takes)
 
     def serve(self, ready: Callable[[], None]) -> None:
         if self._inline is None:
@@ -115,6 +115,10 @@ class WsgiFace:
                 begin()
             finally:
                 self._turning.release()
+
+    def _takes(self) -> bool:
+        """True if a connection that comes now would be taken. Not amid a round: others may be free to take it."""
+        return not self._door.pause_s() and not (self._inline is not None and self._inline.is_amid_round)
 
     def _timeout_s(self) -> float:
         """For how long a turn of the loop may wait."""
@@ -170,7 +174,7 @@ def _threads() -> Any:
     return tasks
 
 
-def _accept_by(server: Any, door: Door) -> None:
+def _accept_by(server: Any, door: Door, takes: Callable[[], bool]) -> None:
     """Have a waitress server take its connections as every worker does, the limit of descriptors included."""
     fileno = server.socket.fileno()
     readable = server.readable
@@ -181,7 +185,7 @@ def _accept_by(server: Any, door: Door) -> None:
             _take_on(server, connection)
 
     server.handle_accept = handle_accept
-    server.readable = lambda: not door.pause_s() and readable()
+    server.readable = lambda: takes() and readable()
 
 
 def _take_on(server: Any, connection: socket.socket) -> None:
@@ -221,16 +225,24 @@ def _wake_once(server: Any) -> None:
 class _Intake:
     """Stands in waitress's loop for the worker's inbox."""
 
-    def __init__(self, fileno: int, door: Door, worker: ServerWorker, servers: Sequence[Any]) -> None:
+    def __init__(
+        self,
+        fileno: int,
+        door: Door,
+        worker: ServerWorker,
+        servers: Sequence[Any],
+        takes: Callable[[], bool],
+    ) -> None:
         self._worker = worker
         self._fileno = fileno
         self._door = door
         self._servers = servers
+        self._takes = takes
 
     def readable(self) -> bool:
         for server in self._servers:
             server.readable()  # which, but for one thread, also closes connections that are idle for too long
-        return not self._door.pause_s()
+        return self._takes()
 
     def writable(self) -> bool:
         return False

@@ -398,6 +398,37 @@ def take_what_has_come(client: socket.socket) -> int:
     return count
 
 
+def runs_for(server: Server, seconds: float, after: int) -> None:
+    """Return when so many requests are over, and the next has run for so long."""
+
+    def does() -> bool:
+        [worker] = server.stats().workers
+        return worker.requests == after and (worker.oldest_s or 0.0) > seconds
+
+    wait_until(does)
+
+
+def test_what_a_slow_client_waits_for_is_sent_between_two_requests_of_others(gate: Gate) -> None:
+    app = or_megabytes(waiting_at(gate), 14)
+    with Server(app, ANY_PORT, workers=1, threads=1) as server:
+        with kept(server) as second, kept(server) as third, connect(server) as downloading:
+            downloading.sendall(b"GET /long HTTP/1.0\r\n\r\n")
+            wait_until(lambda: requests(server) == 3)
+            with asked(server) as first:
+                runs_for(server, 0.0, after=3)
+                second.request("GET", "/wait")
+                third.request("GET", "/wait")
+                gate.let_pass()
+                assert first.getresponse().status == 200
+            runs_for(server, 0.02, after=4)
+            assert take_what_has_come(downloading) < 14 * MIB
+            gate.let_pass()
+            runs_for(server, 0.0, after=5)
+            assert take_what_has_come(downloading) > 0
+            gate.let_pass()
+            assert second.getresponse().status == third.getresponse().status == 200
+
+
 def test_time_for_which_the_worker_is_busy_is_not_idle_time_of_its_clients(gate: Gate) -> None:
     """What they have sent and taken meanwhile is in the kernel."""
     options = {"channel_timeout": 1, "cleanup_interval": 1}
@@ -407,9 +438,9 @@ def test_time_for_which_the_worker_is_busy_is_not_idle_time_of_its_clients(gate:
             downloading.sendall(b"GET /long HTTP/1.0\r\n\r\n")
             wait_until(lambda: requests(server) == 2)
             with asked(server) as busy:
-                wait_until(lambda: in_flight(server))
+                runs_for(server, 0.0, after=2)
                 other.request("GET", "/")
-                wait_until(lambda: (server.stats().workers[0].oldest_s or 0.0) > 2.1)
+                runs_for(server, 2.1, after=2)
                 taken = take_what_has_come(downloading)
                 gate.let_pass()
                 assert busy.getresponse().status == 200
