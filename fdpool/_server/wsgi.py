@@ -326,6 +326,15 @@ def _channel_class(worker: ServerWorker, door: Door, inline: bool) -> type[Any]:
             finally:
                 worker.ended(worker.progress.end(self.token))
 
+        def _flush_some(self, do_close: bool = True) -> Any:
+            sent = super()._flush_some(do_close)
+            if not sent and self.total_outbufs_len and not self.outbufs[0].get(1):
+                # A file of `wsgi.file_wrapper`, whose length was looked at before. Whoever has called closes then.
+                raise EOFError(
+                    f"a file has become shorter as it was sent: {self.total_outbufs_len} bytes are missing"
+                )
+            return sent
+
         def write_soon(self, data: Any) -> Any:
             self.moved_on()
             return super().write_soon(data)

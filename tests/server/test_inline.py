@@ -316,6 +316,36 @@ def test_a_client_that_goes_in_the_midst_of_its_answer_frees_the_worker(
         assert pids(server) == before
 
 
+@pytest.mark.parametrize("ahead", [0, 1])
+@THREADS
+def test_a_file_that_becomes_shorter_as_it_is_sent_ends_its_connection(
+    threads: int, ahead: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its length is told in the answer's header, so there is no other way to say that there is no more."""
+    path = tmp_path / "file"
+    with path.open("wb") as file:
+        file.truncate(60 * MIB)
+
+    def app(environ: Any, start_response: Any) -> Any:
+        if environ["PATH_INFO"] != "/file":
+            return wsgi(environ, start_response)
+        start_response("200 OK", [])
+        return environ["wsgi.file_wrapper"](path.open("rb"))
+
+    with Server(app, ANY_PORT, workers=1, threads=threads, grace=0) as server:
+        [before] = pids(server)
+        with connect(server, timeout=5) as client:
+            client.sendall(
+                b"GET /file HTTP/1.1\r\nHost: x\r\n\r\n" + ahead * b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
+            )
+            assert client.recv(1000).startswith(b"HTTP/1.1 200 OK")
+            os.truncate(path, 0)
+            assert len(read_all(client)) < 60 * MIB
+        assert int(get(server, timeout=5)[1]) == before
+        wait_until(lambda: not in_flight(server))
+    assert "a file has become shorter" in capfd.readouterr().err
+
+
 def test_an_application_that_streams_hears_of_a_client_that_has_gone(gate: Gate, tmp_path: Path) -> None:
     """The first piece that cannot be sent closes the connection, and the next one raises."""
     left = tmp_path / "left"
