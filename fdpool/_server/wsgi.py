@@ -14,6 +14,7 @@ import os
 import socket
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -43,6 +44,9 @@ class WsgiFace:
         self._door = door
         self._map: dict[int, Any] = {}
         self._turning = threading.Lock()  # held by the loop in its turns, and not while it runs requests
+        self._waking = threading.Lock()  # held to wake the loop, and to say that it has ended
+        self._has_ended = False
+        self._drains: deque[Callable[[], None]] = deque()  # told, and not begun
         self._until: float | None = None  # a drain's end
         self._idle_at = 0.0
         self._cleanup_at = 0.0
@@ -85,9 +89,14 @@ class WsgiFace:
         while self._until is None or not self._has_drained(self._until):
             with self._turning:
                 wasyncore.loop(timeout=self._timeout_s(), use_poll=True, map=self._map, count=1)
+            while self._drains:  # asked again without the lock: one may have come that did not get it
+                with self._turning:
+                    self._begin_drains()
             after_turn()
         left_s = max(0.0, self._until - time.monotonic())
         self._tasks.shutdown(timeout=left_s)
+        with self._waking:
+            self._has_ended = True
         wasyncore.close_all(self._map, ignore_all=True)
         for server in self._servers:
             server.close()
@@ -107,14 +116,24 @@ class WsgiFace:
                 self._worker.closed()
             self._until = now + grace_s
 
-        # Runs `begin` in the loop's thread; and here first if that is busy with a request, which is not waited for:
-        # nothing more is taken from now on. It may be done twice.
-        self._servers[0].trigger.pull_trigger(begin)
-        if self._inline is not None and self._turning.acquire(blocking=False):
+        self._drains.append(begin)
+        with self._waking:
+            if self._has_ended:
+                return  # the trigger's descriptor is closed, and its number may be another's
+            self._servers[0].trigger.pull_trigger()
+        # Begun here if the loop runs requests, which are not waited for: nothing more is taken from now on. Otherwise
+        # it has a turn, after which it looks at what it was told; so nobody waits for the lock, which it holds nearly
+        # always while it has nothing to do.
+        if self._turning.acquire(blocking=False):
             try:
-                begin()
+                self._begin_drains()
             finally:
                 self._turning.release()
+
+    def _begin_drains(self) -> None:
+        """With `_turning` held, as the loop goes through what is closed here."""
+        while self._drains:
+            self._drains.popleft()()
 
     def _takes(self) -> bool:
         """True if a connection that comes now would be taken. Not amid a round: others may be free to take it."""

@@ -509,6 +509,73 @@ def test_a_reload_waits_for_no_request_and_cuts_none_off(threads: int, dispatch:
         wait_until(lambda: [each.pid for each in server.stats().workers] == pids(server))
 
 
+def test_a_reload_that_comes_in_a_turn_of_the_loop_does_not_wait_for_the_request_after_it(
+    gate: Gate, tmp_path: Path
+) -> None:
+    """S7."""
+    begun = tmp_path / "begun"
+
+    def last_a_turn_until_a_drain_comes(worker: ServerWorker) -> None:
+        from waitress.parser import HTTPRequestParser
+        from waitress.trigger import trigger
+
+        told = threading.Event()
+        pull, parse = trigger.pull_trigger, HTTPRequestParser.received
+
+        def pull_trigger(self: Any, thunk: Any = None) -> None:
+            pull(self, thunk)
+            told.set()  # with one thread, nothing but a drain has a reason to
+
+        def received(self: Any, data: bytes) -> Any:
+            if b"/wait" in data:
+                begun.touch()
+                assert told.wait(20)
+            return parse(self, data)
+
+        if worker.generation == 1:
+            trigger.pull_trigger, HTTPRequestParser.received = pull_trigger, received
+
+    with Server(
+        waiting_at(gate),
+        ANY_PORT,
+        workers=1,
+        threads=1,
+        dispatch="reuseport",
+        on_worker_start=last_a_turn_until_a_drain_comes,
+    ) as server:
+        [old] = pids(server)
+        with asked(server) as client:
+            wait_until(begun.exists)
+            assert server.reload().result(30) == 2
+            assert old not in {int(get(server, timeout=5)[1]) for _ in range(10)}
+            gate.let_pass()
+            assert int(client.getresponse().read()) == old
+
+
+@THREADS
+def test_a_drain_that_comes_late_writes_to_nobody_elses_descriptor(threads: int, tmp_path: Path) -> None:
+    seen = tmp_path / "seen"
+
+    def tell_once_more_after_the_end(worker: ServerWorker) -> None:
+        from fdpool._server.wsgi import WsgiFace
+
+        serve = WsgiFace.serve
+
+        def served(face: WsgiFace, ready: Callable[[], None]) -> None:
+            serve(face, ready)
+            number = face._servers[0].trigger.trigger
+            theirs, ours = os.pipe()
+            os.dup2(ours, number)
+            face.drain(1.0, leaving=True)
+            seen.write_text(str(is_readable(theirs)))
+
+        WsgiFace.serve = served  # type: ignore[method-assign]
+
+    with Server(wsgi, ANY_PORT, workers=1, threads=threads, on_worker_start=tell_once_more_after_the_end):
+        pass
+    assert seen.read_text() == "False"
+
+
 @THREADS
 def test_sigterm_in_the_midst_of_a_request_lets_it_finish_and_has_a_successor_first(
     threads: int, gate: Gate
