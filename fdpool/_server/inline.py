@@ -73,9 +73,8 @@ class InlineTasks:
             channel.send_now()
             if time.monotonic() >= until:
                 break
-        if (
-            self._interrupted
-        ):  # also where nothing waits: it may have come, and been swallowed, in the loop's turn
+        # Also where nothing waits: it may have come, and been swallowed, in the loop's turn.
+        if self._interrupted:
             raise KeyboardInterrupt
 
     def shutdown(self, cancel_pending: bool = True, timeout: float = 5.0) -> bool:
