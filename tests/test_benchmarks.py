@@ -32,7 +32,9 @@ def test_a_quick_run_gives_rounds_and_goals_of_each_side(tmp_path: Path) -> None
     assert done.returncode == 0, done.stderr
     figures = json.loads(saved.read_text())
     assert figures["machine"]["cpus"] == len(os.sched_getaffinity(0))
-    assert all(f"{len(os.sched_getaffinity(0))} CPUs" in measure["machine"] for measure in figures["measures"])
+    assert all(
+        f"{len(os.sched_getaffinity(0))} CPUs" in measure["machine"] for measure in figures["measures"]
+    )
     assert [measure["name"] for measure in figures["measures"]] == ["round-trip", "flood"]
     for measure in figures["measures"]:
         assert measure["skipped"] == {}
