@@ -306,12 +306,18 @@ class Signalled(command.PidFile):
         super().close()
 
 command.PidFile = Signalled
-sys.exit(command.main(sys.argv[1:]))
+status = command.main(sys.argv[1:])
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2):
+    os.kill(os.getpid(), number)
+sys.exit(status)
 """
 
 
-def test_signals_are_heeded_from_when_the_pid_file_is_there_until_it_is_gone(app_dir: Path) -> None:
-    """W1: whoever finds the number in it may use it at once, and nobody waits for a line of the log first."""
+def test_signals_are_heeded_from_when_the_pid_file_is_there_until_the_end_and_ignored_then(
+    app_dir: Path,
+) -> None:
+    """W1: whoever finds the number in it may use it at once, and nobody waits for a line of the log first. And who asks
+    twice does not make a server look killed that has ended well."""
     pid_file = app_dir / "pid"
     arguments = (
         "--app-dir",

@@ -57,7 +57,7 @@ def serve(options: Options) -> int:
         takes_over = upgrade.is_successor()
         server = server_of(options, partial(hold_pid_file, replace=True) if takes_over else None)
         # Before a file tells whom to send them to, and a line what they do; and longer than both.
-        signals = until_the_end.enter_context(Signals())
+        signals = until_the_end.enter_context(Signals(ends_process=True))
         if not takes_over:
             hold_pid_file()
         if options.reload_on_change:

@@ -29,15 +29,20 @@ class Signals:
 
     What comes before `begin` is remembered, and done then; what comes after the server's end does nothing.
 
+    Args:
+        ends_process: nothing comes afterwards but the end of this process, so the signals are ignored then: to
+            somebody who asks twice, a server that has ended well must not seem to have been killed.
+
     Raises:
         RuntimeError: this is not the main thread.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, ends_process: bool = False) -> None:
         if threading.current_thread() is not threading.main_thread():
             raise RuntimeError(
                 "run() is for the main thread, which alone receives signals: use `with server:` here"
             )
+        self._ends_process = ends_process
         self._notifier = Notifier()
         self._loop: Loop | None = None
         self._early: list[int] = []
@@ -65,7 +70,8 @@ class Signals:
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+            afterwards = signal.SIG_IGN if self._ends_process else handler
+            signal.signal(number, afterwards if afterwards is not None else signal.SIG_DFL)
         signal.set_wakeup_fd(self._wakeup_before)
         self._waker.close()
 
