@@ -168,7 +168,8 @@ def test_a_shared_object_closed_before_its_last_task_is_let_go_of(pool: Pool) ->
     wait_until(lambda: not any(pool.submit(helpers.maps_shared_memory).result() for _ in range(8)))
 
 
-def test_idle_memory_is_given_back() -> None:
+def test_idle_memory_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_spill, "KEEP_S", 0.5)
     with Pool(1) as pool:
         pool.submit(len, bytes(1 << 20)).result()
         assert memory_files() == 1
