@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import socket
 import socketserver
@@ -88,6 +89,20 @@ def test_a_request_is_served_in_whatever_pieces_it_comes(threads: int, dispatch:
             assert b"200 OK" in read_all(halved)
             silent.sendall(b"GET / HTTP/1.0\r\n\r\n")
             assert b"200 OK" in read_all(silent)
+
+
+def test_uvicorn_puts_together_no_trace_that_nobody_reads() -> None:
+    async def tell_level(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "lifespan":
+            logging.getLogger().setLevel(logging.DEBUG)  # as an application may that sets up its logs
+            await asgi(scope, receive, send)
+            return
+        level = b"%d" % logging.getLogger("uvicorn.error").level
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": level})
+
+    with Server(tell_level, ANY_PORT, workers=1) as server:
+        assert int(get(server)[1]) == logging.DEBUG
 
 
 def test_an_application_that_is_named_is_found() -> None:

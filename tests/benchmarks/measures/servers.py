@@ -129,6 +129,11 @@ def _sides(side: object, *given: object, names: tuple[str, ...]) -> dict[str, Si
     return {name: partial(side, name, *given) for name in names}  # type: ignore[operator]
 
 
+def _of_one_thread(side: object, *given: object, names: tuple[str, ...] = ("gunicorn",)) -> dict[str, Side]:
+    """Ours with a WSGI worker's one thread, beside `names`."""
+    return {"fdpool": partial(side, "fdpool-sync", *given), **_sides(side, *given, names=names)}  # type: ignore[operator]
+
+
 _ASGI = ("fdpool", "uvicorn", "gunicorn-uvicorn")
 _WSGI = ("fdpool", "gunicorn")
 _AHEAD = (ahead_of("uvicorn", 1), ahead_of("gunicorn-uvicorn", 1))
@@ -181,10 +186,7 @@ MEASURES = (
     _measure(
         "serve-wsgi",
         "a request to a WSGI application, each on a connection of its own, 32 at a time; workers of one thread",
-        {
-            "fdpool": partial(throughput, "fdpool-sync", "wsgi", 0.0),
-            **_sides(throughput, "wsgi", 0.0, names=("gunicorn",)),
-        },
+        _of_one_thread(throughput, "wsgi", 0.0),
         ours="fdpool-sync",
         goals=(ahead_of("gunicorn", 1),),
         **_REQUESTS,
@@ -217,8 +219,9 @@ MEASURES = (
     ),
     _measure(
         "serve-recovery-wsgi",
-        "from `kill -9` of one of two workers (WSGI) to the first answer of another in its place",
-        _sides(recovery, "wsgi", names=_WSGI),
+        "from `kill -9` of one of two workers (WSGI, of one thread) to the first answer of another in its place",
+        _of_one_thread(recovery, "wsgi"),
+        ours="fdpool-sync",
         goals=(ahead_of("gunicorn", 1),),
         **_RECOVERIES,
     ),
@@ -238,9 +241,17 @@ MEASURES = (
     ),
     _measure(
         "serve-memory-wsgi",
-        "memory of a WSGI worker with its share of what it shares (PSS)",
-        _sides(memory, "wsgi", names=(*_WSGI, "gunicorn-threads", "fdpool-preload", "gunicorn-preload")),
-        goals=(ahead_of("gunicorn", 1), ahead_of("gunicorn-threads", 1)),
+        "memory of a WSGI worker of one thread with its share of what it shares (PSS)",
+        _of_one_thread(memory, "wsgi", names=("gunicorn", "gunicorn-preload")),
+        ours="fdpool-sync",
+        goals=(ahead_of("gunicorn", 1),),
+        **_MEMORY,
+    ),
+    _measure(
+        "serve-memory-wsgi-threads",
+        "memory of a WSGI worker of four threads with its share of what it shares (PSS)",
+        _sides(memory, "wsgi", names=("fdpool", "gunicorn-threads", "fdpool-preload")),
+        goals=(ahead_of("gunicorn-threads", 1),),
         **_MEMORY,
     ),
 )
