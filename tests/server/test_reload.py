@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 
 from fdpool import ReloadFailed
 from fdpool._server.states import State
@@ -90,6 +91,22 @@ def test_a_kept_connection_is_answered_once_more_and_told_to_close(app: Any, thr
         client.request("GET", "/")  # http.client connects anew
         assert int(client.getresponse().read()) in pids(server)
         client.close()
+
+
+@pytest.mark.parametrize(("app", "threads"), APPS)
+def test_a_session_of_requests_goes_on_through_a_reload(app: Any, threads: int | None) -> None:
+    """With connections that are kept, and bodies that the application does not read."""
+    need(app)
+    with Server(app, ANY_PORT, workers=2, threads=threads) as server, requests.Session() as session:
+        url = f"http://127.0.0.1:{port_of(server)}/"
+        before = set(pids(server))
+        assert int(session.get(url).text) in before
+        reload = server.reload()
+        while not reload.done():
+            assert session.get(url).status_code == session.post(url, data=bytes(100_000)).status_code == 200
+        session.get(url)  # a kept connection to an old worker ends with the next answer at the latest
+        after = {int(session.get(url).text) for _ in range(10)}
+    assert not before & after
 
 
 @pytest.mark.parametrize(("app", "threads"), APPS)
