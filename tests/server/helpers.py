@@ -7,6 +7,7 @@ import http.client
 import logging
 import os
 import socket
+import struct
 import threading
 import time
 from collections import Counter
@@ -101,6 +102,20 @@ def read_all(client: socket.socket) -> bytes:
     while block := client.recv(65536):
         data += block
     return data
+
+
+def is_over(client: socket.socket) -> bool:
+    """True once the other side is gone, without an answer."""
+    try:
+        return client.recv(1) == b""
+    except ConnectionResetError:
+        return True
+
+
+def reset(client: socket.socket) -> None:
+    """Close a connection so that the other side gets RST."""
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    client.close()
 
 
 def get(server: Server, path: str = "/", timeout: float = 20.0) -> tuple[int, bytes, str | None]:

@@ -8,7 +8,6 @@ import resource
 import select
 import signal
 import socket
-import struct
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,10 +27,12 @@ from tests.server.helpers import (
     connect,
     echo_pid,
     get,
+    is_over,
     keep_echoing,
     pids,
     read_all,
     records,
+    reset,
     workers,
     wsgi,
 )
@@ -45,14 +46,6 @@ def slow_or_pid(connection: socket.socket, _: object) -> None:
     if connection.recv(100) == b"slow":
         time.sleep(600)
     connection.sendall(b"%d " % os.getpid())
-
-
-def is_over(client: socket.socket) -> bool:
-    """True once the other side is gone, without an answer."""
-    try:
-        return client.recv(1) == b""
-    except ConnectionResetError:
-        return True
 
 
 # -- workers that die ------------------------------------------------------------------------------------
@@ -506,12 +499,6 @@ def test_workers_are_replaced_at_an_age_and_at_a_size() -> None:
 
 
 # -- clients that go ----------------------------------------------------------------------------------------
-
-
-def reset(client: socket.socket) -> None:
-    """Close a connection so that the other side gets RST."""
-    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    client.close()
 
 
 @pytest.mark.parametrize("dispatch", ["shared", "handoff"])

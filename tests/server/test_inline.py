@@ -22,8 +22,19 @@ pytest.importorskip("waitress")
 from fdpool.fds import is_readable
 from fdpool.server import Server, ServerWorker
 from tests.process_state import wait_until
-from tests.server.helpers import ANY_PORT, Load, connect, get, pids, port_of, read_all, records, wsgi
-from tests.server.test_faults import is_over, reset
+from tests.server.helpers import (
+    ANY_PORT,
+    Load,
+    connect,
+    get,
+    is_over,
+    pids,
+    port_of,
+    read_all,
+    records,
+    reset,
+    wsgi,
+)
 
 THREADS = pytest.mark.parametrize("threads", [1, 2])
 MIB = 2**20
@@ -46,9 +57,8 @@ class Gate:
             while not is_readable(fifo, 0.02):
                 pass
             os.set_blocking(fifo, True)
-            while os.read(
-                fifo, 10
-            ):  # until the test has closed it, or it would be found open by the next to wait
+            # Until the test has closed it, or it would be found open by the next to wait.
+            while os.read(fifo, 10):
                 pass
         finally:
             os.close(fifo)
