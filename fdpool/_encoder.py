@@ -89,16 +89,12 @@ class Payload:
         return Payload(self.body, owned, self.spilled, self.lent)
 
     def close(self) -> None:
-        """Close the descriptors that it still owns; safe to call again."""
-        self.unmap()
-        if self.fds is not None:
-            self.fds.close()
-
-    def unmap(self) -> None:
-        """Let go of the mapping; safe to call again."""
+        """Close the descriptors and the mapping that it still owns; safe to call again."""
         mapping, self.mapping = self.mapping, None  # first: closing it lets other threads go on
         if mapping is not None:
             mapping.close()
+        if self.fds is not None:
+            self.fds.close()
 
     def __repr__(self) -> str:
         spilled = ", spilled" if self.spilled else ""

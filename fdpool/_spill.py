@@ -172,15 +172,19 @@ def _write_all(fd: int, pieces: Sequence[Bytes]) -> None:
 
 
 def _map(fd: int, length: int, writable: bool) -> mmap.mmap:
-    protection = mmap.PROT_READ | mmap.PROT_WRITE if writable else mmap.PROT_READ
-    options: dict[str, Any] = {"flags": mmap.MAP_PRIVATE, "prot": protection}
-    if sys.version_info >= (3, 13):
-        options["trackfd"] = False  # no duplicate of fd: a kept array then pins memory, and no descriptor
-    with standard_numbers_taken():
-        mapping = mmap.mmap(fd, length, **options)
+    mapping = _mapped(fd, length, mmap.MAP_PRIVATE, writable)
     if writable and _first.mapping is None:  # else it is a shared object's, which is not the task's own
         _first.mapping, _first.forks = weakref.ref(mapping), _forks
     return mapping
+
+
+def _mapped(fd: int, length: int, flags: int, writable: bool = True) -> mmap.mmap:
+    protection = mmap.PROT_READ | mmap.PROT_WRITE if writable else mmap.PROT_READ
+    options: dict[str, Any] = {"flags": flags, "prot": protection}
+    if sys.version_info >= (3, 13):
+        options["trackfd"] = False  # no duplicate of fd: a kept array then pins memory, and no descriptor
+    with standard_numbers_taken():
+        return mmap.mmap(fd, length, **options)
 
 
 # -- files used again ---------------------------------------------------------------------------------------------
@@ -286,14 +290,11 @@ def _map_to_fill(fd: int) -> mmap.mmap | None:
     """
     if len(_mapped_to_fill) >= _MOST_KEPT:
         return None
-    options: dict[str, Any] = {"flags": mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)}
-    if sys.version_info >= (3, 13):
-        options["trackfd"] = False
     try:
         if not fcntl.fcntl(fd, _F_GET_SEALS) & _F_SEAL_SHRINK:
             return None
-        with standard_numbers_taken():
-            mapping = mmap.mmap(fd, os.fstat(fd).st_size, **options)
+        flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
+        mapping = _mapped(fd, os.fstat(fd).st_size, flags)
     except OSError:
         return None  # EINVAL: a plain file; EMFILE; ENOMEM
     _mapped_to_fill.add(mapping)
