@@ -34,6 +34,8 @@ _PLAIN = frozenset((int, float, complex, bool, str, bytes, type(None)))
 
 def is_plain(values: Sequence[Any]) -> bool:
     """True if these are instances of a few types that cannot change, or tuples of such."""
+    if type(values) is range:
+        return True
     kinds = list(map(type, values))
     if not kinds or (kinds[0] in _PLAIN and kinds.count(kinds[0]) == len(kinds)):
         return True  # 26 nanoseconds a value; by way of a set it is 60

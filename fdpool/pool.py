@@ -393,10 +393,7 @@ class Pool(Executor):
             part: Sequence[Any] = items[start : start + size]
             start += size
             # Copies of an item that can change must not be shared with others, as in one pickle they would be.
-            together = len(part) > 1 and (
-                isinstance(part, range)
-                or is_plain(list(itertools.chain.from_iterable(part)) if star else part)
-            )
+            together = len(part) > 1 and is_plain(list(itertools.chain.from_iterable(part)) if star else part)
             chunk = dumped_chunk(fn, part, star) if together else None
             if chunk is None:
                 for item in part:
