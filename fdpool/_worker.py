@@ -27,7 +27,7 @@ from ._spawn import flush_standard_streams
 from ._spin import Spin
 from ._upkeep import Upkeep
 from .errors import TaskTerminated, WireError
-from .fds import SCM_MAX_FD, close_all
+from .fds import SCM_MAX_FD, close_all, is_readable
 from .payload import Payload
 
 #: Longest that answers to tasks that came together are kept for each other, if those tasks take longer than expected.
@@ -75,8 +75,6 @@ class Worker:
 
     def __init__(self, inbox: socket.socket, page: Page) -> None:
         self._inbox = inbox
-        self._poll = select.poll()
-        self._poll.register(inbox, select.POLLIN)
         self._pid = os.getpid()
         self.in_task = False
         self.items: Iterator[object] = iter(())
@@ -96,7 +94,9 @@ class Worker:
         upkeep = self._upkeep = Upkeep(boot.recycling)
         self._send(_messages.READY, 0, None)
         spin = Spin()
-        ready, clock = self._poll.poll, self._clock
+        poll = select.poll()
+        poll.register(self._inbox, select.POLLIN)
+        ready, clock = poll.poll, self._clock
         while not upkeep.over:
             soon = spin.look(ready)
             if not soon and upkeep.has_unseen and not ready(_IDLE_MS):
@@ -225,15 +225,12 @@ class Worker:
             for count, piece in _chunks.answers(results, mixed):
                 self._send(_messages.PIECE, task, piece, count)
 
-        claim = partial(page.claim, task)
-        reached = _chunks.run(fn, items, star, start, stop, claim, self, flush, self._has_more)
+        claim, has_more = partial(page.claim, task), partial(is_readable, self._inbox)
+        reached = _chunks.run(fn, items, star, start, stop, claim, self, flush, has_more)
         page.end()
         self._send(_messages.DONE if reached == stop else _messages.CUT, task, payload.dumps_result([]))
         name = f"items of a map of {_name_of(fn)}"
         self._tell_left(self._upkeep.ran(name, reached - start, time.monotonic() - began))
-
-    def _has_more(self) -> bool:
-        return bool(self._poll.poll(0))
 
     def _send_answers(self, answers: list[bytes]) -> None:
         """Send what `answers` holds, if anything, and forget it. They have taken since the clock was started."""

@@ -161,14 +161,6 @@ def is_readable(fd: int | HasFileno, timeout_s: float | None = 0.0) -> bool:
     return bool(poll.poll(None if timeout_s is None else timeout_s * 1000))
 
 
-def is_writable(fd: int | HasFileno, timeout_s: float | None = 0.0) -> bool:
-    """Wait until poll(2) reports `fd` writable, or broken, for `timeout_s` seconds (None: for ever); False if it did
-    not."""
-    poll = select.poll()
-    poll.register(fd, select.POLLOUT)
-    return bool(poll.poll(None if timeout_s is None else timeout_s * 1000))
-
-
 def duplicate(fd: int) -> int:
     """A close-on-exec duplicate of `fd`, never one of 0 to 2; the caller's to close.
 

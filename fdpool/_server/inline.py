@@ -14,6 +14,7 @@ Runs in: the main thread of a server worker.
 
 from __future__ import annotations
 
+import select
 import signal
 import time
 from collections import deque
@@ -25,7 +26,8 @@ from waitress.channel import HTTPChannel
 from waitress.task import WSGITask
 from waitress.utilities import logger
 
-from ..fds import is_readable, is_writable
+from ..fds import is_readable
+from ..wire import wait_for
 
 _MOMENT_S = 0.01  # for how long requests run before the loop has a turn
 
@@ -146,7 +148,7 @@ class InlineChannel(HTTPChannel):  # type: ignore[misc]  # waitress has no types
             if sent:
                 self.moved_on()
             elif self.connected:
-                is_writable(self.socket, None)
+                wait_for(self.socket, select.POLLOUT)
 
 
 class InlineTask(WSGITask):  # type: ignore[misc]
