@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-from tests.benchmarks import _cpu, measures
+import pytest
+
+from tests.benchmarks import _cpu, _http_load, measures, servers
 from tests.benchmarks._measure import ahead_of, at_most
 from tests.benchmarks._results import MeasureResult, SideResult
 
@@ -87,3 +90,28 @@ def test_the_cpu_of_a_tree_has_that_of_living_and_of_dead_children() -> None:
     dead = _cpu.tree_cpu_s()
     assert living - before >= 0.05
     assert dead - before >= 0.05
+
+
+@pytest.mark.parametrize(
+    "seconds",
+    [
+        pytest.param(0.1, id="ours"),
+        pytest.param(
+            1.0, id="wrk", marks=pytest.mark.skipif(shutil.which("wrk") is None, reason="wrk is not here")
+        ),
+    ],
+)
+@pytest.mark.parametrize("keep_alive", [True, False])
+def test_a_server_is_loaded_and_what_comes_of_it_is_counted(seconds: float, keep_alive: bool) -> None:
+    with servers.serving("fdpool", "asgi") as server:
+        load = _http_load.load(server.address, connections=4, keep_alive=keep_alive, seconds=seconds)
+    assert load.answered > 4
+    assert seconds <= load.seconds < seconds + 5
+    assert 0 < load.cpu_s < load.seconds
+    assert 4 < len(load.latencies) <= 200
+    assert 0 < min(load.latencies) <= max(load.latencies) <= load.seconds
+
+
+def test_a_load_that_nobody_answers_is_an_error() -> None:
+    with pytest.raises(RuntimeError, match="requests were lost"):
+        _http_load.load("tcp://127.0.0.1:1", connections=1, keep_alive=True, seconds=0.1)

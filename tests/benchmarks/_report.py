@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from . import _http_load
 from ._measure import Goal
 from ._results import MeasureResult, Spread
 from .peers import LABELS
@@ -35,15 +36,17 @@ def machine() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()}",
         "python": f"{platform.python_implementation()} {platform.python_version()}",
         "versions": versions,
+        "client": _http_load.client(),
     }
 
 
 def described(about: dict[str, Any]) -> str:
     """A line that says what `machine` returns."""
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    client = f"; servers loaded by {about['client']}" if "client" in about else ""
     return (
         f"{about['processor']}, {about['cpus']} CPUs, {about['memory_gib']} GiB; {about['system']}; "
-        f"{about['python']}; {versions}."
+        f"{about['python']}; {versions}{client}."
     )
 
 

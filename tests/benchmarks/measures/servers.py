@@ -15,7 +15,7 @@ import psutil
 
 from tests.load._client import Client
 
-from .. import servers
+from .. import _http_load, servers
 from .._cpu import tree_cpu_s, uss
 from .._measure import Measure, Outcome, Round, Settings, Side, ahead_of, at_most
 
@@ -26,19 +26,21 @@ _RECOVERED_S = 60.0
 
 
 @contextmanager
-def throughput(name: str, form: str, keep_alive: float, settings: Settings) -> Iterator[Round]:
+def throughput(name: str, form: str, keep_alive: bool, settings: Settings) -> Iterator[Round]:
     """`size` milliseconds of as many requests as the server bears; seconds for each, and CPU of the server."""
     with servers.serving(name, form) as server:
 
         def one_round() -> Outcome:
-            cpu_s = time.process_time() - tree_cpu_s()
-            client = Client(server.address, connections=_CONNECTIONS, keep_alive=keep_alive)
-            tally = client.run(settings.size / 1000)
-            cpu_s += tree_cpu_s() - time.process_time()
-            if tally.lost or not tally.ok:
-                raise RuntimeError(f"requests were lost: {tally.as_json()}")
-            samples = tally.latencies[:: len(tally.latencies) // 200 + 1]
-            return Outcome(value=tally.seconds / tally.ok, cpu_s=cpu_s / tally.ok, samples=samples)
+            before_s = tree_cpu_s()
+            load = _http_load.load(
+                server.address,
+                connections=_CONNECTIONS,
+                keep_alive=keep_alive,
+                seconds=settings.size / 1000,
+            )
+            cpu_s = tree_cpu_s() - before_s - load.cpu_s
+            cost_s = load.seconds / load.answered
+            return Outcome(value=cost_s, cpu_s=cpu_s / load.answered, samples=load.latencies)
 
         yield one_round
 
@@ -172,21 +174,21 @@ MEASURES = (
     _measure(
         "serve-asgi",
         "a request to an ASGI application, on 32 kept connections",
-        _sides(throughput, "asgi", 1.0, names=(*_ASGI, "fdpool-handoff")),
+        _sides(throughput, "asgi", True, names=(*_ASGI, "fdpool-handoff")),
         goals=_AHEAD,
         **_REQUESTS,
     ),
     _measure(
         "serve-asgi-close",
         "a request to an ASGI application, each on a connection of its own, 32 at a time",
-        _sides(throughput, "asgi", 0.0, names=(*_ASGI, "fdpool-handoff")),
+        _sides(throughput, "asgi", False, names=(*_ASGI, "fdpool-handoff")),
         goals=_AHEAD,
         **_REQUESTS,
     ),
     _measure(
         "serve-wsgi",
         "a request to a WSGI application, each on a connection of its own, 32 at a time; workers of one thread",
-        _of_one_thread(throughput, "wsgi", 0.0),
+        _of_one_thread(throughput, "wsgi", False),
         ours="fdpool-sync",
         goals=(ahead_of("gunicorn", 1),),
         **_REQUESTS,
@@ -194,7 +196,7 @@ MEASURES = (
     _measure(
         "serve-wsgi-threads",
         "a request to a WSGI application, each on a connection of its own, 32 at a time; workers of four threads",
-        _sides(throughput, "wsgi", 0.0, names=("fdpool", "gunicorn-threads")),
+        _sides(throughput, "wsgi", False, names=("fdpool", "gunicorn-threads")),
         goals=(ahead_of("gunicorn-threads", 1),),
         **_REQUESTS,
     ),
