@@ -14,11 +14,12 @@ Runs in: the main thread of a server worker.
 
 from __future__ import annotations
 
+import math
 import select
 import signal
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,79 +31,6 @@ from ..fds import is_readable
 from ..wire import wait_for
 
 _MOMENT_S = 0.01  # for how long requests run before the loop has a turn
-
-
-class InlineTasks:
-    """waitress's dispatcher of tasks, without threads: `run` is called after each turn of the loop."""
-
-    def __init__(self) -> None:
-        self._waiting: deque[Any] = deque()
-        self._left = 0  # of the round
-        self._interrupted = False
-
-    @property
-    def has_waiting(self) -> bool:
-        """True if `run` would find something to do."""
-        return bool(self._waiting)
-
-    @property
-    def is_amid_round(self) -> bool:
-        """True if some of those that waited as the round began still wait."""
-        return self._left > 0
-
-    def add_task(self, task: Any) -> None:
-        """For waitress: a connection has a request."""
-        # Not run here: the connection's `requests_lock` is held, which a task takes.
-        self._waiting.append(task)
-
-    def run(self) -> None:
-        """Run requests for a moment: in a round, one of each connection that has one. A connection's next one comes
-        in another round, so that a client that sends many ahead keeps nobody else waiting; and after the moment
-        comes a turn of the loop, so that answers that wait for their clients are sent on meanwhile.
-
-        Raises:
-            KeyboardInterrupt: the worker was sent SIGINT meanwhile. One that an application raises is no reason.
-        """
-        until = time.monotonic() + _MOMENT_S
-        self._left = self._left or len(self._waiting)
-        while self._left and not self._interrupted:
-            self._left -= 1
-            channel = self._waiting.popleft()
-            try:
-                channel.service()
-            except BaseException:  # as waitress's threads do
-                logger.exception("Exception when servicing %r", channel)
-            channel.send_now()
-            if time.monotonic() >= until:
-                break
-        # Also where nothing waits: it may have come, and been swallowed, in the loop's turn.
-        if self._interrupted:
-            raise KeyboardInterrupt
-
-    def shutdown(self, cancel_pending: bool = True, timeout: float = 5.0) -> bool:
-        """For waitress: drop what waits. Nothing runs, as it is called in the thread that would run it."""
-        del timeout
-        while cancel_pending and self._waiting:
-            self._waiting.popleft().cancel()
-        return cancel_pending
-
-    @contextmanager
-    def heeding_sigint(self) -> Iterator[None]:
-        """Have SIGINT end the worker meanwhile, also where it finds an application that would be blamed for it."""
-        before = signal.getsignal(signal.SIGINT)
-        if not callable(before):
-            yield
-            return
-
-        def interrupt(number: int, frame: Any) -> None:
-            self._interrupted = True
-            before(number, frame)
-
-        signal.signal(signal.SIGINT, interrupt)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, before)
 
 
 class InlineChannel(HTTPChannel):  # type: ignore[misc]  # waitress has no types
@@ -171,3 +99,108 @@ class InlineTask(WSGITask):  # type: ignore[misc]
         # the request's end: what it does in `close()` is not for the client to wait for.
         if data and channel.total_outbufs_len >= channel.adj.send_bytes:
             channel.send_now()
+
+
+class InlineTasks:
+    """waitress's dispatcher of tasks, without threads: requests run after each turn of the loop."""
+
+    channel_class = InlineChannel
+    task_class = InlineTask
+
+    def __init__(self) -> None:
+        self._cleanup_at = 0.0
+        self._waiting: deque[Any] = deque()
+        self._left = 0  # of the round
+        self._interrupted = False
+
+    def prepare(self, server: Any) -> None:
+        """Leave out what is done beside a loop that waits, or before its turn (see `_close_idle`)."""
+        # None waits while a request runs in its thread; the next turn sees it all.
+        server.pull_trigger = lambda: None
+        server.next_channel_cleanup = math.inf
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Have SIGINT end the worker meanwhile, also where it finds an application that would be blamed for it."""
+        before = signal.getsignal(signal.SIGINT)
+        if not callable(before):
+            yield
+            return
+
+        def interrupt(number: int, frame: Any) -> None:
+            self._interrupted = True
+            before(number, frame)
+
+        signal.signal(signal.SIGINT, interrupt)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    @property
+    def has_waiting(self) -> bool:
+        """True if a request is to be run."""
+        return bool(self._waiting)
+
+    @property
+    def may_take(self) -> bool:
+        """True unless some of those that waited as the round began still wait."""
+        return not self._left
+
+    def add_task(self, task: Any) -> None:
+        """For waitress: a connection has a request."""
+        # Not run here: the connection's `requests_lock` is held, which a task takes.
+        self._waiting.append(task)
+
+    def after_turn(self, servers: Sequence[Any]) -> None:
+        """Close what is idle, and run requests.
+
+        Raises:
+            KeyboardInterrupt: the worker was sent SIGINT meanwhile. One that an application raises is no reason.
+        """
+        self._close_idle(servers)
+        self._run()
+        # Also where nothing waited: it may have come, and been swallowed, in the loop's turn.
+        if self._interrupted:
+            raise KeyboardInterrupt
+
+    def _close_idle(self, servers: Sequence[Any]) -> None:
+        """Close connections that have been idle for too long, after a turn in which each was read and written to.
+
+        waitress does it before a turn, which is after requests here: all that a client had sent or taken
+        while they ran would count as nothing, and the time as its own.
+        """
+        now = time.time()
+        if now < self._cleanup_at:
+            return
+        self._cleanup_at = now + servers[0].adj.cleanup_interval
+        for server in servers:
+            server.maintenance(now)
+            for channel in list(server.active_channels.values()):
+                if channel.will_close:
+                    channel.handle_close()
+
+    def _run(self) -> None:
+        """Run requests for a moment: in a round, one of each connection that has one. A connection's next one comes
+        in another round, so that a client that sends many ahead keeps nobody else waiting; and after the moment
+        comes a turn of the loop, so that answers that wait for their clients are sent on meanwhile.
+        """
+        until = time.monotonic() + _MOMENT_S
+        self._left = self._left or len(self._waiting)
+        while self._left and not self._interrupted:
+            self._left -= 1
+            channel = self._waiting.popleft()
+            try:
+                channel.service()
+            except BaseException:  # as waitress's threads do
+                logger.exception("Exception when servicing %r", channel)
+            channel.send_now()
+            if time.monotonic() >= until:
+                break
+
+    def shutdown(self, cancel_pending: bool = True, timeout: float = 5.0) -> bool:
+        """For waitress: drop what waits. Nothing runs, as it is called in the thread that would run it."""
+        del timeout
+        while cancel_pending and self._waiting:
+            self._waiting.popleft().cancel()
+        return cancel_pending

@@ -2,36 +2,66 @@
 
 What is ours: where connections come from, when to stop taking them, what becomes of those that are kept alive
 meanwhile, and telling how far requests are. What speaks HTTP, buffers slow clients and keeps the threads is waitress.
-With one thread there is none: the loop runs the requests (`_server.inline`).
+Who runs requests is in a file of its own: threads beside the loop (`_server.threads`), or, of one thread, the loop
+itself (`_server.inline`).
 """
 
 from __future__ import annotations
 
 import encodings.idna  # noqa: F401 - getaddrinfo(3) of waitress's default address: so each worker need not (0.6 MiB)
 import logging
-import math
 import os
 import socket
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 from waitress import wasyncore
-from waitress.channel import HTTPChannel
 from waitress.server import BaseWSGIServer, create_server
-from waitress.task import ThreadedTaskDispatcher, WSGITask
 
 from ..fds import is_readable
 from .context import Order, ServerWorker
 from .doors import Door, Listening
-from .inline import InlineChannel, InlineTask, InlineTasks
+from .inline import InlineTasks
+from .threads import Threads
 
 _IDLE_S = 5.0  # how long a client that keeps its connection has for one more request, while the worker drains
 _TURN_S = 1.0
 _LOG = logging.getLogger("fdpool.server")
-_NO_LOG = logging.Logger("fdpool.server.queue", logging.CRITICAL)
+
+
+class Tasks(Protocol):
+    """Who runs the requests; to waitress, its dispatcher of tasks.
+
+    Attributes:
+        channel_class, task_class: waitress's connection and request, as they are served that way.
+    """
+
+    channel_class: Any
+    task_class: Any
+
+    def prepare(self, server: BaseWSGIServer) -> None:
+        """Before `server` gets its first connection."""
+
+    def running(self) -> AbstractContextManager[None]:
+        """Around all of the loop's turns; in the main thread."""
+
+    @property
+    def has_waiting(self) -> bool:
+        """True if there is more to do after the next turn of the loop, which is not to wait then."""
+
+    @property
+    def may_take(self) -> bool:
+        """True if a connection that comes now would be served at once. Otherwise others may be free to take it."""
+
+    def after_turn(self, servers: Sequence[BaseWSGIServer]) -> None:
+        """After each turn of the loop."""
+
+    def shutdown(self, cancel_pending: bool = True, timeout: float = 5.0) -> bool:
+        """For waitress, and at the end: nothing more is run."""
 
 
 class WsgiFace:
@@ -49,10 +79,9 @@ class WsgiFace:
         self._drains: deque[Callable[[], None]] = deque()  # told, and not begun
         self._until: float | None = None  # a drain's end
         self._idle_at = 0.0
-        self._cleanup_at = 0.0
         options = {"threads": order.threads or 4, "backlog": order.backlog, "ident": None, **order.options}
-        self._inline = InlineTasks() if int(options["threads"]) == 1 else None
-        self._tasks: Any = _threads() if self._inline is None else self._inline
+        threads = int(options["threads"])
+        self._tasks: Tasks = InlineTasks() if threads == 1 else Threads(threads)
         accepts = isinstance(door, Listening)
         self._servers: list[BaseWSGIServer] = [
             create_server(
@@ -60,14 +89,10 @@ class WsgiFace:
             )
             for listener in listeners
         ]
-        channel = _channel_class(worker, door, self._inline is not None)
+        channel = _channel_class(worker, door, self._tasks)
         for server in self._servers:
             server.channel_class = channel
-            _wake_once(server)
-            if self._inline is not None:
-                # For a loop that waits, which none does while a request runs in its thread; the next turn sees it all.
-                server.pull_trigger = lambda: None
-                server.next_channel_cleanup = math.inf  # see _close_idle
+            self._tasks.prepare(server)
             if accepts:
                 _accept_by(server, door, self._takes)
             else:
@@ -77,29 +102,22 @@ class WsgiFace:
                 self._map[fileno] = _Intake(fileno, door, worker, self._servers, self._takes)
 
     def serve(self, ready: Callable[[], None]) -> None:
-        if self._inline is None:
-            self._tasks.set_thread_count(self._servers[0].adj.threads)
-            self._serve(ready, self._close_what_is_done)
-        else:
-            with self._inline.heeding_sigint():
-                self._serve(ready, self._run_requests)
-
-    def _serve(self, ready: Callable[[], None], after_turn: Callable[[], None]) -> None:
-        ready()
-        while self._until is None or not self._has_drained(self._until):
-            with self._turning:
-                wasyncore.loop(timeout=self._timeout_s(), use_poll=True, map=self._map, count=1)
-            while self._drains:  # asked again without the lock: one may have come that did not get it
+        with self._tasks.running():
+            ready()
+            while self._until is None or not self._has_drained(self._until):
                 with self._turning:
-                    self._begin_drains()
-            after_turn()
-        left_s = max(0.0, self._until - time.monotonic())
-        self._tasks.shutdown(timeout=left_s)
-        with self._waking:
-            self._has_ended = True
-        wasyncore.close_all(self._map, ignore_all=True)
-        for server in self._servers:
-            server.close()
+                    wasyncore.loop(timeout=self._timeout_s(), use_poll=True, map=self._map, count=1)
+                while self._drains:  # asked again without the lock: one may have come that did not get it
+                    with self._turning:
+                        self._begin_drains()
+                self._tasks.after_turn(self._servers)
+            left_s = max(0.0, self._until - time.monotonic())
+            self._tasks.shutdown(timeout=left_s)
+            with self._waking:
+                self._has_ended = True
+            wasyncore.close_all(self._map, ignore_all=True)
+            for server in self._servers:
+                server.close()
 
     def drain(self, grace_s: float, leaving: bool) -> None:
         now = time.monotonic()
@@ -136,61 +154,24 @@ class WsgiFace:
             self._drains.popleft()()
 
     def _takes(self) -> bool:
-        """True if a connection that comes now would be taken. Not amid a round: others may be free to take it."""
-        return not self._door.pause_s() and not (self._inline is not None and self._inline.is_amid_round)
+        """True if a connection that comes now would be taken."""
+        return self._tasks.may_take and not self._door.pause_s()
 
     def _timeout_s(self) -> float:
         """For how long a turn of the loop may wait."""
-        if self._inline is not None and self._inline.has_waiting:
+        if self._tasks.has_waiting:
             return 0.0
         timeout_s = _TURN_S if self._until is None else 0.05
         return max(0.001, min(timeout_s, self._door.pause_s() or timeout_s))
 
-    def _run_requests(self) -> None:
-        assert self._inline is not None
-        self._close_idle()
-        self._inline.run()
-
-    def _close_idle(self) -> None:
-        """Close connections that have been idle for too long, after a turn in which each was read and written to.
-
-        waitress does it before a turn, which is after requests here: all that a client had sent or taken
-        while they ran would count as nothing, and the time as its own.
-        """
-        now = time.time()
-        if now < self._cleanup_at:
-            return
-        self._cleanup_at = now + self._servers[0].adj.cleanup_interval
-        for server in self._servers:
-            server.maintenance(now)
-        for channel in self._channels():
-            if channel.will_close:
-                channel.handle_close()
-
-    def _channels(self) -> list[Any]:
-        return [channel for server in self._servers for channel in list(server.active_channels.values())]
-
-    def _close_what_is_done(self) -> None:
-        """Close connections whose last answer has gone; by itself waitress would take another turn of its loop."""
-        for channel in self._channels():
-            if channel.close_when_flushed and not channel.total_outbufs_len:
-                channel.handle_write()
-
     def _has_drained(self, until: float) -> bool:
         now = time.monotonic()
-        channels = self._channels()
+        channels = [each for server in self._servers for each in list(server.active_channels.values())]
         if now >= self._idle_at:
             for channel in channels:
                 if not channel.requests and not channel.total_outbufs_len and not _has_input(channel):
                     channel.will_close = True
         return not channels or now >= until
-
-
-def _threads() -> Any:
-    """waitress's threads, not started yet."""
-    tasks = ThreadedTaskDispatcher()
-    tasks.queue_logger = _NO_LOG  # a warning for each request that waits, while others are served
-    return tasks
 
 
 def _accept_by(server: Any, door: Door, takes: Callable[[], bool]) -> None:
@@ -217,28 +198,6 @@ def _take_on(server: Any, connection: socket.socket) -> None:
         connection.close()  # the client has gone
     else:
         channel.read_at_once()
-
-
-def _wake_once(server: Any) -> None:
-    """Have waitress's threads wake its loop once for all that they have done meanwhile, and not each for itself."""
-    trigger = server.trigger
-    pull, take = trigger._physical_pull, trigger.recv
-    pulled = threading.Event()
-
-    def pull_once() -> None:
-        if not pulled.is_set():
-            pulled.set()
-            pull()
-
-    def recv(size: int) -> Any:
-        try:
-            return take(size)
-        finally:
-            # After the pipe was emptied, or a pull meanwhile would be taken along and still count as made; and before
-            # it is looked at what there is to do, so that whoever finds it made is looked at.
-            pulled.clear()
-
-    trigger._physical_pull, trigger.recv = pull_once, recv
 
 
 class _Intake:
@@ -300,10 +259,10 @@ class _Intake:
         """For wasyncore.close_all."""
 
 
-def _channel_class(worker: ServerWorker, door: Door, inline: bool) -> type[Any]:
+def _channel_class(worker: ServerWorker, door: Door, tasks: Tasks) -> type[Any]:
     """waitress's connection, with its requests told, and its answers marked while the worker drains."""
-    task_base: Any = InlineTask if inline else WSGITask
-    channel_base: Any = InlineChannel if inline else HTTPChannel
+    task_base: Any = tasks.task_class
+    channel_base: Any = tasks.channel_class
 
     class Task(task_base):  # type: ignore[misc]
         def execute(self) -> None:

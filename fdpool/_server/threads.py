@@ -1,0 +1,65 @@
+"""Serving WSGI requests in waitress's threads, beside its loop: in a worker of several threads.
+
+What is ours: the loop is woken once for several answers, and closes connections a turn earlier.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from waitress.channel import HTTPChannel
+from waitress.task import ThreadedTaskDispatcher, WSGITask
+
+_NO_LOG = logging.Logger("fdpool.server.queue", logging.CRITICAL)
+
+
+class Threads(ThreadedTaskDispatcher):  # type: ignore[misc]  # waitress has no types
+    """waitress's dispatcher of tasks; so many threads, once it is `running`."""
+
+    channel_class = HTTPChannel
+    task_class = WSGITask
+    queue_logger = _NO_LOG  # a warning for each request that waits, while others are served
+    has_waiting = False  # whose requests have run wake the loop
+    may_take = True
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self._count = count
+
+    def prepare(self, server: Any) -> None:
+        """Have its loop woken once for all that threads have done meanwhile, and not by each for itself."""
+        trigger = server.trigger
+        pull, take = trigger._physical_pull, trigger.recv
+        pulled = threading.Event()
+
+        def pull_once() -> None:
+            if not pulled.is_set():
+                pulled.set()
+                pull()
+
+        def recv(size: int) -> Any:
+            try:
+                return take(size)
+            finally:
+                # After the pipe was emptied, or a pull meanwhile would be taken along and still count as made; and
+                # before it is looked at what there is to do, so that whoever finds it made is looked at.
+                pulled.clear()
+
+        trigger._physical_pull, trigger.recv = pull_once, recv
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Start the threads; who serves has them end."""
+        self.set_thread_count(self._count)
+        yield
+
+    def after_turn(self, servers: Sequence[Any]) -> None:
+        """Close connections whose last answer has gone; by itself waitress would take another turn of its loop."""
+        for server in servers:
+            for channel in list(server.active_channels.values()):
+                if channel.close_when_flushed and not channel.total_outbufs_len:
+                    channel.handle_write()
