@@ -89,6 +89,8 @@ class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may no
         self._order: tuple[float, bool] | None = None  # a drain's end, and whether everybody leaves
         self._open = 0
         self._adopting = 0
+        if door is not None:
+            self.server_state.connections = _Connections(self._one_has_gone)
         self._has_all = False  # uvicorn knows every connection that was accepted before the drain
         self._idle_at = math.inf  # when idle connections are closed
 
@@ -167,8 +169,6 @@ class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may no
 
     async def on_tick(self, counter: int) -> bool:
         self._worker.progress.beat()
-        if self._door is not None:
-            self._count_open()
         if self._order is not None:
             now = time.monotonic()
             until, _ = self._order
@@ -196,10 +196,10 @@ class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may no
             if connection is None:
                 break
             self._adopting += 1
+            self._count_open()
             connection.setblocking(False)
             task = self._serving_loop.create_task(self._adopt(connection))
             task.add_done_callback(_log_failure)
-        self._count_open()
 
     def _look_again(self, fileno: int) -> None:
         if self._door is not None and self._serving_loop is not None and fileno in self._door.filenos():
@@ -219,6 +219,12 @@ class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may no
             connection.close()  # the client has gone
         finally:
             self._adopting -= 1
+            self._count_open()
+
+    def _one_has_gone(self) -> None:
+        # After this turn: one that becomes a WebSocket goes, and comes again at once.
+        assert self._serving_loop is not None
+        self._serving_loop.call_soon(self._count_open)
 
     def _count_open(self) -> None:
         before = self._open
@@ -232,6 +238,22 @@ class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may no
             for fileno in self._door.filenos():
                 self._serving_loop.remove_reader(fileno)
             self._door.close()
+
+
+class _Connections(set[Any]):
+    """uvicorn's connections; `gone()` is called as one goes. Protocols call one of these two methods then."""
+
+    def __init__(self, gone: Callable[[], None]) -> None:
+        super().__init__()
+        self._gone = gone
+
+    def discard(self, connection: Any) -> None:
+        super().discard(connection)
+        self._gone()
+
+    def remove(self, connection: Any) -> None:
+        super().remove(connection)
+        self._gone()
 
 
 def _fix_log_level() -> None:
