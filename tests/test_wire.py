@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import errno
+import gc
 import os
 import resource
 import select
@@ -328,12 +329,17 @@ class Alarm(Exception):
 
 @contextmanager
 def on_alarm(handler: Callable[..., None]) -> Iterator[None]:
+    """Have `handler` called meanwhile, and never in a finalizer of garbage that others have left: what it raises there
+    is told as nobody's error, and is dropped."""
+    gc.collect()
+    gc.disable()
     old = signal.signal(signal.SIGALRM, handler)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, old)
+        gc.enable()
 
 
 def raise_alarm(*_: object) -> None:
@@ -341,10 +347,7 @@ def raise_alarm(*_: object) -> None:
 
 
 def await_alarm() -> NoReturn:
-    """Run until the alarm that was set raises.
-
-    What a handler raises in the midst of a garbage collection is dropped: where nothing comes it is set again.
-    """
+    """Run until the alarm that was set raises. Where nothing comes it is set again: a finalizer may have met it."""
     while True:
         again_at = time.monotonic() + 1.0
         while time.monotonic() < again_at:
