@@ -14,7 +14,7 @@ from mmap import mmap
 from types import CodeType
 from typing import TYPE_CHECKING, Any
 
-from . import _reducers, _spill
+from . import _by_value, _reducers, _spill
 from ._placement import Outgoing, current, drop_tracebacks
 from .errors import FdpoolError, PayloadTooLarge
 from .fds import SCM_MAX_FD, OwnedFds, duplicate
@@ -372,7 +372,7 @@ def _cloud_pickler() -> Any:
                 return reducer(obj)
             if type(obj) is CodeType:
                 return _code_with_file_name(base.dispatch_table[CodeType], obj)
-            return base.reducer_override(self, obj)
+            return _by_value.reduced(obj, base.reducer_override(self, obj))
 
         _CloudPickler = type("_CloudPickler", (base,), {"reducer_override": reducer_override})
     return _CloudPickler

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
 
-from . import _chunks, _forensics, _messages, _shared, _spill, payload, wire
+from . import _by_value, _chunks, _forensics, _messages, _shared, _spill, payload, wire
 from ._board import Page
 from ._leftovers import Leftovers, encode
 from ._messages import HEADER_BYTES, MAX_DATAGRAM, Header, Recycling
@@ -286,10 +286,12 @@ class Worker:
             self.in_task = True
             if boot.initializer is not None:
                 fds, spilled = boot.initializer_fds, boot.initializer_spilled
-                fn, args, kwargs = payload.loads(boot.initializer, fds, spilled)
-                fn(*args, **kwargs)
+                with _by_value.initializing():
+                    fn, args, kwargs = payload.loads(boot.initializer, fds, spilled)
+                    fn(*args, **kwargs)
             elif boot.inherited is not None:
-                boot.inherited()
+                with _by_value.initializing(getattr(boot.inherited, "func", None)):
+                    boot.inherited()
             self.in_task = False
             return True
         except BaseException as error:

@@ -49,9 +49,9 @@ def test_initargs_may_hold_locks_and_queues_of_multiprocessing(context: str) -> 
         context = multiprocessing.get_context({context!r})
         queue = context.Queue()
 
-        def begin(*shared):
-            import builtins
-            builtins.shared = shared
+        def begin(*given):
+            global shared
+            shared = given
 
         def put(n):
             lock, queue = shared
@@ -64,6 +64,71 @@ def test_initargs_may_hold_locks_and_queues_of_multiprocessing(context: str) -> 
         """
     )
     assert printed.split() == [str(n) for n in range(20)]
+
+
+@pytest.mark.parametrize("method", START_METHODS)
+def test_what_an_initializer_of_a_script_has_set_is_there_for_its_tasks(method: str) -> None:
+    printed = run_script(
+        f"""
+        import fdpool
+        connection = None
+        settings = {{}}
+        limit, seen = 1, []
+
+        def begin(number):
+            global connection, only_here
+            connection = [number]
+            only_here = number + 1
+            settings["number"] = number + 2 * limit
+
+        def work(n):
+            seen.append(n)
+            return connection, only_here, settings, limit, seen
+
+        class Worker:
+            def work(self):
+                connection.append(limit)
+                return connection
+
+        with fdpool.Pool(1, initializer=begin, initargs=(40,), start_method={method!r}) as pool:
+            print(*pool.submit(work, 1).result())
+            limit, settings = 2, {{"number": "the client's"}}
+            print(*pool.submit(work, 2).result())
+            print(pool.submit(Worker().work).result(), pool.submit(lambda: only_here).result())
+        with fdpool.Pool(1, initializer=begin, initargs=(50,), max_tasks_per_child=1) as pool:
+            print(*pool.map(lambda n: connection, range(2)))
+            print(connection, settings)
+        """
+    )
+    assert printed.splitlines() == [
+        "[40] 41 {'number': 42} 1 [1]",
+        "[40] 41 {'number': 42} 2 [2]",  # `seen` is the client's: the initializer does not refer to it
+        "[40, 2] 41",
+        "[50] [50]",
+        "None {'number': \"the client's\"}",
+    ]
+
+
+def test_what_an_initializer_that_is_inherited_has_set_is_there_for_its_tasks() -> None:
+    printed = run_script(
+        """
+        import fdpool, threading
+        mine = None
+
+        def begin(lock):
+            global mine
+            mine = lock
+
+        def work():
+            return mine.locked()
+
+        lock = threading.Lock()
+        lock.acquire()
+        with fdpool.Pool(1, initializer=begin, initargs=(lock,), start_method="fork") as pool:
+            print(pool.submit(work).result())
+        """
+    )
+    assert printed == "True\n"
 
 
 @pytest.mark.parametrize("context", ["spawn", "fork"])
