@@ -12,7 +12,7 @@ import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ._placement import brief
+from ._naming import attribute_of, brief, name_of
 from .errors import DescriptorRefused, FdpoolError, NotPicklable
 
 _MAX_DEPTH = 12
@@ -47,7 +47,7 @@ def explain_value(error: Exception, value: object, name: str, attempt: Attempt) 
 
 def call_parts(fn: object, args: Sequence[object], kwargs: Mapping[str, object]) -> Parts:
     """The function and each argument of a call, under the names that its author knows them by."""
-    name = getattr(fn, "__qualname__", None) or brief(fn)
+    name = name_of(fn)
     call = f"{name}(...)"
     yield f"the function {name}", fn
     parameters = _parameter_names(fn)
@@ -59,7 +59,7 @@ def call_parts(fn: object, args: Sequence[object], kwargs: Mapping[str, object])
 
 
 def _parameter_names(fn: object) -> Sequence[str]:
-    code = getattr(fn, "__code__", None)  # a bound method lends its function's
+    code = attribute_of(fn, "__code__")  # a bound method lends its function's
     if not isinstance(code, types.CodeType):
         return ()
     skip = 1 if isinstance(fn, types.MethodType) else 0

@@ -31,9 +31,13 @@ SPILL_BYTES = 64 * 1024
 #: against 5.0 in band; of 32 KiB, 7.6 against 20.5.
 _OUT_OF_BAND = 4 * 1024
 
-#: The C pickler writes frames of 64 KiB and a little, and passes large bytes and strings through as they are.
-#: Those cannot hold a reference to a module, and are not searched.
-_LARGEST_FRAME = 256 * 1024
+#: What can hold a reference to a module is at the beginning of a chunk: the C pickler ends a frame as it has 64 KiB.
+#: Behind that may be the last thing in it, a huge integer; and large bytes and strings are chunks by themselves.
+_SEARCHED = 128 * 1024
+
+#: A pickler that has made more than this is not kept: its memo, a table, never shrinks, and each time that it is
+#: used all of it is cleared. After a million strings that took 11 ms.
+_KEPT_BYTES = 2 * 1024
 
 Bytes = bytes | bytearray | memoryview
 
@@ -143,18 +147,19 @@ class Encoder(Outgoing):
             if len(chunks) == 1 and not self.fds and not self.buffers:
                 body = chunks[0]
                 if type(body) is bytes and len(body) <= SPILL_BYTES and not _needs_values(body):
-                    simple = True
+                    simple = len(body) <= _KEPT_BYTES
                     return Payload(body)
             elif not any(map(_needs_values, chunks)):
                 return self.pack()
         except Exception:
             pass  # `encode` will meet it again, and explain
         finally:
-            pickler.clear_memo()
+            if simple:
+                pickler.clear_memo()
+            else:
+                self.pickler = None
             chunks.clear()
             if not simple or self.in_band:
-                if self.buffers:
-                    self.pickler = None  # what has grown large is not kept
                 self.clear()
             self.busy = False
         return None
@@ -298,7 +303,7 @@ def encode(
             # Not by way of a variable: this frame is in the traceback, and so would be a cycle that holds `obj`.
             raise explain(error) from error
         payload = encoder.pack()
-        done = not payload.spilled
+        done = len(payload.body) <= _KEPT_BYTES and not payload.spilled
         return payload
     finally:
         leave(encoder, keep=done)
@@ -323,8 +328,10 @@ def _needs_values(chunk: Bytes | pickle.PickleBuffer) -> bool:
     The bytes are enough to know: a reference holds its module's name as a short string. A string that merely
     says so costs a second pass, and nothing else.
     """
-    if isinstance(chunk, pickle.PickleBuffer) or len(chunk) > _LARGEST_FRAME:
+    if isinstance(chunk, pickle.PickleBuffer):
         return False
+    if len(chunk) > _SEARCHED:
+        chunk = memoryview(chunk)[:_SEARCHED].tobytes()
     if _reducers.find_telltale(chunk) is not None:
         return True
     cloudpickle = sys.modules.get("cloudpickle")

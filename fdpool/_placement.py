@@ -12,6 +12,7 @@ import errno
 import threading
 from typing import TYPE_CHECKING, Protocol
 
+from ._naming import attribute_of, brief
 from .errors import DescriptorRefused, PayloadTooLarge
 from .fds import close_all, duplicate
 
@@ -33,15 +34,6 @@ def release(fd: int) -> None:
     _reserved.discard(fd)
 
 
-def brief(obj: object) -> str:
-    """`repr(obj)` for a message: at most 100 characters, and never an error of its own."""
-    try:
-        text = repr(obj)
-    except Exception:
-        text = object.__repr__(obj)
-    return text if len(text) <= 100 else f"{text[:70]}...{text[-26:]}"
-
-
 def refusal(obj: object, reason: str) -> DescriptorRefused:
     """The error for a descriptor that stays here; the caller raises it."""
     return DescriptorRefused(f"{brief(obj)} cannot be handed to another process: {reason}")
@@ -56,7 +48,7 @@ def chain(exc: BaseException) -> Iterator[BaseException]:
             continue
         seen.add(id(each))
         yield each
-        members = getattr(each, "exceptions", ())
+        members = attribute_of(each, "exceptions")
         waiting += [
             other
             for other in (each.__cause__, each.__context__, *(members if isinstance(members, tuple) else ()))

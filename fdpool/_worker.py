@@ -23,6 +23,7 @@ from . import _by_value, _chunks, _forensics, _messages, _shared, _spill, payloa
 from ._board import Page
 from ._leftovers import Leftovers, encode
 from ._messages import HEADER_BYTES, MAX_DATAGRAM, Header, Recycling
+from ._naming import name_of
 from ._spawn import flush_standard_streams
 from ._spin import Spin
 from ._upkeep import Upkeep
@@ -229,7 +230,7 @@ class Worker:
         reached = _chunks.run(fn, items, star, start, stop, claim, self, flush, has_more)
         page.end()
         self._send(_messages.DONE if reached == stop else _messages.CUT, task, payload.dumps_result([]))
-        name = f"items of a map of {_name_of(fn)}"
+        name = f"items of a map of {name_of(fn)}"
         self._tell_left(self._upkeep.ran(name, reached - start, time.monotonic() - began))
 
     def _send_answers(self, answers: list[bytes]) -> None:
@@ -263,7 +264,7 @@ class Worker:
                 self._memory.loaded()
             if self._page.is_to_stop():  # what a handler raises in a finalizer of what was loaded is dropped
                 raise TaskTerminated
-            self._name = _name_of(fn)
+            self._name = name_of(fn)
             result = fn(*args, **kwargs)
             self.leave_if_forked()
             fn = args = kwargs = None
@@ -382,11 +383,6 @@ class Worker:
         """A task may fork; a child that returns from it is not a worker and must not speak as one."""
         if os.getpid() != self._pid:
             os._exit(0)
-
-
-def _name_of(fn: object) -> str:
-    name = getattr(fn, "__qualname__", None)
-    return name if isinstance(name, str) else type(fn).__qualname__
 
 
 def _reports_unclosed() -> bool:

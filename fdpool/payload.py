@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import _diagnosis, _spill
 from ._encoder import SPILL_BYTES, Bytes, Encoder, Payload, attempt, encode, enter, leave
+from ._naming import attribute_of
 from ._placement import Incoming, chain, current, drop_tracebacks, release, reserve
 from .errors import FdpoolError, NotLoadable, RemoteError, RemoteTraceback
 from .fds import SCM_MAX_FD, OwnedFds
@@ -261,7 +262,7 @@ def _attach(exc: BaseException, notes: list[str], cause: RemoteTraceback) -> Non
     """Set cause and notes, whatever `__setattr__` the class of `exc` has."""
     set_attribute = BaseException.__setattr__
     set_attribute(exc, "__cause__", cause)
-    if notes and not getattr(exc, "__notes__", None):
+    if notes and not attribute_of(exc, "__notes__"):
         set_attribute(exc, "__notes__", notes)
 
 
@@ -288,7 +289,7 @@ def _text_of(exc: BaseException) -> str:
 
 
 def _notes_of(exc: BaseException) -> list[str]:
-    notes = getattr(exc, "__notes__", None)
+    notes = attribute_of(exc, "__notes__")
     return [note for note in notes if type(note) is str] if isinstance(notes, list) else []
 
 

@@ -33,6 +33,7 @@ from ._client import Client
 from ._cpus import usable_cpus
 from ._map import Results, dumped_chunk, flatten, in_order, keeps_nothing
 from ._messages import Recycling
+from ._naming import name_of
 from ._options import TaskOptions, changed, check_count, check_seconds
 from ._shared import Shared
 from ._staffing import Staff
@@ -209,7 +210,7 @@ class Pool(Executor):
             WorkerLost: the worker died while it ran this task;
             PoolBroken: the pool broke or was ended before.
         """
-        label = getattr(fn, "__qualname__", None) or repr(fn)
+        label = name_of(fn)
         return self._submit(fn, args, kwargs, label, TaskFuture())
 
     def _submit(
@@ -386,7 +387,7 @@ class Pool(Executor):
             items = iterables[0]
         else:
             items = list(iterables[0])
-        label = f"items of a map of {getattr(fn, '__qualname__', None) or repr(fn)}"
+        label = f"items of a map of {name_of(fn)}"
         size = min(_LARGEST_CHUNK, -(-len(items) // (_CHUNKS_PER_WORKER * self._max_workers)))
         start = 0
         while start < len(items):

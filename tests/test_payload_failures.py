@@ -322,3 +322,16 @@ def test_an_endless_chain_of_causes_ends() -> None:
     a.__cause__, b.__cause__ = b, a
     assert isinstance(deliver_failure(payload.dumps_failure(a)), Plain)
     a.__cause__ = b.__cause__ = None
+
+
+class Lookup(Exception):
+    """As of some client libraries: an attribute that is not there is looked for elsewhere, and that fails otherwise."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise KeyError(name)
+
+
+def test_an_exception_that_raises_when_it_is_looked_into_is_told_as_it_is() -> None:
+    told = deliver_failure(payload.dumps_failure(raised(Lookup("why"))))
+    assert type(told) is Lookup
+    assert told.args == ("why",)

@@ -246,3 +246,33 @@ def test_what_a_task_held_is_let_go_before_the_next(pool: Pool) -> None:
         with open(__file__, "rb") as file, pytest.raises(ValueError):
             one.submit(hold_and_fail, file).result()
         assert one.submit(helpers.open_numbers).result() == before
+
+
+class Evasive:
+    """A callable, as of a mocking or proxying library, that raises when it is looked into."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise LookupError(name)
+
+    def __repr__(self) -> str:
+        raise RuntimeError("it has no text")
+
+    def __call__(self, *_: object) -> int:
+        return 5
+
+
+def test_a_callable_that_raises_when_it_is_looked_into_is_run() -> None:
+    with Pool(1) as pool:
+        assert pool.submit(Evasive()).result() == 5
+        assert pool.submit(partial(Evasive(), 1)).result() == 5
+        assert list(pool.map(Evasive(), range(2))) == [5, 5]
+
+
+def leave_at_once(_items: list[int]) -> None:
+    os._exit(3)
+
+
+def test_a_task_of_a_partial_is_named_by_its_function() -> None:
+    with Pool(1) as pool, pytest.raises(fdpool.WorkerLost, match="while it ran leave_at_once") as lost:
+        pool.submit(partial(leave_at_once, [0] * 100_000)).result()
+    assert len(str(lost.value)) < 1_000
