@@ -21,7 +21,7 @@ from typing import Any
 # What nobody changes in place. (In a tuple there may be a list.)
 _CONSTANT = (type(None), bool, int, float, complex, str, bytes, frozenset, type, ModuleType, FunctionType)
 
-_MAIN = "__main__"
+_MAIN = ("__main__", "__mp_main__")
 
 
 class _Globals:
@@ -51,7 +51,7 @@ def initializing(inherited: object = None) -> Iterator[None]:
     """
     names = getattr(inherited, "__globals__", None)
     came: dict[str, Any] = {}
-    if names is not None and names.get("__name__") == _MAIN:
+    if names is not None and names.get("__name__") in _MAIN:
         _shared.names = names
         came.update(names)
     _shared.came = came
@@ -71,7 +71,7 @@ def reduced(function: object, reduction: Any) -> Any:
     """What cloudpickle makes of a function, changed so that the worker's `__main__` is what it is made in."""
     if not (isinstance(function, FunctionType) and isinstance(reduction, tuple) and len(reduction) == 6):
         return reduction  # by reference, or in a way that this release of cloudpickle does not have
-    if function.__globals__.get("__name__") != _MAIN:
+    if function.__globals__.get("__name__") not in _MAIN:
         return reduction
     make, arguments, state, items, pairs, set_state = reduction
     return _made, (make, *arguments), (set_state, state), items, pairs, _finished

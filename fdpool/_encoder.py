@@ -197,7 +197,7 @@ class Encoder(Outgoing):
         One goes out of band only if the payload is too large for a message anyway, with what came before.
         """
         view = buffer.raw()
-        if view.nbytes < _OUT_OF_BAND:
+        if view.nbytes < (_OUT_OF_BAND if self.spill_bytes else 1):
             return True
         if self.in_band + view.nbytes <= self.spill_bytes:
             self.in_band += view.nbytes
@@ -367,6 +367,11 @@ _CloudPickler: Any = None
 def _cloud_pickler() -> Any:
     """cloudpickle's pickler, with our kinds looked at first; imported when needed, as that takes 32 ms."""
     global _CloudPickler
+    main = sys.modules.get("__mp_main__")  # of a process that multiprocessing has spawned
+    if main is not None:
+        import cloudpickle
+
+        cloudpickle.register_pickle_by_value(main)
     if _CloudPickler is None:
         import cloudpickle
 

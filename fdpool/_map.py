@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from functools import partial
+from opcode import opmap
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodDescriptorType, ModuleType
 from typing import Any, TypeVar
 
@@ -18,6 +19,8 @@ from ._tasks import ChunkFuture
 from .errors import FdpoolError
 
 T = TypeVar("T")
+
+_REBINDING = {opmap["STORE_GLOBAL"], opmap["DELETE_GLOBAL"]}  # at every other byte there is an instruction
 
 
 def keeps_nothing(fn: Any, seen: tuple[Any, ...] = ()) -> bool:
@@ -37,7 +40,12 @@ def keeps_nothing(fn: Any, seen: tuple[Any, ...] = ()) -> bool:
         return False
     if fn.__module__ != "__main__" and "<" not in fn.__qualname__:
         return True  # by reference: what it changes is its worker's in any case
-    if fn.__closure__ or not is_plain([*(fn.__defaults__ or ()), *(fn.__kwdefaults__ or {}).values()]):
+    if (
+        fn.__closure__
+        or fn.__dict__
+        or _rebinds_globals(fn.__code__)
+        or not is_plain([*(fn.__defaults__ or ()), *(fn.__kwdefaults__ or {}).values()])
+    ):
         return False
     if fn in seen:
         return True
@@ -48,11 +56,19 @@ def keeps_nothing(fn: Any, seen: tuple[Any, ...] = ()) -> bool:
 
 
 def _names_in(code: CodeType) -> set[str]:
-    names = set(code.co_names)
+    return {name for each in _all_code(code) for name in each.co_names}
+
+
+def _rebinds_globals(code: CodeType) -> bool:
+    return any(not _REBINDING.isdisjoint(each.co_code[::2]) for each in _all_code(code))
+
+
+def _all_code(code: CodeType) -> Iterator[CodeType]:
+    """Of a function, and of those inside it."""
+    yield code
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
-            names |= _names_in(constant)
-    return names
+            yield from _all_code(constant)
 
 
 def dumped_chunk(fn: Callable[..., Any], items: Sequence[Any], star: bool) -> payload.Payload | None:

@@ -92,7 +92,7 @@ _LATER: dict[str, dict[str, Reducer]] = {
 #: *subclass* of a kind which plain pickle lets through, with a number for a descriptor or as a copy. Each
 #: as the short string (SHORT_BINUNICODE and a length) that it is in a pickle. Where one is seen, the payload is
 #: made anew with cloudpickle, where subclasses are found. (Files and sockets refuse to be pickled.)
-_TELLTALES = ("__main__", "_owned", "_fd_to_key", "_closer", "_TemporaryFileArgs", "_writable")
+_TELLTALES = ("__main__", "__mp_main__", "_owned", "_fd_to_key", "_closer", "_TemporaryFileArgs", "_writable")
 find_telltale = re.compile(
     b"\x8c(?:" + b"|".join(re.escape(bytes([len(name)]) + name.encode()) for name in _TELLTALES) + b")"
 ).search

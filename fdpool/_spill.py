@@ -7,6 +7,7 @@ holds only `HEAD`: the pickle's length and the number of buffers.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import mmap
 import os
@@ -92,8 +93,8 @@ def read(body: Bytes, fd: int, writable: bool = True) -> tuple[memoryview, list[
 
     The views are private to this process, and writable unless told otherwise: what is written to them is copied
     first, page by page.
-    The mapping lives as long as any view of it. Before Python 3.13 it also holds a duplicate of `fd`
-    (`mmap` keeps one for its `resize`).
+    The mapping lives as long as any view of it. Before Python 3.13 it also holds a duplicate of `fd` (`mmap` keeps one
+    for its `resize`); so where many live, or no descriptor is left, it is of a copy.
 
     Raises:
         ValueError: the lengths in `body` do not fit the file. That is checked before anything is mapped, as
@@ -171,10 +172,45 @@ def _write_all(fd: int, pieces: Sequence[Bytes]) -> None:
             views[first] = views[first][wrote:]
 
 
+#: Those that hold a descriptor each, and how many there may be: fewer than `_budget` leaves to others. Who keeps the
+#: arrays of a thousand results would have no descriptor left.
+_holding: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
+_MOST_HOLDING = 16
+
+
 def _map(fd: int, length: int, writable: bool) -> mmap.mmap:
-    mapping = _mapped(fd, length, mmap.MAP_PRIVATE, writable)
-    if writable and _first.mapping is None:  # else it is a shared object's, which is not the task's own
+    if not writable:  # a shared object's, which is one for all, and not the task's own
+        return _mapped(fd, length, mmap.MAP_PRIVATE, writable=False)
+    mapping = _mapped_if_room(fd, length) if len(_holding) < _MOST_HOLDING else None
+    if mapping is None:
+        mapping = _copied(fd, length)
+    if _first.mapping is None:
         _first.mapping, _first.forks = weakref.ref(mapping), _forks
+    return mapping
+
+
+def _mapped_if_room(fd: int, length: int) -> mmap.mmap | None:
+    try:
+        mapping = _mapped(fd, length, mmap.MAP_PRIVATE)
+    except OSError as error:
+        if error.errno == errno.EMFILE:
+            return None
+        raise
+    if sys.version_info < (3, 13):
+        _holding.add(mapping)
+    return mapping
+
+
+def _copied(fd: int, length: int) -> mmap.mmap:
+    """What `_mapped` gives, in memory that no file is behind."""
+    mapping = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE)
+    with memoryview(mapping) as view:
+        at = 0
+        while at < length:
+            wrote = os.preadv(fd, [view[at:]], at)
+            if not wrote:
+                raise ValueError(f"the memory file ends at {at}, before {length}")
+            at += wrote
     return mapping
 
 

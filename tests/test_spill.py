@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 from fdpool import _spill, errors, payload
 from fdpool.fds import Fd
 from fdpool.payload import SPILL_BYTES
+from tests.process_state import open_descriptors
 
 from .payload_helpers import deliver, in_another_process, roundtrip
 
@@ -159,6 +160,29 @@ def test_no_descriptor_stays_open_for_a_mapping() -> None:
     # Before 3.13 the mmap object keeps a duplicate of its own, as long as an array is left.
     assert len(os.listdir("/proc/self/fd")) - before == (0 if sys.version_info >= (3, 13) else 1)
     assert array[5] == 5
+
+
+def test_who_keeps_many_arrays_keeps_few_descriptors() -> None:
+    before = set(open_descriptors())
+    kept = [roundtrip(np.full(2 * SPILL_BYTES, number, np.uint8)) for number in range(100)]
+    assert len(set(open_descriptors()) - before) <= 16
+    assert [int(array[-1]) for array in kept] == list(range(100))
+    for array in kept:
+        np.add(array, 1, out=array)
+    assert [int(array[0]) for array in kept] == list(range(1, 101))
+
+
+def test_where_no_descriptor_is_left_for_a_mapping_an_array_is_copied(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(_spill, "_mapped", full)
+    array = roundtrip(np.arange(SPILL_BYTES))
+    array += 1
+    assert array[-1] == SPILL_BYTES
+    assert mapped() == 0
 
 
 def test_many_buffers_and_descriptors_travel_together() -> None:

@@ -13,6 +13,7 @@ import textwrap
 import threading
 import time
 import weakref
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -315,3 +316,58 @@ def test_sigterm_ends_a_worker_whose_task_never_comes_back_to_python(start_metho
         with pytest.raises(fdpool.WorkerLost, match="SIGTERM"):
             future.result(timeout=10)
         assert pool.submit(helpers.square, 3).result() == 9
+
+
+def test_in_a_map_calls_of_a_script_do_not_see_what_others_have_rebound() -> None:
+    printed = run_script(
+        """
+        import fdpool
+        count = 0
+
+        def number(_):
+            global count
+            count += 1
+            return count
+
+        def attribute(_):
+            attribute.count += 1
+            return attribute.count
+
+        attribute.count = 0
+        with fdpool.Pool(1) as pool:
+            print({*pool.map(number, range(100))}, {*pool.map(attribute, range(100))})
+        """
+    )
+    assert printed == "{1} {1}\n"
+
+
+def test_functions_of_a_script_travel_from_a_process_that_multiprocessing_has_spawned(tmp_path: Path) -> None:
+    """There they are of a module `__mp_main__`."""
+    (tmp_path / "script.py").write_text(
+        textwrap.dedent(
+            """
+            import multiprocessing, fdpool
+
+            def square(n):
+                return n * n
+
+            def serve():
+                with fdpool.Pool(1) as pool:
+                    print(pool.submit(square, 3).result(), *pool.map(square, range(3)), flush=True)
+
+            if __name__ == "__main__":
+                process = multiprocessing.get_context("spawn").Process(target=serve)
+                process.start()
+                process.join()
+            """
+        )
+    )
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "script.py")],
+        env={**os.environ, "PYTHONPATH": str(Path(fdpool.__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.stdout, done.stderr) == ("9 0 1 4\n", "")
