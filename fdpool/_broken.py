@@ -46,7 +46,7 @@ class PoisonTask(WorkerLost):
     """A task that was tried again, as its `retries` allowed, and whose worker died each time. It is not tried any more.
 
     Attributes:
-        attempts: what became of each attempt, oldest first; the last is what this error else describes.
+        attempts: what became of the attempts before, oldest first; the last is what this error else describes.
     """
 
     attempts: tuple[BaseException, ...] = ()

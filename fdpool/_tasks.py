@@ -76,7 +76,9 @@ class TaskFuture(Future[T]):
     _result: T
     _exception: BaseException | None
     _state: str
-    _condition: _Condition
+    _condition: (
+        threading.Condition
+    )  # a _Condition; typeshed's `as_completed` takes no future with anything else
     _waiters: list[Any]
     _done_callbacks: list[Any]
     _client: Client | None = None
@@ -227,7 +229,7 @@ class TaskFuture(Future[T]):
                         waiter.add_result(self)
                     else:
                         waiter.add_exception(self)
-            if self._condition.awaited:
+            if self._condition.awaited:  # type: ignore[attr-defined]
                 self._condition.notify_all()
             return "_done_callbacks" in used
 

@@ -10,6 +10,10 @@ from __future__ import annotations
 
 import pickle
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
 
 class FdpoolError(Exception):
     """Base of every error that fdpool raises on its own account.
@@ -78,6 +82,13 @@ class BindFailed(FdpoolError, OSError):
     def __init__(self, message: str, errno: int | None = None) -> None:
         super().__init__(message)
         self.errno = errno
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (
+            type(self),
+            (*self.args, self.errno),
+            self.__dict__,
+        )  # OSError's own knows of no errno without a text
 
 
 class ServerFailed(FdpoolError, RuntimeError):

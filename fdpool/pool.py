@@ -107,8 +107,8 @@ class Pool(Executor):
     Raises:
         ValueError, TypeError: an argument is of no use; nothing was started.
 
-    Thread-safe throughout. In a forked child of this process every call raises `ForkedPool` and the
-    parent's pool is left alone.
+    Thread-safe throughout. In a forked child of this process whatever takes work raises `ForkedPool`, and the parent's
+    pool is left alone.
     """
 
     #: Without it each worker pays 32 ms for cloudpickle at its first lambda, 34 for psutil at the first tree to be
