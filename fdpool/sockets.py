@@ -506,7 +506,8 @@ class DatagramSocket(_Face):
                 `try_send`.
         """
         sock = self._open_socket()
-        until_sent(lambda: self.try_send_with_fds(data, fds), sock)
+        borrowed = list(fds)
+        until_sent(lambda: self.try_send_with_fds(data, borrowed), sock)
 
     def try_send_with_fds(self, data: Bytes, fds: Iterable[int | HasFileno] = ()) -> bool:
         """Like `send_with_fds`, but False if it would have to wait (or ENOBUFS); never waits."""

@@ -504,6 +504,23 @@ def test_descriptors_are_borrowed_when_sent_and_the_callers_when_received(
     close_all(fds)
 
 
+def test_descriptors_of_an_iterator_are_sent_also_after_a_wait_for_room(
+    pair: tuple[DatagramSocket, DatagramSocket], pipes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = 0
+    while pair[0].try_send_with_fds(b"before"):
+        before += 1
+
+    def make_room(*_: object) -> None:
+        assert [pair[1].receive() for _ in range(before)] == [b"before"] * before
+
+    monkeypatch.setattr(wire, "wait_for", make_room)
+    pair[0].send_with_fds(b"x", iter(pipes))
+    data, fds = pair[1].receive_with_fds()
+    assert (data, files(fds)) == (b"x", files(pipes))
+    close_all(fds)
+
+
 def test_a_receive_without_descriptors_closes_those_that_came(
     pair: tuple[DatagramSocket, DatagramSocket], pipes: list[int]
 ) -> None:
