@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
-from .errors import FdTransferError, PayloadTooLarge, WireError
+from .errors import PayloadTooLarge, WireError
 from .fds import HasFileno, OwnedFds, close_all, descriptor_number, duplicate
 from .wire import CTRUNC, MALLOC_BYTES, Bytes, Raw, descriptors_in, fds_lost
 
@@ -199,7 +199,7 @@ class OutgoingFrame:
         self._fds = fds
         self._owned: OwnedFds | None = None
         self.sent: list[int] = []
-        self.error: FdTransferError | None = None
+        self.error: OSError | None = None
 
     @property
     def done(self) -> bool:

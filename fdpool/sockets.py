@@ -42,6 +42,9 @@ from .wire import (
 
 _T = TypeVar("_T")
 
+# What is wrong with one frame's descriptors, and nothing of it was sent. EINVAL: the kernel hands on no io_uring.
+_OF_DESCRIPTORS = (errno.EBADF, errno.EINVAL, errno.ETOOMANYREFS)
+
 
 def _adopt(fd: int, kind: int, max_bytes: int | None, max_fds: int) -> socket.socket:
     """A socket object that owns `fd`; on an error `fd` is still the caller's."""
@@ -144,8 +147,9 @@ class StreamSocket(_Face):
     Descriptors that are sent are borrowed until the call returns (numbers, or anything with `fileno()`);
     those received belong to the caller, and are close-on-exec.
 
-    Threads: any number may send, frames are never torn (a lock). One at a time may receive, a second one
-    gets a RuntimeError. Close it when no thread is using it. Not to be used from a signal handler.
+    Threads: any number may send, frames are never torn (a lock), and each sender is told of its own frame's
+    errors. One at a time may receive, a second one gets a RuntimeError. Close it when no thread is using it.
+    Not to be used from a signal handler.
 
     Signals: a handler that raises out of a receive loses nothing, the next receive goes on (module's note).
     Out of a send: if a byte of the frame had gone, the next send or `drain` sends the rest first, and
@@ -368,42 +372,54 @@ class StreamSocket(_Face):
         return message, self._reader.take()
 
     def _send_frame(self, frame: OutgoingFrame) -> bool:
-        """Send the backlog, with `frame` at its end, as far as it goes; True if `frame` has gone."""
+        """Send the backlog up to `frame`, which is put at its end, as far as it goes; True if `frame` has gone."""
         with self._lock:
             backlog = self._writer.backlog
             if not frame.sent and frame.error is None and frame not in backlog:
                 backlog.append(frame)
-            self._write()
-            gone = frame not in backlog
+            gone = frame not in backlog or self._write(frame)
         if frame.error is not None:
-            raise frame.error
+            try:
+                raise frame.error
+            finally:
+                frame.error = None  # once some have landed it may go: the next attempt is a new one
         return gone
 
     def _withdraw(self, frame: OutgoingFrame) -> None:
         with self._lock:
             self._writer.withdraw(frame)
 
-    def _write(self) -> bool:
-        """Send the backlog as far as it goes; True if all of it went. The caller holds the lock."""
+    def _write(self, last: OutgoingFrame | None = None) -> bool:
+        """Send the backlog, up to `last`, as far as it goes; True if all of that went. The caller holds the lock.
+
+        What is behind `last` is left alone, so that its errors are not told to whoever sent `last` whole. A frame
+        that cannot go for its descriptors is dropped, and whose it is learns of it at his next attempt.
+        """
         sock, backlog = self._open_socket(), self._writer.backlog
         while backlog:
             frame = backlog[0]
             buffers, fds = frame.rest()
             if frame.done:
                 del backlog[0]
+                if frame is last:
+                    break
                 continue
             ancillary = ((SOL_SOCKET, SCM_RIGHTS, array("i", fds)),) if fds else ()
             try:
                 frame.sent.extend(map(sock.sendmsg, (buffers,), (ancillary,), (SEND_FLAGS,)))
             except BlockingIOError:
                 return False
-            except PermissionError as error:
-                if not fds:
+            except OSError as error:
+                refused = isinstance(error, PermissionError)
+                its_own = refused or (error.errno in _OF_DESCRIPTORS and not frame.queued)
+                if not (fds and its_own):
                     raise
                 self._writer.withdraw(frame)
-                frame.error = refused_by_peer(len(fds))
+                frame.error = refused_by_peer(len(fds)) if refused else error
                 if frame.queued:
                     raise frame.error from error
+                if frame is last:
+                    break
         return True
 
 

@@ -580,6 +580,70 @@ def test_a_refusal_found_by_another_thread_reaches_the_sender_whose_frame_it_was
                 attempt()
 
 
+@pytest.fixture
+def closed_number(pipes: list[int]) -> int:
+    """A descriptor that is not open any more."""
+    number = os.dup(pipes[0])
+    os.close(number)
+    return number
+
+
+def test_a_frame_that_went_whole_is_not_blamed_for_one_behind_it(pair: Pair, closed_number: int) -> None:
+    payload = os.urandom(1_000_000)
+    with pair[0].outgoing(payload) as attempt, pair[0].outgoing(b"bad", [closed_number]) as other:
+        assert not attempt()
+        assert not other()
+        received = None
+        while not attempt():
+            received = received or pair[1].try_receive_bytes()
+        assert (received or pair[1].receive_bytes())[0] == payload
+        with pytest.raises(OSError) as failure:
+            other()
+    assert failure.value.errno == errno.EBADF
+    pair[0].send("after")
+    assert pair[1].receive() == "after"
+
+
+def test_a_frame_is_not_blamed_for_one_before_it_that_somebody_else_sends(
+    pair: Pair, closed_number: int
+) -> None:
+    payload = os.urandom(1_000_000)
+    pair[0].queue_bytes(payload)
+    with pair[0].outgoing(b"bad", [closed_number]) as attempt, pair[0].outgoing(b"good") as other:
+        assert not attempt()
+        received = None
+        while not other():
+            received = received or pair[1].try_receive_bytes()
+        assert (received or pair[1].receive_bytes())[0] == payload
+        with pytest.raises(OSError) as failure:
+            attempt()
+    assert failure.value.errno == errno.EBADF
+    assert pair[1].receive_bytes() == (b"good", [])
+
+
+def test_a_frame_with_too_many_descriptors_in_flight_may_be_tried_again(pipes: list[int]) -> None:
+    fake = FakeSocket(OSError(errno.ETOOMANYREFS, "in flight"), OSError(errno.ETOOMANYREFS, "in flight"), 5)
+    with StreamSocket(fake.as_socket(), 100, 10) as sock, sock.outgoing(b"a", pipes[:1]) as attempt:
+        for _ in range(2):
+            with pytest.raises(OSError) as failure:
+                attempt()
+            assert failure.value.errno == errno.ETOOMANYREFS
+        assert attempt()
+
+
+def test_too_many_descriptors_in_flight_lose_no_queued_frame(pipes: list[int]) -> None:
+    in_flight = OSError(errno.ETOOMANYREFS, "in flight")
+    fake = FakeSocket(in_flight, in_flight, 10)
+    with StreamSocket(fake.as_socket(), 100, 10) as sock:
+        sock.queue_bytes(b"queued", pipes[:1])
+        for send in (sock.flush, lambda: sock.send_bytes(b"behind it")):
+            with pytest.raises(OSError) as failure:
+                send()
+            assert failure.value.errno == errno.ETOOMANYREFS
+            assert sock.backlog == 1
+        assert sock.flush()
+
+
 def test_a_second_receiver_at_the_same_time_is_told_so(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     os.set_blocking(pair[1].fileno(), False)
 
