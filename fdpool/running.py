@@ -13,6 +13,7 @@ import subprocess
 import threading
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from contextlib import ExitStack, suppress
 from types import TracebackType
 from typing import IO, Any
 
@@ -147,13 +148,19 @@ class RunningCommand:
 
     def close(self) -> None:
         """Let go of it: close the pipes, and end it if it runs. Does not wait; safe to call again."""
-        for pipe in (self.stdin, self.stdout, self.stderr):
-            if pipe is not None:
-                try:
-                    pipe.close()
-                except BrokenPipeError:
-                    continue  # what it had not been told yet, it will never read
+        self._close_pipes()
         self._let_go()
+
+    def _close_pipes(self) -> None:
+        with ExitStack() as closing:
+            closing.enter_context(
+                suppress(BrokenPipeError)
+            )  # what it had not been told yet, it will never read
+            # The last is closed first: what is buffered for its stdin may have to wait until it reads, and it may
+            # not do so before it has written (`subprocess.Popen` has the same order).
+            for pipe in (self.stdin, self.stdout, self.stderr):
+                if pipe is not None:
+                    closing.callback(pipe.close)
 
     def _let_go(self) -> None:
         self._leash.close()
@@ -169,11 +176,7 @@ class RunningCommand:
         if kind is not None:
             self.end()
         try:
-            for pipe in (self.stdin, self.stdout, self.stderr):
-                if pipe is not None:
-                    pipe.close()
-        except BrokenPipeError:
-            pass
+            self._close_pipes()
         finally:
             try:
                 self.future.exception()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import select
 import signal
 import subprocess
 import threading
@@ -28,6 +30,19 @@ def pool(request: pytest.FixtureRequest) -> Any:
             patch.setenv("FDPOOL_WITHOUT", "pidfd")
         with warm_pool(2) as pool:
             yield pool
+
+
+def is_broken(pipe: Any) -> bool:
+    """True once nobody can read from the other end."""
+    poll = select.poll()
+    poll.register(pipe, 0)
+    return bool(poll.poll(0))
+
+
+def fill(pipe: Any) -> None:
+    """Write into a program's stdin until there is no more room, and one byte more that stays in the file's buffer."""
+    pipe.write(b"x" * fcntl.fcntl(pipe, fcntl.F_GETPIPE_SZ))
+    pipe.write(b"y")
 
 
 def test_one_talks_to_a_program_over_its_pipes(pool: Pool) -> None:
@@ -134,6 +149,24 @@ def test_an_error_in_the_block_ends_the_program(pool: Pool) -> None:
         process = psutil.Process(sleeper.pid)
         raise LookupError
     assert not process.is_running()
+
+
+def test_the_block_ends_though_the_program_closed_its_stdin(pool: Pool) -> None:
+    script = "exec 0<&-; echo ready; exec yes"
+    with pool.popen(script, stdin=PIPE, stdout=PIPE, timeout=10) as yes:
+        assert yes.stdin is not None
+        assert yes.stdout is not None
+        assert yes.stdout.readline() == b"ready\n"
+        wait_until(lambda: is_broken(yes.stdin))
+        yes.stdin.write(b"never read")
+    assert yes.wait() == -signal.SIGPIPE
+
+
+def test_the_block_ends_though_the_program_writes_before_it_reads(pool: Pool) -> None:
+    script = "head -c 1000000 /dev/zero; exec cat > /dev/null"
+    with pool.popen(script, stdin=PIPE, stdout=PIPE, timeout=10) as writer:
+        fill(writer.stdin)
+    assert writer.wait() == 0
 
 
 def test_one_that_waits_for_a_worker_can_be_ended(tmp_path: Path) -> None:
