@@ -147,15 +147,21 @@ class RunningCommand:
             return True  # it has ended
 
     def close(self) -> None:
-        """Let go of it: close the pipes, and end it if it runs. Does not wait; safe to call again."""
-        self._close_pipes()
-        self._let_go()
+        """Let go of it: end it if it runs, and close the pipes. Safe to call again.
+
+        Does not wait: what is still buffered for its stdin is written as far as there is room. Only where another
+        thread is just reading or writing one of the pipes, until the program has ended.
+        """
+        self._let_go()  # first, as that thread holds its file until then
+        if self.stdin is not None and not self.stdin.closed:
+            os.set_blocking(self.stdin.fileno(), False)
+        with suppress(BlockingIOError):
+            self._close_pipes()
 
     def _close_pipes(self) -> None:
         with ExitStack() as closing:
-            closing.enter_context(
-                suppress(BrokenPipeError)
-            )  # what it had not been told yet, it will never read
+            # What it had not been told yet, it will never read.
+            closing.enter_context(suppress(BrokenPipeError))
             # The last is closed first: what is buffered for its stdin may have to wait until it reads, and it may
             # not do so before it has written (`subprocess.Popen` has the same order).
             for pipe in (self.stdin, self.stdout, self.stderr):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import io
 import os
 import select
 import signal
@@ -41,8 +42,16 @@ def is_broken(pipe: Any) -> bool:
 
 def fill(pipe: Any) -> None:
     """Write into a program's stdin until there is no more room, and one byte more that stays in the file's buffer."""
-    pipe.write(b"x" * fcntl.fcntl(pipe, fcntl.F_GETPIPE_SZ))
-    pipe.write(b"y")
+    os.write(pipe.fileno(), b"x" * fcntl.fcntl(pipe, fcntl.F_GETPIPE_SZ))
+    pipe.write("y" if isinstance(pipe, io.TextIOBase) else b"y")
+
+
+def is_waiting_in(thread: threading.Thread, pipe: Any) -> bool:
+    """True once the thread is in a system call on the pipe that does not return."""
+    call = (
+        Path(f"/proc/self/task/{thread.native_id}/syscall").read_text().split()
+    )  # proc(5): its number, arguments
+    return call[1:2] == [hex(pipe.fileno())]
 
 
 def test_one_talks_to_a_program_over_its_pipes(pool: Pool) -> None:
@@ -142,6 +151,52 @@ def test_a_program_whose_handle_is_dropped_is_ended(pool: Pool) -> None:
     sleeper.close()
     future.result()
     assert not process.is_running()
+
+
+@pytest.mark.parametrize("text", [False, True])
+def test_closing_does_not_wait_for_a_program_that_does_not_read(pool: Pool, text: bool) -> None:
+    script = "trap '' TERM; echo; exec sleep 1000"
+    sleeper = pool.popen(script, stdin=PIPE, stdout=PIPE, text=text, timeout=10, grace=10)
+    assert sleeper.stdin is not None
+    assert sleeper.stdout is not None
+    sleeper.stdout.readline()
+    process = psutil.Process(sleeper.pid)
+    fill(sleeper.stdin)
+    sleeper.close()
+    assert process.is_running()
+    assert sleeper.stdin.closed
+    sleeper.close()
+    process.kill()
+    assert sleeper.wait() == -signal.SIGKILL
+
+
+def test_what_is_buffered_for_a_program_still_reaches_it_as_it_is_closed(pool: Pool, tmp_path: Path) -> None:
+    script = f"trap '' TERM; echo; exec cat > {tmp_path}/read"
+    cat = pool.popen(script, stdin=PIPE, stdout=PIPE, grace=10)
+    assert cat.stdin is not None
+    assert cat.stdout is not None
+    cat.stdout.readline()
+    cat.stdin.write(b"last words")
+    cat.close()
+    assert cat.wait() == 0
+    assert (tmp_path / "read").read_bytes() == b"last words"
+
+
+def test_closing_ends_a_program_that_another_thread_writes_to(pool: Pool) -> None:
+    sleeper = pool.popen(["sleep", "1000"], stdin=PIPE, timeout=10)
+    assert sleeper.stdin is not None
+    fill(sleeper.stdin)
+
+    def write() -> None:
+        with pytest.raises(BrokenPipeError):
+            sleeper.stdin.flush()
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    wait_until(lambda: is_waiting_in(thread, sleeper.stdin))
+    sleeper.close()
+    thread.join()
+    assert sleeper.wait() == -signal.SIGTERM
 
 
 def test_an_error_in_the_block_ends_the_program(pool: Pool) -> None:
