@@ -141,8 +141,8 @@ def build(
         raise ValueError("STDOUT can only stand for stderr")
     if not args:
         raise ValueError("args names no program")
-    _check_seconds("timeout", timeout)
-    _check_seconds("grace", grace)
+    check_seconds("timeout", timeout)
+    check_seconds("grace", grace)
     for name, number in (("max_output", max_output), ("umask", umask)):
         if number is not None and number < 0:
             raise ValueError(f"{name} must be >= 0, not {number!r}")
@@ -173,7 +173,8 @@ def build(
 # -- checking what was asked ---------------------------------------------------------------------
 
 
-def _check_seconds(name: str, value: float | None) -> None:
+def check_seconds(name: str, value: float | None) -> None:
+    """ValueError unless it is None, or a number of seconds that can be waited for."""
     if value is not None and not (value >= 0 and math.isfinite(value)):
         raise ValueError(f"{name} must be a number of seconds >= 0, not {value!r}")
 

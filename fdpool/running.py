@@ -19,6 +19,7 @@ from typing import IO, Any
 
 from ._completed import Arguments, CompletedCommand
 from ._frames import encode_json
+from .commands import check_seconds
 from .fds import close_all
 from .sockets import StreamSocket
 
@@ -108,7 +109,11 @@ class RunningCommand:
 
         Through its pidfd, so never to another process that has its pid by now. Without pidfds the worker,
         which has not reaped it, sends the signal.
+
+        Raises:
+            ValueError: there is no such signal.
         """
+        _check_signal(number)
         self.pid  # noqa: B018 - waits
         if self._pidfd is None:
             self._tell({"signal": int(number)})
@@ -119,7 +124,12 @@ class RunningCommand:
             pass
 
     def signal_group(self, number: int) -> None:
-        """Send a signal to its process group, as a terminal would. Does not wait: the worker sees to it."""
+        """Send a signal to its process group, as a terminal would. Does not wait: the worker sees to it.
+
+        Raises:
+            ValueError: there is no such signal.
+        """
+        _check_signal(number)
         self._tell({"signal": int(number), "group": True})
 
     def terminate(self) -> None:
@@ -134,17 +144,22 @@ class RunningCommand:
         """End it with everything that descends from it: SIGTERM, `grace` seconds, SIGKILL. Does not wait.
 
         One that no worker has begun is cancelled.
+
+        Raises:
+            ValueError: `grace` is no number of seconds.
         """
+        check_seconds("grace", grace)
         if not self.future.cancel() and not self._tell({"end": self._grace_s if grace is None else grace}):
             self._leash.close()
 
     def _tell(self, wish: dict[str, object]) -> bool:
         """Tell the worker; False if there is no room, which takes hundreds of wishes that it has not read."""
+        payload = encode_json(wish)
         try:
-            with self._leash.outgoing(encode_json(wish)) as attempt:
+            with self._leash.outgoing(payload) as attempt:
                 return attempt()
         except (OSError, ValueError):
-            return True  # it has ended
+            return True  # it has ended, or this handle has been closed
 
     def close(self) -> None:
         """Let go of it: end it if it runs, and close the pipes. Safe to call again.
@@ -196,6 +211,13 @@ class RunningCommand:
     def __repr__(self) -> str:
         state = "running" if not self.future.done() else "ended"
         return f"<RunningCommand {self.args!r} {state}>"
+
+
+def _check_signal(number: int) -> None:
+    if not 0 <= number < signal.NSIG:
+        raise ValueError(
+            f"cannot send signal {number}: it must be in 0..{signal.NSIG - 1}; use the numbers of the signal module"
+        )
 
 
 def pipes_for(

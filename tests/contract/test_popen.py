@@ -145,6 +145,25 @@ def test_end_ends_the_whole_tree(pool: Pool, tmp_path: Path) -> None:
         assert not process.is_running()
 
 
+@pytest.mark.parametrize("grace", [float("inf"), float("nan"), -1])
+def test_what_is_no_time_to_end_in_is_refused_at_once(pool: Pool, grace: float) -> None:
+    with pool.popen(["sleep", "1000"], timeout=10) as sleeper:
+        with pytest.raises(ValueError, match="grace must be a number of seconds"):
+            sleeper.end(grace=grace)
+        sleeper.kill()
+        assert sleeper.wait() == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("number", [2**40, signal.NSIG, -1])
+def test_what_is_no_signal_is_refused_at_once(pool: Pool, number: int) -> None:
+    with pool.popen(["sleep", "1000"], timeout=10) as sleeper:
+        for send in (sleeper.send_signal, sleeper.signal_group):
+            with pytest.raises(ValueError, match=f"cannot send signal {number}: it must be in 0..64"):
+                send(number)
+        sleeper.kill()
+        assert sleeper.wait() == -signal.SIGKILL
+
+
 def test_a_program_whose_handle_is_dropped_is_ended(pool: Pool) -> None:
     sleeper = pool.popen(["sleep", "1000"], grace=0.1)
     process, future = psutil.Process(sleeper.pid), sleeper.future
