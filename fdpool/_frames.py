@@ -170,7 +170,7 @@ class FrameReader:
     def _end(self, error: Exception) -> NoReturn:
         self._ended = error
         self._close_fds(self._current)
-        raise error
+        raise type(error)(*error.args)  # another one: what is kept must not keep its callers by their frames
 
     @staticmethod
     def _where(current: _Incoming) -> str:

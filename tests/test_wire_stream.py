@@ -10,6 +10,7 @@ import socket
 import struct
 import sys
 import threading
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -732,6 +733,18 @@ def test_a_socket_dropped_in_the_middle_of_a_frame_leaks_no_descriptor(pipes: li
         del reader
     first.close()
     assert open_fds() == before
+
+
+def test_a_socket_that_met_the_end_is_gone_as_it_is_dropped(raw: tuple[socket.socket, StreamSocket]) -> None:
+    reader = StreamSocket(raw[1].into_inner(), 1000, 4)
+    raw[0].shutdown(socket.SHUT_WR)
+    for _ in range(2):
+        with pytest.raises(EOFError):
+            reader.receive()
+    reader.close()
+    dropped = weakref.ref(reader)
+    del reader
+    assert dropped() is None
 
 
 def test_it_can_be_polled_like_any_socket(pair: Pair) -> None:
