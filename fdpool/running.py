@@ -7,6 +7,7 @@ ended with all that descends from it, so nothing runs that nobody holds.
 
 from __future__ import annotations
 
+import json  # of the leash: here, as with no descriptor left it could not be loaded any more
 import os
 import signal
 import subprocess
@@ -15,13 +16,21 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import ExitStack, suppress
 from types import TracebackType
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from ._completed import Arguments, CompletedCommand
 from ._frames import encode_json
 from .commands import check_seconds
-from .fds import close_all
+from .errors import FdTransferError
+from .fds import Fd, close_all, is_readable
 from .sockets import StreamSocket
+
+
+class _Process(NamedTuple):
+    """A program's process, as its worker announced it."""
+
+    pid: int
+    pidfd: Fd | None
 
 
 class RunningCommand:
@@ -54,32 +63,42 @@ class RunningCommand:
         self._leash = leash
         self._grace_s = grace_s
         self._lock = threading.Lock()
-        self._pid: int | None = None
-        self._pidfd: int | None = None
+        self._process: _Process | None = None
 
     @property
     def pid(self) -> int:
-        """Its process id; waits until it has been started.
+        """Its process id; waits until it has been started. Tried again after a loss, it is another process.
 
         Raises:
             SpawnError: it could not be; or whatever else its future failed with.
             CancelledError: it was cancelled before it began.
         """
-        with self._lock:
-            if self._pid is None:
-                self._receive_pid()
-            assert self._pid is not None
-            return self._pid
+        return self._newest().pid
 
-    def _receive_pid(self) -> None:
+    def _newest(self) -> _Process:
+        """What its worker announced last: with `retries`, one that takes over does so again. Waits for the first."""
+        with self._lock:
+            try:
+                while (announced := self._announced()) is not None:
+                    self._process = announced
+            except (EOFError, OSError, ValueError):
+                if self._process is None:
+                    self.future.result()
+                    raise RuntimeError("this handle has been closed") from None
+            assert self._process is not None
+            return self._process
+
+    def _announced(self) -> _Process | None:
+        """The next announcement: None if there is no other than those that have come."""
+        leash = self._leash
         try:
-            message, numbers = self._leash.receive_with_fds()
-        except (EOFError, OSError, ValueError):
-            self.future.result()
-            raise RuntimeError("this handle has been closed") from None
-        self._pid = int(message["pid"])
-        if numbers:
-            self._pidfd = numbers[0]
+            received = leash.receive_with_fds() if self._process is None else leash.try_receive_with_fds()
+        except FdTransferError as error:  # no descriptor was left here for the pidfd
+            received = json.loads(error.data), []
+        if received is None:
+            return None
+        message, numbers = received
+        return _Process(int(message["pid"]), Fd.take(numbers[0]) if numbers else None)
 
     @property
     def returncode(self) -> int | None:
@@ -107,19 +126,21 @@ class RunningCommand:
     def send_signal(self, number: int) -> None:
         """Send a signal to the program; waits until it has been started, and does nothing once it has ended.
 
-        Through its pidfd, so never to another process that has its pid by now. Without pidfds the worker,
-        which has not reaped it, sends the signal.
+        Through its pidfd, so never to another process that has its pid by now. Without one (no pidfds, or
+        no descriptor was left for it) the worker, which has not reaped it, sends the signal.
 
         Raises:
             ValueError: there is no such signal.
         """
         _check_signal(number)
-        self.pid  # noqa: B018 - waits
-        if self._pidfd is None:
+        pidfd = self._newest().pidfd
+        # The worker passes over a signal for a program that has ended. But if it was lost, and the program with it,
+        # the signal is for the one that is started next.
+        if pidfd is None or is_readable(pidfd):
             self._tell({"signal": int(number)})
             return
         try:
-            signal.pidfd_send_signal(self._pidfd, number)
+            signal.pidfd_send_signal(pidfd.fileno(), number)
         except ProcessLookupError:
             pass
 
@@ -185,9 +206,9 @@ class RunningCommand:
 
     def _let_go(self) -> None:
         self._leash.close()
-        pidfd, self._pidfd = self._pidfd, None
-        if pidfd is not None:
-            os.close(pidfd)
+        if self._process is not None:
+            # Its pidfd is closed with the last reference: another thread may be sending a signal through it.
+            self._process = self._process._replace(pidfd=None)
 
     def __enter__(self) -> RunningCommand:
         return self

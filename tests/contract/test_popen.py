@@ -8,6 +8,7 @@ import os
 import select
 import signal
 import subprocess
+import sys
 import threading
 from concurrent.futures import CancelledError
 from pathlib import Path
@@ -18,7 +19,7 @@ import pytest
 
 from fdpool import Pool, WorkerLost
 from fdpool.commands import CommandTimedOut, SpawnError
-from tests.conftest import seconds_until_gone, wait_until
+from tests.conftest import open_descriptors, seconds_until_gone, wait_until
 from tests.contract.helpers_programs import warm_pool
 
 PIPE = subprocess.PIPE
@@ -33,11 +34,21 @@ def pool(request: pytest.FixtureRequest) -> Any:
             yield pool
 
 
+@pytest.fixture
+def with_pidfds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers that start meanwhile have pidfds, whichever pool of this module is there."""
+    monkeypatch.delenv("FDPOOL_WITHOUT", raising=False)
+
+
 def is_broken(pipe: Any) -> bool:
     """True once nobody can read from the other end."""
     poll = select.poll()
     poll.register(pipe, 0)
     return bool(poll.poll(0))
+
+
+def pidfds() -> list[str]:
+    return [target for target in open_descriptors().values() if "pidfd" in target]
 
 
 def fill(pipe: Any) -> None:
@@ -264,6 +275,58 @@ def test_a_killed_worker_takes_the_program_along_and_the_handle_says_so() -> Non
             sleeper.wait()
         seconds_until_gone([process])
         sleeper.send_signal(signal.SIGTERM)
+
+
+@pytest.mark.usefixtures("with_pidfds")
+def test_a_program_that_is_started_again_is_the_one_that_is_meant() -> None:
+    with Pool(1) as pool, pool.with_options(retries=1, retry_delay=0).popen(["sleep", "1000"]) as sleeper:
+        first = sleeper.pid
+        os.kill(pool.worker_pids()[0], signal.SIGKILL)
+        wait_until(lambda: sleeper.pid != first)
+        assert psutil.Process(sleeper.pid).ppid() in pool.worker_pids()
+        sleeper.terminate()
+        assert sleeper.wait(10) == -signal.SIGTERM
+
+
+@pytest.mark.usefixtures("with_pidfds")
+def test_a_signal_between_two_starts_reaches_the_second() -> None:
+    with Pool(1) as pool, pool.with_options(retries=1, retry_delay=0.5).popen(["sleep", "1000"]) as sleeper:
+        process = psutil.Process(sleeper.pid)
+        os.kill(pool.worker_pids()[0], signal.SIGKILL)
+        seconds_until_gone([process])
+        sleeper.kill()
+        assert sleeper.wait(10) == -signal.SIGKILL
+
+
+def test_without_a_free_descriptor_it_has_a_pid_and_takes_signals() -> None:
+    """In a process of its own, in which nothing else has loaded what that takes."""
+    script = """if True:
+        import os, resource, subprocess, fdpool
+
+        args, options = "echo; exec sleep 1000", {"stdout": subprocess.PIPE, "timeout": 10}
+        with fdpool.Pool(1) as pool, pool.popen(args, **options) as sleeper:
+            sleeper.stdout.readline()
+            free = os.dup(0)
+            os.close(free)
+            limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))
+            sleeper.kill()
+            assert sleeper.pid
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+            assert sleeper.wait() == -9
+    """
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_a_handle_that_is_dropped_closes_what_it_had_of_the_process(pool: Pool) -> None:
+    before = pidfds()
+    done = pool.popen(["true"])
+    done.pid
+    done.wait()
+    done.kill()
+    with pytest.warns(ResourceWarning):  # of its leash
+        del done
+    assert pidfds() == before
 
 
 def test_its_pid_may_be_asked_for_by_many_threads(pool: Pool) -> None:
