@@ -55,12 +55,14 @@ class RunningCommand:
         pipes: dict[str, IO[Any]],
         grace_s: float,
     ) -> None:
+        # First, as a handle that is dropped lets go of its attributes in this order: what is buffered for stdin may
+        # have to wait until the program has ended.
+        self._leash = leash
         self.args = args
         self.future = future
         self.stdin = pipes.get("stdin")
         self.stdout = pipes.get("stdout")
         self.stderr = pipes.get("stderr")
-        self._leash = leash
         self._grace_s = grace_s
         self._lock = threading.Lock()
         self._process: _Process | None = None

@@ -200,6 +200,18 @@ def test_closing_does_not_wait_for_a_program_that_does_not_read(pool: Pool, text
     assert sleeper.wait() == -signal.SIGKILL
 
 
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # in development mode: EPIPE, of stdin
+def test_a_program_that_does_not_read_is_ended_as_its_handle_is_dropped(pool: Pool) -> None:
+    sleeper = pool.popen(["sleep", "1000"], stdin=PIPE, timeout=10)
+    future = sleeper.future
+    fill(sleeper.stdin)
+    with pytest.warns(ResourceWarning):
+        del sleeper
+    assert future.result().returncode == -signal.SIGTERM
+
+
 def test_what_is_buffered_for_a_program_still_reaches_it_as_it_is_closed(pool: Pool, tmp_path: Path) -> None:
     script = f"trap '' TERM; echo; exec cat > {tmp_path}/read"
     cat = pool.popen(script, stdin=PIPE, stdout=PIPE, grace=10)
