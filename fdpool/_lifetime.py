@@ -7,13 +7,15 @@ when the one before has nothing left to do, or has taken its time (`move_on`).
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import time
 from collections.abc import Sequence
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from . import _messages, _process
+from . import _messages, _process, _trees
 from ._board import Board
 from ._broken import PoolBroken, describe_status
 from ._critical import mask_now
@@ -106,6 +108,7 @@ class Lifetime:
         `mask` is what signals this thread blocked before `submit`; None if they are blocked still.
         """
         self.check_usable()
+        _refuse_while_importing()
         client = self.client
         with client.critical:
             if self.phase is not Phase.NEW:
@@ -321,3 +324,22 @@ class Lifetime:
         _process.unregister(self)
         if self.may_wait:
             self.client.close()
+
+
+def _refuse_while_importing() -> None:
+    """Raise where a worker imports a module, for its task, that uses a pool as it is imported.
+
+    The workers of that pool would import the module for their tasks, and start pools, and so on without end.
+    """
+    if _trees.WORKER_MARK not in os.environ:
+        return
+    frame = sys._getframe()
+    while frame is not None and frame.f_globals.get("__name__") != "fdpool._worker":
+        if frame.f_code.co_name == "<module>":
+            where = f"line {frame.f_lineno} of module {frame.f_globals.get('__name__')!r}"
+            raise RuntimeError(
+                f"{where} uses a pool, as the module is imported in a worker of another pool: the workers of that"
+                " would import it again, and so on without end. Use the pool in a function, or under"
+                " `if __name__ == '__main__':`"
+            )
+        frame = frame.f_back  # type: ignore[assignment]

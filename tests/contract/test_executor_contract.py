@@ -371,3 +371,45 @@ def test_functions_of_a_script_travel_from_a_process_that_multiprocessing_has_sp
         check=False,
     )
     assert (done.stdout, done.stderr) == ("9 0 1 4\n", "")
+
+
+@pytest.mark.parametrize("method", START_METHODS)
+def test_a_module_that_uses_a_pool_as_it_is_imported_is_refused_in_workers(
+    tmp_path: Path, method: str
+) -> None:
+    """Else its workers would import it, and start pools, without end."""
+    (tmp_path / "jobs.py").write_text(
+        textwrap.dedent(
+            f"""
+            import fdpool
+
+            def square(n):
+                return n * n
+
+            def nested(n):
+                with fdpool.Pool(1, start_method={method!r}) as pool:
+                    return pool.submit(square, n).result()
+
+            with fdpool.Pool(1, start_method={method!r}) as pool:
+                try:
+                    print(pool.submit(square, 3).result())
+                    print(pool.submit(nested, 3).result())
+                except fdpool.NotLoadable as error:
+                    print(error)
+            """
+        )
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", "import jobs"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(fdpool.__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    if method == "fork":  # it has been imported there
+        assert (done.stdout, done.stderr) == ("9\n9\n", "")
+    else:
+        assert "line 13 of module 'jobs' uses a pool, as the module is imported in a worker" in done.stdout
+        assert done.stderr == ""
