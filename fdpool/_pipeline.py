@@ -124,7 +124,9 @@ def _begin_all(running: Run, stages: Sequence[Command]) -> list[dict[int, Sink]]
                 reading, writing = os.pipe()
                 source = Fd.take(reading)
                 stage = stage._replace(stdout=Fd.take(writing))
-            sinks.append(commands.begin(running, stage, group))
+            # A file that was given for several stages is one file here, as it was there: the last one closes it.
+            later = [handle for other in stages[number + 1 :] for handle in other.streams()]
+            sinks.append(commands.begin(running, stage, group, later))
             group = group or running.progeny.leaders[0]
     except BaseException:
         for stage in stages[len(sinks) :]:

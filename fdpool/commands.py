@@ -17,7 +17,7 @@ import resource
 import select
 import signal
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple, Union
 
 from . import _board, _platform, _reducers
@@ -328,11 +328,13 @@ def _judged(command: Command, completed: CompletedCommand) -> CompletedCommand:
     return completed
 
 
-def begin(running: Run, command: Command, group: int = 0) -> dict[int, Sink]:
+def begin(
+    running: Run, command: Command, group: int = 0, still_wanted: Collection[Any] = ()
+) -> dict[int, Sink]:
     """Start the command's program; what is captured of it, by the number of the stream.
 
-    The command's descriptors are closed here: the program has its own, and whoever reads its output waits
-    for the last writer to go.
+    The command's descriptors are closed here, save those handles that are `still_wanted`: the program has its
+    own, and whoever reads its output waits for the last writer to go.
     """
     numbers: dict[int, int] = {}
     theirs: list[int] = []  # ends for the program, and the null device: closed once it has them
@@ -354,7 +356,8 @@ def begin(running: Run, command: Command, group: int = 0) -> dict[int, Sink]:
     finally:
         close_all(theirs)
         for handle in command.streams():
-            handle.close()
+            if handle not in still_wanted:
+                handle.close()
     return sinks
 
 

@@ -92,6 +92,25 @@ def test_cancelling_ends_all_stages(pool: Pool, tmp_path: Path) -> None:
     seconds_until_gone(processes)
 
 
+def test_all_stages_write_to_the_one_file_that_is_given_for_stderr(pool: Pool, tmp_path: Path) -> None:
+    stages = ["echo one >&2; echo 1", "cat; echo two >&2", "cat; echo three >&2"]
+    with open(tmp_path / "errors", "w") as errors:
+        done = pool.pipeline(stages, stdout=errors, stderr=errors).result()
+    assert [stage.returncode for stage in done.stages] == [0, 0, 0]
+    assert sorted((tmp_path / "errors").read_text().split()) == ["1", "one", "three", "two"]
+
+
+def test_a_file_given_for_every_stage_is_closed_once_they_run(pool: Pool) -> None:
+    reading, writing = os.pipe()
+    with open(reading, "rb") as reader:
+        with open(writing, "wb") as errors:
+            future = pool.pipeline(
+                ["echo one >&2", "cat; echo two >&2; exec 2>&-; sleep 1000"], stderr=errors
+            )
+        assert reader.read() == b"one\ntwo\n"  # nobody writes any more, though a stage still runs
+    assert future.cancel()
+
+
 def test_stages_share_one_process_group(pool: Pool) -> None:
     show = "cut -d' ' -f5 /proc/$$/stat"
     done = pool.pipeline([f"{show} >&2", f"{show} >&2; cat"], capture_output=True).result()
