@@ -172,10 +172,27 @@ class Client:
             left=self.news.left,
         )
 
-    def submit(self, call: Payload, label: str, future: TaskFuture[T]) -> TaskFuture[T]:
-        """Take over the payload of a call; returns `future`, which is its own from now on.
+    def begin(self) -> None:
+        """Start the pool if it is new.
 
-        Once the pool serves it never waits, so a finalizer or a signal handler may call it too.
+        To be called before anything is opened for a task, payload, pipe or leash: a supervisor that is forked from this
+        process, and every worker, would keep it open for as long as the pool lives.
+
+        Raises:
+            ForkedPool, PoolShutDown, PoolBroken: the pool takes no tasks.
+        """
+        self.life.check_usable()
+        if self.life.phase is Phase.NEW:
+            mask = block_in_main()
+            try:
+                self.life.begin(mask)
+            finally:
+                put_back(mask)
+
+    def submit(self, call: Payload, label: str, future: TaskFuture[T]) -> TaskFuture[T]:
+        """Take over the payload of a call, after `begin`; returns `future`, which is its own from now on.
+
+        It never waits, so a finalizer or a signal handler may call it too.
 
         Raises:
             ForkedPool, PoolShutDown, PoolBroken: the pool takes no tasks; the payload is closed.
@@ -210,7 +227,7 @@ class Client:
             self.tasks[task] = future
             if self.life.phase is not Phase.SERVING:
                 try:
-                    self.life.begin(mask)
+                    self.life.check_usable()
                 except BaseException:
                     self.tasks.pop(task, None)
                     call.close()

@@ -87,7 +87,7 @@ class Lifetime:
         return self.client.supervision
 
     def check_usable(self) -> None:
-        """Raise what `submit` would, before any work is put into a payload."""
+        """Raise what `submit` does of a pool that takes no tasks."""
         if self.phase is Phase.FORKED:
             raise ForkedPool(
                 "this pool belongs to the process that made it, and this is a forked child of that: "
@@ -105,7 +105,7 @@ class Lifetime:
     def begin(self, mask: Mask | None) -> None:
         """Start what a first task needs: the supervisor, then the pump (a fork comes before any thread of ours).
 
-        `mask` is what signals this thread blocked before `submit`; None if they are blocked still.
+        `mask` is what signals this thread blocked before; None if they are blocked still.
         """
         self.check_usable()
         _refuse_while_importing()

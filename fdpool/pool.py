@@ -224,7 +224,7 @@ class Pool(Executor):
         """Pickle a call and hand it on; `label` is what errors call it."""
         give_up_at: float | None = None
         while True:
-            self._check_open()
+            self._begin()
             try:
                 call = payload.dumps_call(fn, args, kwargs)
                 if call.fds is not None and near_limit(call.fds.numbers):
@@ -250,9 +250,9 @@ class Pool(Executor):
             label = self._options.name or label
         return self._client.submit(call, label, future)
 
-    def _check_open(self) -> None:
-        """Raise what `submit` does of a pool that takes no tasks."""
-        self._client.life.check_usable()
+    def _begin(self) -> None:
+        """Before anything is opened for a task: start the pool if it is new; raise if it takes none."""
+        self._client.begin()
 
     def with_options(
         self,
@@ -391,6 +391,7 @@ class Pool(Executor):
         size = min(_LARGEST_CHUNK, -(-len(items) // (_CHUNKS_PER_WORKER * self._max_workers)))
         start = 0
         while start < len(items):
+            self._begin()
             part: Sequence[Any] = items[start : start + size]
             start += size
             # Copies of an item that can change must not be shared with others, as in one pickle they would be.
@@ -406,7 +407,6 @@ class Pool(Executor):
                 continue
             if chunk.spilled:  # the next is to fit into a message
                 size = -(-size // 4)
-            self._client.life.check_usable()
             future = ChunkFuture(0, len(part))
             self._client.submit(chunk, label, future)
             yield future
@@ -593,6 +593,7 @@ class Pool(Executor):
         from . import commands
         from .running import RunningCommand, pipes_for
 
+        self._begin()
         streams = {"stdin": stdin, "stdout": stdout, "stderr": stderr}
         given, pipes, theirs = pipes_for(streams, text, encoding, errors)
         ends: list[StreamSocket] = []
@@ -665,10 +666,10 @@ class _View(Pool):
         self._options = options
         self._closed = closed or threading.Event()
 
-    def _check_open(self) -> None:
+    def _begin(self) -> None:
         if self._closed.is_set():
             raise PoolShutDown("cannot schedule new futures after shutdown of this view of a pool")
-        super()._check_open()
+        super()._begin()
 
     def _reference(self) -> Callable[[], Pool | None]:
         # Of the pool: most views are dropped as soon as something was submitted.

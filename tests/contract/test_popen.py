@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import Any
@@ -351,3 +352,29 @@ def test_its_pid_may_be_asked_for_by_many_threads(pool: Pool) -> None:
             thread.join()
         assert set(found) == {sleeper.pid}
         sleeper.kill()
+
+
+@pytest.fixture
+def forked_pool() -> Iterator[Pool]:
+    with Pool(1, start_method="fork") as pool:
+        yield pool
+        pool.kill_workers()  # one that the test could not end would be waited for
+
+
+@pytest.mark.parametrize("viewed", [False, True])
+def test_the_pipes_of_a_forked_pools_first_call_are_nobody_elses(forked_pool: Pool, viewed: bool) -> None:
+    pool = forked_pool.with_options(name="of a view") if viewed else forked_pool
+    cat = pool.popen(["cat"], stdin=PIPE, stdout=PIPE)
+    assert cat.stdin is not None
+    assert cat.stdout is not None
+    cat.stdin.write(b"hello")
+    cat.stdin.close()
+    assert cat.wait(10) == 0
+    assert cat.stdout.read() == b"hello"
+    cat.close()
+
+
+def test_a_forked_pools_first_call_is_ended_with_its_handle(forked_pool: Pool) -> None:
+    sleeper = forked_pool.popen(["sleep", "1000"], grace=0.1)
+    sleeper.close()
+    assert sleeper.future.result(10).signal_name == "SIGTERM"

@@ -242,6 +242,16 @@ def test_start_method_fork_inherits_memory_and_the_default_does_not() -> None:
     inherited["value"] = 0
 
 
+@pytest.mark.parametrize("chunked", [False, True])
+def test_what_the_first_call_of_a_forked_pool_carries_is_not_inherited(chunked: bool) -> None:
+    with Pool(1, start_method="fork") as pool:
+        items = [bytes(1 << 20)]
+        for _ in pool.map(len, items * 2) if chunked else [pool.submit(len, *items).result()]:
+            continue
+        for pid in (supervisor_of(pool).pid, *pool.worker_pids()):
+            assert not [target for target in _targets(pid) if "fdpool-payload" in target]
+
+
 @pytest.mark.parametrize("start_method", START_METHODS)
 def test_a_worker_holds_its_own_channel_and_no_other(start_method: Any) -> None:
     """P12, T21: what else it has open, it has from its client's standard streams."""
