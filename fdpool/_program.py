@@ -24,7 +24,7 @@ from ._capture import Feeder, Sink
 from ._launch import Launch, start
 from ._progeny import Progeny
 from ._signals import EVERY, sigmask
-from .fds import above_stdio
+from .fds import LONGEST_POLL_S, above_stdio
 
 _AFTER_KILL_S = 2.0  # how long what was sent SIGKILL may take to die (a process in the kernel's hands)
 _FIRST_LOOK_S, _LONGEST_LOOK_S = 0.002, 0.05  # between looks for what else is left; its end wakes nobody
@@ -238,7 +238,8 @@ class Run:
         moments = [self._look_at if self.why is not Why.RUNNING else self._deadline]
         if self._unseen:
             moments.append(now + _LONGEST_LOOK_S)
-        return min((max(0.0, (at - now) * 1000) for at in moments if at is not None), default=None)
+        at = min((at for at in moments if at is not None), default=None)
+        return None if at is None else min(max(0.0, at - now), LONGEST_POLL_S) * 1000
 
     def _drain(self, until: float) -> None:
         """Read what is in the pipes. Who may still write into them is none of ours."""

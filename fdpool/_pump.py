@@ -16,7 +16,7 @@ from . import _messages, _spill, fds
 from ._broken import PoolBroken, describe_status
 from ._critical import block_signals, put_back
 from ._links import Exit, SlotLink, Waker
-from ._receiver import LONGEST_POLL_S, Receiver
+from ._receiver import Receiver
 from ._signals import Mask
 from ._tasks import TaskFuture
 from .errors import RemoteTraceback
@@ -167,7 +167,7 @@ class Pump:
         look = self.receiver.next_look()
         if deadline is None:
             return look
-        remaining_s = min(max(0.0, deadline - time.monotonic()), LONGEST_POLL_S)
+        remaining_s = min(max(0.0, deadline - time.monotonic()), fds.LONGEST_POLL_S)
         return remaining_s if look is None else min(look, remaining_s)
 
     def _crash(self, error: Exception) -> None:

@@ -29,7 +29,7 @@ from ._slots import State
 from ._spin import Spin
 from ._tasks import UNDONE, ChunkFuture, TaskFuture
 from .errors import WireError
-from .fds import SCM_MAX_FD, close_all, standard_numbers_taken
+from .fds import LONGEST_POLL_S, SCM_MAX_FD, close_all, standard_numbers_taken
 
 if TYPE_CHECKING:
     from ._client import Client
@@ -48,9 +48,6 @@ _NOTHING: list[int] = []
 _OF_ONE_TASK = frozenset(
     (_messages.DONE, _messages.FAILED, _messages.REFUSED, _messages.PIECE, _messages.CUT)
 )
-
-#: Longest that the kernel is asked to wait: epoll_wait(2) counts milliseconds in an int, 24 days.
-LONGEST_POLL_S = 86_400.0
 
 _CLOSE_S = 5.0  # how long who waits may take to notice the end: it may be loading a result
 _EVENTS = 256  # most slots looked at in one go

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 
 _IDLE_MS = 20.0  # nothing asked for so long is an idle moment
-_LONGEST_POLL_MS = 86_400_000.0  # poll(2) takes an int
 
 
 class _Child:
@@ -117,11 +116,9 @@ class Supervisor:
         if self._children and not self._warm:
             return _IDLE_MS
         deadline = min((due for child in self._endings if (due := _due(child)) is not None), default=None)
-        return (
-            None
-            if deadline is None
-            else min(max(0.0, (deadline - time.monotonic()) * 1000 + 1), _LONGEST_POLL_MS)
-        )
+        if deadline is None:
+            return None
+        return min(max(0.0, deadline - time.monotonic()), fds.LONGEST_POLL_S) * 1000 + 1
 
     def _warm_up(self) -> None:
         """Import what each worker would otherwise import for itself. Before the first worker it would be somebody's

@@ -10,6 +10,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn, Protocol, runtime_checkable
 
+#: Longest that the kernel is asked to wait: poll(2) and epoll_wait(2) count milliseconds in an int, 24 days.
+LONGEST_POLL_S = 86_400.0
+
 #: Most descriptors that one message can carry: the kernel's SCM_MAX_FD (unix(7)). 254 give EINVAL.
 SCM_MAX_FD = 253
 
@@ -158,6 +161,10 @@ def is_readable(fd: int | HasFileno, timeout_s: float | None = 0.0) -> bool:
     if it did not. A pidfd is readable once its process has died."""
     poll = select.poll()
     poll.register(fd, select.POLLIN)
+    while timeout_s is not None and timeout_s > LONGEST_POLL_S:
+        if poll.poll(LONGEST_POLL_S * 1000):
+            return True
+        timeout_s -= LONGEST_POLL_S
     return bool(poll.poll(None if timeout_s is None else timeout_s * 1000))
 
 

@@ -240,6 +240,16 @@ def test_waiting_for_a_fifo_is_part_of_a_job_s_time() -> None:
     assert done.stderr == b"fdpool: fifo: cat timed out after 0.2 s\n"
 
 
+def test_a_job_s_time_may_be_longer_than_the_kernel_can_be_asked_to_wait() -> None:
+    """As poll(2) counts milliseconds in an int: 24 days."""
+    os.mkfifo("fifo")
+    writer = threading.Thread(target=lambda: Path("fifo").write_text("through the fifo\n"))
+    writer.start()
+    done = run("--timeout", "31536000", "cat", ":::", "fifo")
+    writer.join()
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"through the fifo\n", b"")
+
+
 # -- the log ---------------------------------------------------------------------------------------
 
 

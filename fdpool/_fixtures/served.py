@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import select
 import signal
 import threading
 import time
@@ -13,6 +12,7 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import NoReturn
 
 from .. import _platform
+from ..fds import is_readable
 from .errors import ServerDied
 from .listener import Listener, Reachable
 from .runs import FunctionRun, Run
@@ -228,9 +228,7 @@ class Served(Reachable):
 
 def _await_word(run: FunctionRun, deadline: float) -> bool:
     try:
-        poll = select.poll()
-        poll.register(run.link_fd(), select.POLLIN)
-        if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+        if not is_readable(run.link_fd(), max(0.0, deadline - time.monotonic())):
             return False
         if run.said_ready():
             return True

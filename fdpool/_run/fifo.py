@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import select
 import signal
 import time
 
 from .. import commands
+from ..fds import is_readable
 
 
 def open_at_once(name: str | bytes, flags: int) -> int:
@@ -36,13 +36,10 @@ def run_once_written(command: commands.Command) -> commands.CompletedCommand:
         os.close(end)
     if os.fstat(fd).st_dev == anonymous:
         return commands.run(command)
-    poll = select.poll()
-    poll.register(fd, select.POLLIN)
     begun = time.monotonic()
+    came = is_readable(fd, command.timeout)
     if command.timeout is None:
-        poll.poll()
         return commands.run(command)
-    came = poll.poll(command.timeout * 1000)
     waited_s = time.monotonic() - begun
     if came:
         return commands.run(command._replace(timeout=max(0.0, command.timeout - waited_s)))

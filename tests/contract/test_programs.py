@@ -140,6 +140,14 @@ def test_arguments_that_contradict_each_other_are_refused_at_once(
         pool.run([])
 
 
+def test_a_timeout_may_be_longer_than_the_kernel_can_be_asked_to_wait(pool: Pool) -> None:
+    """As poll(2) counts milliseconds in an int: 24 days."""
+    assert pool.run("echo done", timeout=3e7, grace=3e7, capture_output=True).result().stdout == b"done\n"
+    assert (
+        pool.pipeline(["echo done", "cat"], timeout=3e7, stdout=subprocess.PIPE).result().stdout == b"done\n"
+    )
+
+
 def test_a_file_to_file_loop_equals_the_shells(pool: Pool, tmp_path: Path) -> None:
     futures = []
     for n in range(20):

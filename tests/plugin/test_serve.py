@@ -188,6 +188,11 @@ def test_one_that_dies_before_it_is_ready_fails_at_once_with_what_it_wrote(
     assert logs in text
 
 
+def test_times_may_be_longer_than_the_kernel_can_be_asked_to_wait(serve: Serve) -> None:
+    """As poll(2) counts milliseconds in an int: 24 days."""
+    serve(shout, ready_timeout=3e7).stop(grace=3e7)
+
+
 def test_one_that_never_becomes_ready_is_ended_and_fails_with_what_it_wrote(serve: Serve) -> None:
     def hangs(listening: socket.socket, ready: Callable[[], None]) -> None:
         print("pid", os.getpid())
