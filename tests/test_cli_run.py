@@ -617,6 +617,31 @@ def test_what_is_no_regular_file_is_written_as_it_is_by_any_number_of_jobs() -> 
     assert run("--out", "/dev/null", "cat", ":::", *names).stderr == b""
 
 
+@pytest.mark.parametrize("name", ["/dev/stderr", "/dev/fd/2", "/proc/self/fd/2", "log"])
+def test_a_file_that_standard_error_goes_to_is_written_where_it_stands(name: str) -> None:
+    write_files(2)
+    script = shlex.quote("cat >&2; exit 3")
+    line = f"fdpool run -j1 --no-clobber --joblog jobs --err {name} sh -c {script} ::: *.txt; echo after >&2"
+    in_shell(f"exec 2> log; echo before >&2; {line}")
+    first, second = (f"contents of {n:04}.txt\n" for n in range(2))
+    said = [f"fdpool: {n:04}.txt: sh exited with code 3\n" for n in range(2)]
+    assert sorted(Path("log").read_text().splitlines(True)) == sorted(
+        ["before\n", first, second, *said, "after\n"]
+    )
+    assert Path("log").read_text().startswith("before\n" + first)
+    assert Path("log").read_text().endswith("after\n")
+
+
+def test_a_descriptor_that_was_inherited_takes_outputs_where_it_stands() -> None:
+    write_files(2)
+    in_shell("exec >> made 3> other; echo before; fdpool run -j1 --joblog log --out /dev/stdout cat ::: *.txt;"
+             f" {shlex.join(COMMAND)} run --out /dev/fd/3 cat ::: 0001.txt; echo after; echo after >&3")  # fmt: skip
+    contents = [f"contents of {n:04}.txt\n" for n in range(2)]
+    assert Path("made").read_text() == "".join(["before\n", *contents, "after\n"])
+    assert Path("other").read_text() == contents[1] + "after\n"
+    assert [line[5] for line in log_lines()] == ["0", "0"]  # received: nobody knows how much of it is whose
+
+
 @pytest.mark.parametrize("without", ["", "tmpfile"])
 def test_a_folder_that_vanishes_under_an_output_is_said(without: str) -> None:
     write_files(1)

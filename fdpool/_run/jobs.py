@@ -227,7 +227,7 @@ class Starter:
                 target.discard()  # nothing has written to it
                 continue
             if number == 1:
-                job.received = os.fstat(target.fd).st_size
+                job.received = target.size
             if number == 1 and outcome.problem is not None:
                 target.discard()
                 continue

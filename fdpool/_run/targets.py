@@ -5,6 +5,9 @@
 
 Whoever is killed in between leaves nothing, as the kernel frees what has no name (O_TMPFILE, open(2)). A file
 system without such files gets one with a name of its own beside the target.
+
+What is no regular file is written as it is, and so is a file that this process was started with (`--err /dev/stderr`):
+others go on writing there.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import stat
 from collections.abc import Iterable
 
 from .. import _platform
-from ..fds import above_stdio
+from ..fds import above_stdio, duplicate
 
 _NOT_THERE = (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL)  # what O_TMPFILE gets where nobody knows it
 _PRIVATE = os.O_WRONLY | os.O_CLOEXEC | os.O_NOCTTY
@@ -45,6 +48,10 @@ class Target:
         self.fd = above_stdio(os.open(self.path, _PRIVATE | os.O_NONBLOCK))
         os.set_blocking(self.fd, True)
 
+    def share(self, number: int) -> None:
+        """Write to what is open here as descriptor `number`, from where that stands."""
+        self.fd = duplicate(number)
+
     def open_nameless(self, real: bytes, there: os.stat_result | None) -> None:
         """Open a file that is to become `real`, with owner and permissions of what is there now."""
         self._real = real
@@ -70,6 +77,11 @@ class Target:
 
     def _name_beside(self) -> bytes:
         return os.path.join(os.path.dirname(self._real), b".fdpool-" + os.urandom(8).hex().encode())
+
+    @property
+    def size(self) -> int:
+        """How many bytes it has got; 0 where others write, too."""
+        return os.fstat(self.fd).st_size if self._real else 0
 
     def commit(self) -> None:
         """Put it in place.
@@ -155,11 +167,16 @@ class Targets:
             if not path:
                 raise
             there = None
+        if there is not None and (there.st_dev, there.st_ino) in self._inputs:
+            raise Refused("it is an input of this run")
         real = os.path.realpath(path)
         if path.endswith(b"/") or (there is not None and stat.S_ISDIR(there.st_mode)):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
         if there is not None and not stat.S_ISREG(there.st_mode):
             target.open_as_it_is()
+            return
+        if there is not None and (number := _inherited(path, there)) is not None:
+            target.share(number)
             return
         folder, last = os.path.split(real)
         status = os.stat(folder)
@@ -167,10 +184,23 @@ class Targets:
         if owner != (seq, kind):
             raise Refused(f"it is {owner[1]} of job {owner[0]} already")
         if there is not None:
-            if (there.st_dev, there.st_ino) in self._inputs:
-                raise Refused("it is an input of this run")
             if not self._clobber:
                 raise Refused("it is there already, and --no-clobber is given")
             if not os.access(real, os.W_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
         target.open_nameless(real, there)
+
+
+def _inherited(path: bytes, there: os.stat_result) -> int | None:
+    """The descriptor of this process that a file's name leads to: as `/dev/fd/N`, or as its standard output or error,
+    whichever name that goes by. None if there is no such."""
+    folder, last = os.path.split(path)
+    if last.isdigit() and os.path.realpath(folder) == os.path.realpath(b"/dev/fd"):
+        return int(last)
+    for number in (1, 2):
+        try:
+            if os.path.samestat(there, os.fstat(number)):
+                return number
+        except OSError:
+            continue  # it is closed
+    return None
