@@ -110,12 +110,22 @@ def _environment(launch: Launch) -> dict[bytes, bytes]:
 
 
 def _inheritable() -> list[int]:
-    """Descriptors that would survive exec: the standard streams, and what tasks have left so."""
+    """Descriptors that would survive exec: the standard streams, and what tasks have left so.
+
+    One beyond the limit of open files, which a process can only inherit, is made close-on-exec and left out:
+    posix_spawn(3) takes no such number, not even to close it.
+    """
     found = []
+    limit = os.sysconf("SC_OPEN_MAX")
     for entry in os.listdir("/dev/fd"):
+        fd = int(entry)
         try:
-            if os.get_inheritable(int(entry)):
-                found.append(int(entry))
+            if not os.get_inheritable(fd):
+                continue
+            if 0 < limit <= fd:
+                os.set_inheritable(fd, False)
+            else:
+                found.append(fd)
         except OSError:
             continue  # the one that listed the folder
     return found

@@ -222,6 +222,29 @@ def test_failed_starts_leave_nothing_in_the_worker(pool: Pool) -> None:
         assert Path(f"/proc/{pid}/task/{pid}/children").read_text() == ""
 
 
+_LIST = """
+import sys
+from fdpool import Pool
+with Pool(1, start_method=sys.argv[1]) as pool:
+    print(pool.run(["ls", "/proc/self/fd"], capture_output=True, text=True).result().stdout.split())
+"""
+
+
+@pytest.mark.parametrize("start_method", ["forkserver", "fork"])
+def test_a_descriptor_beyond_the_limit_is_no_obstacle(start_method: str) -> None:
+    """As one is that was inherited, after which the limit was lowered."""
+    high = os.dup2(0, 200)
+    command = [sys.executable, "-c", _LIST, start_method]
+    done = subprocess.run(
+        ["sh", "-c", 'ulimit -n 128; exec "$@"', "sh", *command],
+        pass_fds=[high],
+        capture_output=True,
+        check=True,
+    )
+    os.close(high)
+    assert (done.stdout, done.stderr) == (b"['0', '1', '2', '3']\n", b"")
+
+
 # -- descriptors by number (X1) --------------------------------------------------------------------
 
 
