@@ -99,7 +99,7 @@ def _environment(launch: Launch) -> dict[bytes, bytes]:
         return dict(os.environb)
     environment = {os.fsencode(name): os.fsencode(value) for name, value in launch.env.items()}
     for name, value in environment.items():
-        if b"\0" in name or b"\0" in value or b"=" in name:
+        if not name or b"\0" in name or b"\0" in value or b"=" in name:
             raise SpawnError(
                 errno.EINVAL, f"the environment has an impossible entry {name!r}", launch.program
             )

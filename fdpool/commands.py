@@ -207,10 +207,23 @@ def _pairs(rlimits: Mapping[int, Limit] | None) -> dict[int, tuple[int, int]] | 
     found = {}
     for kind, limit in rlimits.items():
         soft, hard = (limit, limit) if isinstance(limit, int) else (int(limit[0]), int(limit[1]))
-        if not isinstance(kind, int) or kind < 0:
+        if not isinstance(kind, int) or not _is_resource(kind):
             raise ValueError(f"{kind!r} is no resource; use the RLIMIT_ numbers of the resource module")
+        for number in (soft, hard):
+            if not (0 <= number < 2**63 or number == resource.RLIM_INFINITY):
+                raise ValueError(f"rlimits[{kind}] cannot be {number}; resource.RLIM_INFINITY is no limit")
+        if hard != resource.RLIM_INFINITY and not 0 <= soft <= hard:
+            raise ValueError(f"rlimits[{kind}] is (soft, hard), and a soft limit of {soft} is above {hard}")
         found[int(kind)] = (soft, hard)
     return found
+
+
+def _is_resource(kind: int) -> bool:
+    try:
+        resource.getrlimit(kind)
+    except (ValueError, OverflowError):
+        return False
+    return True
 
 
 def _mapped(fds: Mapping[int, int | HasFileno], given: tuple[Stream, ...]) -> dict[int, Any]:

@@ -128,6 +128,13 @@ def test_a_program_starts_with_default_signals(pool: Pool) -> None:
         ({"input": b"bytes", "text": True}, TypeError),
         ({"encoding": "no-such"}, LookupError),
         ({"rlimits": {"NOFILE": 3}}, ValueError),
+        ({"rlimits": {99: 3}}, ValueError),
+        ({"rlimits": {-1: 3}}, ValueError),
+        ({"rlimits": {2**40: 3}}, ValueError),
+        ({"rlimits": {resource.RLIMIT_NOFILE: (10, 5)}}, ValueError),
+        ({"rlimits": {resource.RLIMIT_NOFILE: (resource.RLIM_INFINITY, 5)}}, ValueError),
+        ({"rlimits": {resource.RLIMIT_NOFILE: -2}}, ValueError),
+        ({"rlimits": {resource.RLIMIT_NOFILE: 2**63}}, ValueError),
         ({"stdin": "a name"}, TypeError),
     ],
 )
@@ -186,6 +193,7 @@ def test_a_program_that_cannot_be_started_is_an_error_of_its_own(pool: Pool, tmp
         (["true", "a\0b"], {}, errno.EINVAL, ValueError, "NUL"),
         (["true"], {"env": {"A": "a\0b"}}, errno.EINVAL, ValueError, "environment"),
         (["true"], {"env": {"A=B": "a"}}, errno.EINVAL, ValueError, "environment"),
+        (["true"], {"env": {"": "a"}}, errno.EINVAL, ValueError, "environment"),
         (["true"], {"env": {"PATH": "/nowhere"}}, errno.ENOENT, FileNotFoundError, "PATH"),
         ([""], {}, errno.ENOENT, FileNotFoundError, "No such file"),
     ]
@@ -401,8 +409,18 @@ def test_umask_and_cwd_alone_are_put_back_in_the_worker(pool: Pool, tmp_path: Pa
 
 
 def test_a_limit_that_cannot_be_set_is_a_failed_start(pool: Pool) -> None:
-    with pytest.raises(SpawnError, match="rlimits"):
-        pool.run(["true"], rlimits={resource.RLIMIT_NOFILE: (20, 10)}).result()
+    """Nobody may have more open files than fs.nr_open says, root included."""
+    with pytest.raises(SpawnError, match="rlimits: Operation not permitted"):
+        pool.run(["true"], rlimits={resource.RLIMIT_NOFILE: 2**40}).result()
+
+
+def test_a_limit_may_be_none_at_all(pool: Pool) -> None:
+    soft_only = (1 << 20, resource.RLIM_INFINITY)
+    limits = {resource.RLIMIT_CPU: resource.RLIM_INFINITY, resource.RLIMIT_FSIZE: soft_only}
+    done = pool.run(["cat", "/proc/self/limits"], rlimits=limits, text=True, stdout=subprocess.PIPE).result()
+    lines = [line.split()[2:] for line in done.stdout.splitlines()]
+    assert ["time", "unlimited", "unlimited", "seconds"] in lines
+    assert ["size", str(1 << 20), "unlimited", "bytes"] in lines
 
 
 def test_a_program_leads_a_process_group_of_its_own(pool: Pool) -> None:
