@@ -94,7 +94,9 @@ def open_listeners(bind: Bind, *, backlog: int = BACKLOG, reuseport: bool = Fals
         ValueError, TypeError: a bind cannot be understood.
         BindFailed: it cannot be listened there. Nothing is left open, and no file that was not there.
     """
-    specs = [_spec(each) for each in ([bind] if isinstance(bind, (str, int, socket.socket)) else bind)]
+    # Bytes are no bind, and a sequence of numbers, which would be taken for ports.
+    binds = [bind] if isinstance(bind, (str, bytes, bytearray, int, socket.socket)) else bind
+    specs = [_spec(each) for each in binds]
     if not specs:
         raise ValueError("there is nothing to listen on: no bind was given")
     with contextlib.ExitStack() as opened:
@@ -117,7 +119,7 @@ def _spec(bind: object) -> Spec | socket.socket:
         return parse(bind)
     if isinstance(bind, int) and not isinstance(bind, bool):
         return parse(f"127.0.0.1:{bind}")
-    raise TypeError(f"a bind is a string, a port or a socket, not {bind!r}")
+    raise TypeError(f"cannot listen on {bind!r}: a bind is a string such as 'HOST:PORT', a port or a socket")
 
 
 def _passed_by_systemd(

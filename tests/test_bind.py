@@ -88,6 +88,12 @@ def test_what_is_no_bind_at_all_is_refused(bind: object) -> None:
         open_listeners(bind)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("bind", [b"\xff\xfe", bytearray(b"127.0.0.1:80"), b""])
+def test_bytes_are_not_taken_for_ports(bind: bytes) -> None:
+    with pytest.raises(TypeError, match="a bind is a string such as 'HOST:PORT', a port or a socket"):
+        open_listeners(bind)  # type: ignore[arg-type]
+
+
 def test_nothing_to_listen_on_is_refused() -> None:
     with pytest.raises(ValueError, match="no bind was given"):
         open_listeners([])
