@@ -70,10 +70,19 @@ class Escalate(NamedTuple):
     """Decision: the server runs the command, on the client's descriptors."""
 
 
-class Deny(NamedTuple):
-    """Decision: nobody runs the command."""
+class Deny(NamedTuple("Deny", [("reason", str)])):
+    """Decision: nobody runs the command, and the client is told the reason, a text.
 
-    reason: str
+    Raises:
+        TypeError: the reason is no `str`.
+    """
+
+    __slots__ = ()
+
+    def __new__(cls, reason: str) -> Deny:
+        if not isinstance(reason, str):
+            raise TypeError(f"Deny(reason) takes a text for the client, a str, not {reason!r}")
+        return super().__new__(cls, reason)
 
 
 Decision = Union[Run, Escalate, Deny]

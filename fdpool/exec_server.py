@@ -21,17 +21,20 @@ import signal
 import subprocess
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import CancelledError
 from types import TracebackType
-from typing import Any, Union
+from typing import Any, TypeVar, Union
 
 from . import _exec_session
 from ._completed import SpawnError
 from ._exec_session import Decided, Decision, Deny, Escalate, Finished, Gone, Overdue, Received, Request, Run
 from ._frames import encode_json
 from ._links import Waker
+from ._options import check_count, check_seconds
+from ._receiver import LONGEST_POLL_S
 from .errors import FdpoolError, FdTransferError, PayloadTooLarge, WireError
 from .fds import OwnedFds, standard_numbers_taken
 from .pool import Pool
@@ -42,6 +45,7 @@ __all__ = ["VARIABLE", "Decision", "Deny", "Escalate", "ExecServer", "Request", 
 
 VARIABLE = "FDPOOL_EXEC_SOCKET"
 Policy = Callable[[Request], Union[Decision, Awaitable[Decision]]]
+_T = TypeVar("_T")
 
 _MAX_REQUEST = 1 << 20
 _BATCH = 16  # most handshakes received before the sessions are looked at
@@ -55,13 +59,16 @@ class ExecServer:
         pool: whose workers run the escalated commands, one each; the pool stays the caller's, and must
             outlive the server.
         policy: called with each `Request`, in a thread of its own; returns `Run()`, `Escalate()` or
-            `Deny(reason)`, or a coroutine of one. If it raises, the request is denied.
+            `Deny(reason)`, or a coroutine of one. If it raises, whatever that is, the request is denied.
         variable: environment variable that tells the number of the inherited end.
         loop: event loop in which coroutines run; by default each in a loop of its own.
         patience_s: how long a client may be silent when it is its turn.
         max_sessions: sessions at a time; more are turned away.
         max_request: bytes of a frame.
         grace: seconds from SIGTERM to SIGKILL for a command whose client has gone.
+
+    Raises:
+        TypeError, ValueError: a number is of no use.
 
     A descriptor that a client sends is used for its command and for nothing else. A request is what the
     *client* says; the policy must not take the word of one that it does not trust for anything but what is
@@ -80,6 +87,10 @@ class ExecServer:
         max_request: int = _MAX_REQUEST,
         grace: float = 1.0,
     ) -> None:
+        check_seconds("patience_s", patience_s, zero=False)
+        check_count("max_sessions", max_sessions, 1)
+        check_count("max_request", max_request, 1)
+        check_seconds("grace", grace, zero=True)
         self.variable = variable
         self._pool = pool
         self._policy = policy
@@ -147,12 +158,14 @@ class ExecServer:
             while not self._closing:
                 self._turn()
             for session in list(self._sessions):
-                session.handle(Gone("the server is closing"))
+                self._have(session, session.handle, Gone("the server is closing"))
             while self._sessions:  # commands that are being ended
                 self._turn()
         finally:
             with self._over_lock:  # a policy may still be thinking
                 self._over = True
+            for session in self._sessions:  # none, unless an error ends this thread
+                session.release()
             self._selector.close()
             self._door.close()
             self._waker.close()
@@ -164,18 +177,26 @@ class ExecServer:
             elif key.fileobj is self._waker:
                 self._waker.clear()
             else:
-                key.data.attend(events)
+                self._have(key.data, key.data.attend, events)
         while self._posted:
             session, event = self._posted.popleft()
-            session.handle(event)
+            self._have(session, session.handle, event)
         now = time.monotonic()
         for session in list(self._sessions):
             if session.expires_at is not None and session.expires_at <= now:
-                session.handle(Overdue())
+                self._have(session, session.handle, Overdue())
+
+    def _have(self, session: _Served, act: Callable[[_T], None], argument: _T) -> None:
+        """Have a session act; an error of ours in that costs this one only."""
+        try:
+            act(argument)
+        except Exception:
+            _LOG.exception("a session failed, and is ended")
+            session.give_up()
 
     def _timeout_s(self) -> float | None:
         moments = [session.expires_at for session in self._sessions if session.expires_at is not None]
-        return max(0.0, min(moments) - time.monotonic()) if moments else None
+        return min(max(0.0, min(moments) - time.monotonic()), LONGEST_POLL_S) if moments else None
 
     def _receive_handshakes(self) -> None:
         for _ in range(_BATCH):
@@ -253,9 +274,9 @@ class ExecServer:
                 decision = self._awaited(decision)
             if not isinstance(decision, (Run, Escalate, Deny)):
                 raise TypeError(f"a policy returns Run(), Escalate() or Deny(reason), not {decision!r}")
-        except Exception as error:
+        except BaseException as error:  # SystemExit, say, or CancelledError: the client waits all the same
             _LOG.exception("the policy failed; its request is denied")
-            return Deny(f"the policy failed: {type(error).__name__}: {error}")
+            return Deny("the policy failed: " + "".join(traceback.format_exception_only(error)).strip())
         return decision
 
     def _awaited(self, decision: Awaitable[Decision]) -> Decision:
@@ -341,6 +362,18 @@ class _Served:
         if self.stream.closed and self._command is None:
             self.expires_at = None
             self._server.forget(self)
+
+    def give_up(self) -> None:
+        """End it and its command, as something has gone wrong in here."""
+        self._leaving = True  # it may be over for the protocol, and its stream open
+        self.handle(Gone("it failed"))
+
+    def release(self) -> None:
+        """Close what it holds, and by that end its command."""
+        self.stream.close()
+        self._arrived.close()
+        if self._command is not None:
+            self._command.close()
 
     def _perform(self, action: _exec_session.Action) -> None:
         if isinstance(action, _exec_session.Send):

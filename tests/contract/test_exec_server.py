@@ -605,3 +605,82 @@ def test_an_answer_above_the_limit_of_a_frame_ends_its_session_only(pool: Pool) 
         with RawClient(server) as client:
             assert client.ask(["x"]) is None
         still_serves(server)
+
+
+# -- what may go wrong with the policy, or with the server -----------------------------------------------
+
+
+async def cancelled() -> Any:
+    raise asyncio.CancelledError
+
+
+@pytest.mark.parametrize(
+    ("policy", "reason"),
+    [
+        (lambda _: Deny(PermissionError("not you")), "TypeError: Deny(reason) takes a text"),  # type: ignore[arg-type]
+        (lambda _: Deny(None), "TypeError: Deny(reason) takes a text"),  # type: ignore[arg-type]
+        (lambda _: sys.exit("bad configuration"), "SystemExit: bad configuration"),
+        (lambda _: cancelled(), "CancelledError"),
+    ],
+    ids=["no text", "None", "SystemExit", "CancelledError"],
+)
+def test_whatever_a_policy_raises_its_request_is_denied(pool: Pool, policy: Any, reason: str) -> None:
+    def only_x(request: Request) -> Any:
+        return policy(request) if request.argv == ["x"] else Escalate()
+
+    with serving(pool, only_x) as server:
+        with RawClient(server) as client:
+            told = client.ask(["x"])["action"]["Deny"]["reason"]
+            assert "the policy failed: " in told
+            assert reason in told
+        still_serves(server)
+
+
+@pytest.mark.parametrize(
+    ("number", "value", "error"),
+    [
+        ("patience_s", float("inf"), ValueError),
+        ("patience_s", None, TypeError),
+        ("patience_s", 0, ValueError),
+        ("max_sessions", 0, ValueError),
+        ("max_request", "1", TypeError),
+        ("grace", -1, ValueError),
+    ],
+)
+def test_a_number_of_no_use_is_refused_at_once(pool: Pool, number: str, value: Any, error: Any) -> None:
+    with pytest.raises(error, match=number):
+        ExecServer(pool, lambda _: Run(), **{number: value})
+
+
+def test_patience_may_last_longer_than_the_kernel_waits(pool: Pool) -> None:
+    with serving(pool, patience_s=2_200_000) as server:
+        still_serves(server)
+
+
+def test_an_error_of_the_servers_own_costs_one_session_only(
+    pool: Pool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def failing(*_: object, **__: object) -> None:
+        raise ZeroDivisionError
+
+    with serving(pool) as server:
+        with RawClient(server) as client, monkeypatch.context() as patched:
+            client.ask(["true"])
+            patched.setattr(pool, "popen", failing)
+            client.send({"fds": []})
+            assert client.receive() is None
+        still_serves(server)
+    assert "ZeroDivisionError" in caplog.text
+
+
+def test_a_server_whose_thread_dies_leaves_nobody_waiting(
+    pool: Pool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    with serving(pool, grace=0.2) as server, RawClient(server) as client, RawClient(server) as silent:
+        processes = begun(client, tmp_path / "pids")
+        monkeypatch.setattr(server, "_receive_handshakes", None)
+        with RawClient(server):
+            assert client.receive() is None
+            assert silent.receive() is None
+            seconds_until_gone(processes)
