@@ -48,6 +48,8 @@ Policy = Callable[[Request], Union[Decision, Awaitable[Decision]]]
 _T = TypeVar("_T")
 
 _MAX_REQUEST = 1 << 20
+# Of the signals that are passed on, those that by default end no process (signal(7)).
+_SURVIVED = (signal.SIGWINCH, signal.SIGTSTP, signal.SIGCONT)
 _BATCH = 16  # most handshakes received before the sessions are looked at
 _LOG = logging.getLogger("fdpool.exec")
 
@@ -389,7 +391,7 @@ class _Served:
             self._start(action)
         elif isinstance(action, _exec_session.SignalCommand):
             if self._command is not None:
-                self._command.signal_group(_for_a_session(action.number))
+                self._signal(self._command, action.number)
         elif isinstance(action, _exec_session.EndCommand):
             if self._command is not None:
                 self._command.end()
@@ -410,6 +412,12 @@ class _Served:
             return
         self._command = command
         command.future.add_done_callback(lambda _: self._server.post(self, _finished(command)))
+
+    def _signal(self, command: RunningCommand, number: int) -> None:
+        if number not in _SURVIVED and command.future.cancel():
+            self.handle(Finished(-number))  # no worker has begun it, so there is no process to die of this
+        else:
+            command.signal_group(_for_a_session(number))
 
     def _flush(self) -> None:
         try:

@@ -476,6 +476,26 @@ def test_signals_are_passed_on_and_the_client_dies_of_what_killed_the_command(
 
 
 @pytest.mark.usefixtures("heeding_the_terminal")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_command_that_no_worker_has_begun_is_dropped_by_a_signal_of_which_its_client_dies(
+    number: int, tmp_path: Path
+) -> None:
+    with Pool(1) as pool, serving(pool) as server:
+        reading, writing = os.pipe()
+        busy = pool.run(["cat"], stdin=reading)
+        os.close(reading)
+        program = start(server, "touch", str(tmp_path / "made"))
+        wait_until(lambda: any(each._command is not None for each in list(server._sessions)))
+        program.send_signal(signal.SIGWINCH)
+        program.send_signal(number)
+        assert outcome(program)[0] == -number
+        assert not busy.done()
+        os.close(writing)
+        assert pool.submit(len, ()).result(20) == 0
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.usefixtures("heeding_the_terminal")
 def test_a_command_that_handles_a_signal_goes_on(pool: Pool) -> None:
     with serving(pool) as server:
         script = (
