@@ -22,6 +22,7 @@ import subprocess
 import threading
 import time
 import traceback
+import weakref
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import CancelledError
@@ -46,6 +47,8 @@ __all__ = ["VARIABLE", "Decision", "Deny", "Escalate", "ExecServer", "Request", 
 VARIABLE = "FDPOOL_EXEC_SOCKET"
 Policy = Callable[[Request], Union[Decision, Awaitable[Decision]]]
 _T = TypeVar("_T")
+
+_servers: weakref.WeakSet[ExecServer] = weakref.WeakSet()  # those whose threads run
 
 _MAX_REQUEST = 1 << 20
 # Of the signals that are passed on, those that by default end no process (signal(7)).
@@ -114,6 +117,7 @@ class ExecServer:
         self._selector.register(self._door, selectors.EVENT_READ)
         self._selector.register(self._waker, selectors.EVENT_READ)
         self._thread = threading.Thread(target=self._serve, name="fdpool-exec", daemon=True)
+        _servers.add(self)
         self._thread.start()
 
     # -- for its owner ---------------------------------------------------------------------------------
@@ -166,11 +170,26 @@ class ExecServer:
         finally:
             with self._over_lock:  # a policy may still be thinking
                 self._over = True
-            for session in self._sessions:  # none, unless an error ends this thread
-                session.release()
-            self._selector.close()
-            self._door.close()
-            self._waker.close()
+            _servers.discard(self)
+            self._release()
+
+    def _release(self) -> None:
+        """Close all that is open here but the clients' end; a session is only if an error has ended the thread."""
+        for session in self._sessions:
+            session.release()
+        self._selector.close()
+        self._door.close()
+        self._waker.close()
+
+    def forget_in_child(self) -> None:
+        """Runs in: a forked child, just after the fork. Close the copies: a client is told its session's end by the
+        last close of it, and that nobody serves by that of the door.
+
+        The clients' end stays open, as `start` forks too if it is given a `preexec_fn`.
+        """
+        self._over_lock = threading.Lock()
+        self._over = True
+        self._release()
 
     def _turn(self) -> None:
         for key, events in self._selector.select(self._timeout_s()):
@@ -452,3 +471,12 @@ def _finished(command: RunningCommand) -> Finished:
         return Finished(126, "the command was cancelled before it began")
     except Exception as error:
         return Finished(126, f"{type(error).__name__}: {error}")
+
+
+def _forget_all_in_child() -> None:
+    for server in list(_servers):
+        server.forget_in_child()
+    _servers.clear()
+
+
+os.register_at_fork(after_in_child=_forget_all_in_child)

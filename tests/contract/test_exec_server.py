@@ -704,3 +704,20 @@ def test_a_server_whose_thread_dies_leaves_nobody_waiting(
             assert client.receive() is None
             assert silent.receive() is None
             seconds_until_gone(processes)
+
+
+def test_a_fork_of_the_servers_process_keeps_no_client_waiting() -> None:
+    with Pool(1, start_method="fork") as pool:
+        with serving(pool) as server, RawClient(server) as idle:
+            door = socket.socket(fileno=os.dup(server.fileno()))
+            still_serves(server)  # the first command, which forks
+            idle.send("garbage")
+            assert idle.receive() is None
+        with door, pytest.raises(ConnectionRefusedError):
+            door.send(b"\0")
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+def test_a_program_may_be_started_by_way_of_a_fork(pool: Pool) -> None:
+    with serving(pool) as server:
+        assert start(server, "true", preexec_fn=os.setpgrp).wait(30) == 0
