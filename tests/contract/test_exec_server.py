@@ -459,6 +459,23 @@ def test_without_a_server_the_client_says_so_and_exits_with_125(pool: Pool) -> N
 
 
 @pytest.mark.usefixtures("heeding_the_terminal")
+def test_an_interrupt_while_the_policy_thinks_ends_the_client_without_a_word(pool: Pool) -> None:
+    asked, decide = threading.Event(), threading.Event()
+
+    def policy(_: Request) -> Any:
+        asked.set()
+        decide.wait(20)
+        return Escalate()
+
+    with serving(pool, policy) as server:
+        program = server.start([sys.executable, "-m", "fdpool", "exec", "true"], env=ENVIRONMENT, stderr=PIPE)
+        assert asked.wait(20)
+        program.send_signal(signal.SIGINT)
+        assert outcome(program) == (-signal.SIGINT, None, b"")
+        decide.set()
+
+
+@pytest.mark.usefixtures("heeding_the_terminal")
 @pytest.mark.parametrize(
     "number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1]
 )
