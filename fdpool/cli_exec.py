@@ -55,10 +55,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if not isinstance(exec_client.ask(session, request), Run):
                 outcome = exec_client.hand_over(session, numbers)
                 if outcome.error is not None:
-                    _complain(outcome.error)
+                    exec_client.complain(outcome.error)
                 return exec_client.exit_as(outcome)
     except ExecRefused as refused:
-        _complain(str(refused))
+        exec_client.complain(str(refused))
         return refused.status
     return exec_client.run_in_place(request)
 
@@ -76,11 +76,6 @@ def _is_open(fd: int) -> bool:
     except OSError:
         return False
     return True
-
-
-def _complain(text: str) -> None:
-    sys.stderr.write(f"fdpool exec: {text}\n")
-    sys.stderr.flush()
 
 
 if __name__ == "__main__":

@@ -159,6 +159,15 @@ class _Forwarder:
 # -- for a program that becomes the command ------------------------------------------------------
 
 
+def complain(text: str) -> None:
+    """Tell on standard error, if it can be told there: the exit status says it too, and must not change for that."""
+    line = f"fdpool exec: {text}\n".encode(sys.getfilesystemencoding(), "backslashreplace")
+    try:
+        os.write(2, line)  # what `sys.stderr` could not write it would try again at exit, and fail again
+    except OSError:
+        pass
+
+
 def run_in_place(request: Request) -> NoReturn:
     """Become the command, as if we had never been; exits with 127 or 126 if that cannot be."""
     for name in ("SIGPIPE", "SIGXFSZ"):  # what Python ignores from its start
@@ -171,8 +180,7 @@ def run_in_place(request: Request) -> NoReturn:
     except (OSError, ValueError) as error:
         number = error.errno if isinstance(error, OSError) else None
         reason = os.strerror(number) if number else str(error)
-        sys.stderr.write(f"fdpool exec: cannot run {request.argv[0]}: {reason}\n")
-        sys.stderr.flush()
+        complain(f"cannot run {request.argv[0]}: {reason}")
         os._exit(127 if number == errno.ENOENT else 126)
 
 

@@ -475,6 +475,21 @@ def test_an_interrupt_while_the_policy_thinks_ends_the_client_without_a_word(poo
         decide.set()
 
 
+@pytest.mark.parametrize("redirection", ["2>&-", "2>/dev/full"])
+@pytest.mark.parametrize(
+    ("decision", "command", "code"),
+    [(Deny("no"), "true", 126), (Run(), "no-such", 127), (Escalate(), "no-such", 127), (None, "true", 125)],
+    ids=["denied", "not found here", "not found there", "no server"],
+)
+def test_where_nothing_can_be_told_the_status_still_says_it(
+    pool: Pool, decision: Any, command: str, code: int, redirection: str
+) -> None:
+    unset = f"unset {VARIABLE};" if decision is None else ""
+    with serving(pool, decision) as server:
+        shell = f"{unset} exec {' '.join(CLIENT)} {command} {redirection}"
+        assert outcome(server.start(["sh", "-c", shell], env=ENVIRONMENT))[0] == code
+
+
 @pytest.mark.usefixtures("heeding_the_terminal")
 @pytest.mark.parametrize(
     "number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1]
