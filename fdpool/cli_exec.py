@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import sys
 from collections.abc import Sequence
 
@@ -46,10 +45,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = options.command[1:] if options.command[:1] == ["--"] else options.command
     if not command:
         parser.error("no COMMAND given")
-    numbers = list(dict.fromkeys([*(fd for fd in (0, 1, 2) if _is_open(fd)), *options.fd]))
-    if any(not _is_open(fd) for fd in numbers):
-        parser.error("a descriptor given with --fd is not open")
-    request = Request(shutil.which(command[0]) or command[0], command, _here(), dict(os.environ))
+    for fd in options.fd:
+        if not _is_open(fd):
+            parser.error(f"--fd {fd}: no such descriptor is open here")
+    numbers = list(dict.fromkeys([*filter(_is_open, (0, 1, 2)), *options.fd]))
+    request = Request(_found(command[0]), command, _here(), dict(os.environ))
     try:
         with exec_client.connect(options.variable) as session:
             if not isinstance(exec_client.ask(session, request), Run):
@@ -63,6 +63,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return exec_client.run_in_place(request)
 
 
+def _found(name: str) -> str:
+    """The file in PATH that execvp(3) would execute, or else complain of; `name` itself if there is none."""
+    if "/" in name or not name:
+        return name
+    paths = [os.path.join(folder or os.curdir, name) for folder in os.get_exec_path()]
+    there = list(filter(os.path.exists, paths))
+    runnable = [path for path in there if os.access(path, os.X_OK) and not os.path.isdir(path)]
+    return next(iter(runnable + there), name)
+
+
 def _here() -> str:
     try:
         return os.getcwd()
@@ -73,7 +83,7 @@ def _here() -> str:
 def _is_open(fd: int) -> bool:
     try:
         os.fstat(fd)
-    except OSError:
+    except (OSError, OverflowError):
         return False
     return True
 

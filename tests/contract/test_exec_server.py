@@ -490,6 +490,30 @@ def test_where_nothing_can_be_told_the_status_still_says_it(
         assert outcome(server.start(["sh", "-c", shell], env=ENVIRONMENT))[0] == code
 
 
+@pytest.mark.parametrize("number", ["999", "-1", "99999999999"])
+def test_a_descriptor_that_is_not_open_is_bad_usage(number: str) -> None:
+    done = subprocess.run([*CLIENT, f"--fd={number}", "true"], env=ENVIRONMENT, stderr=PIPE, check=False)
+    assert done.returncode == 2
+    assert f"--fd {number}: no such descriptor is open".encode() in done.stderr
+
+
+@pytest.mark.parametrize("decision", [Run(), Escalate()])
+def test_a_command_is_looked_for_as_execvp_does(pool: Pool, decision: Any, tmp_path: Path) -> None:
+    for folder in ("here", "bad", "good"):
+        (tmp_path / folder).mkdir()
+    for tool in ("here/local", "bad/later", "good/later", "bad/text"):
+        (tmp_path / tool).write_text("#!/bin/sh\nexit 7\n")
+    for tool in ("here/local", "good/later"):
+        (tmp_path / tool).chmod(0o755)
+    (tmp_path / "bad" / "folder").mkdir()
+    path = f":{tmp_path}/bad:{tmp_path}/good:{os.environ['PATH']}"
+    with serving(pool, decision) as server:
+        for command, code in (("local", 7), ("later", 7), ("text", 126), ("folder", 126), ("", 127)):
+            env = {**ENVIRONMENT, "PATH": path}
+            program = server.start([*CLIENT, command], env=env, cwd=tmp_path / "here", stderr=PIPE)
+            assert (command, outcome(program)[0]) == (command, code)
+
+
 @pytest.mark.usefixtures("heeding_the_terminal")
 @pytest.mark.parametrize(
     "number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1]
