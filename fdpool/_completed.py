@@ -99,9 +99,13 @@ class SpawnError(FdpoolError, OSError):
     It is also the `OSError` that its errno stands for: `FileNotFoundError` if there is no such program (or
     no such `cwd`), `PermissionError` if it must not be executed, `NotADirectoryError` for `cwd`; and a
     `ValueError` if an argument holds NUL.
+
+    Attributes:
+        in_cwd: it is `cwd` that is at fault, not the program.
     """
 
     may_have_run = False
+    in_cwd = False
 
     def __new__(cls, number: int, reason: str, name: object = None) -> SpawnError:
         """An instance of the class that `number` stands for."""

@@ -160,7 +160,10 @@ def _placed(launch: Launch) -> Iterator[None]:
 def _bad_cwd(launch: Launch, error: OSError | ValueError) -> SpawnError:
     number = error.errno if isinstance(error, OSError) and error.errno else errno.EINVAL
     reason = os.strerror(number) if isinstance(error, OSError) else str(error)
-    return SpawnError(number, f"in the folder {os.fsdecode(launch.cwd or b'')!r}: {reason}", launch.program)
+    folder = os.fsdecode(launch.cwd or b"")
+    bad = SpawnError(number, f"in the folder {folder!r}: {reason}", launch.program)
+    bad.in_cwd = True
+    return bad
 
 
 def _spawn(launch: Launch, environment: dict[bytes, bytes]) -> int:

@@ -466,7 +466,8 @@ def _finished(command: RunningCommand) -> Finished:
     try:
         return Finished(command.future.result(0).returncode)
     except SpawnError as error:
-        return Finished(127 if error.errno == errno.ENOENT else 126, str(error))
+        not_found = error.errno == errno.ENOENT and not error.in_cwd
+        return Finished(127 if not_found else 126, str(error))
     except CancelledError:
         return Finished(126, "the command was cancelled before it began")
     except Exception as error:

@@ -164,7 +164,7 @@ def test_a_command_that_cannot_be_started_is_told_so(pool: Pool, tmp_path: Path)
         for argv, changes, code in (
             (["no-such-program"], {}, 127),
             ([str(tmp_path)], {}, 126),
-            (["true"], {"workdir": "/no/such/folder"}, 127),
+            (["true"], {"workdir": "/no/such/folder"}, 126),
         ):
             with RawClient(server) as client:
                 client.ask(argv, **changes)

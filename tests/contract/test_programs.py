@@ -198,12 +198,13 @@ def test_a_program_that_cannot_be_started_is_an_error_of_its_own(pool: Pool, tmp
         ([""], {}, errno.ENOENT, FileNotFoundError, "No such file"),
     ]
     futures = [pool.run(args, **options) for args, options, *_ in cases]
-    for future, (args, _, number, kind, reason) in zip(futures, cases):
+    for future, (args, options, number, kind, reason) in zip(futures, cases):
         with pytest.raises(SpawnError, match=reason) as caught:
             future.result()
         assert caught.value.errno == number, args
         assert isinstance(caught.value, kind)
         assert caught.value.may_have_run is False
+        assert caught.value.in_cwd == ("cwd" in options)
         assert os.fsdecode(caught.value.filename) in (os.fsdecode(args[0]), "''")
 
 
