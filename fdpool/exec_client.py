@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from ._exec_session import FORWARDED, Deny, Request, Run, encode_request, parse_decision
+from ._frames import encode_json
 from .errors import FdTransferError, PayloadTooLarge, WireError
 from .fds import above_stdio
 from .sockets import DatagramSocket, StreamSocket
@@ -79,20 +80,38 @@ def ask(session: StreamSocket, request: Request) -> Run | StreamSocket:
     """Put the request; `Run()` if the command is for us to run, the session itself if the server will.
 
     Raises:
-        ExecRefused: it was denied, or the server has gone.
+        ExecRefused: it was denied, or cannot be put, or the server has gone.
     """
     try:
-        session.send(encode_request(request))
+        body = encode_json(encode_request(request))
+    except UnicodeEncodeError:
+        reason = f"{_not_utf8(request)} is not UTF-8, in which all of a request is sent: change or unset it"
+        raise ExecRefused(reason, UNAVAILABLE) from None
+    try:
+        session.send_bytes(body)
         decision = parse_decision(session.receive())
-    except UnicodeEncodeError as error:
-        raise ExecRefused(f"the request is not text that can be sent: {error}", UNAVAILABLE) from None
     except PayloadTooLarge as error:
         raise ExecRefused(f"the request is too large: {error}", UNAVAILABLE) from None
+    except ConnectionError:  # the server has closed without reading to the request's end
+        reason = (
+            f"the server did not take the request, of {len(body)} bytes: they may be more than its max_request"
+            " (make the arguments or the environment smaller), or it is busy, or closing (try again)"
+        )
+        raise ExecRefused(reason, UNAVAILABLE) from None
     except (EOFError, OSError, WireError) as error:
         raise ExecRefused(f"the server broke off: {error}", UNAVAILABLE) from None
     if isinstance(decision, Deny):
         raise ExecRefused(f"denied: {decision.reason}", DENIED)
     return decision if isinstance(decision, Run) else session
+
+
+def _not_utf8(request: Request) -> str:
+    """What of the request is not, in words."""
+    texts = {f"the environment variable {name}": name + value for name, value in request.env.items()}
+    texts["the working directory"] = request.workdir
+    for text in (request.file, *request.argv):
+        texts[f"the command's {text}"] = text
+    return next(what for what, text in texts.items() if text.encode(errors="ignore").decode() != text)
 
 
 def hand_over(session: StreamSocket, numbers: Sequence[int]) -> Outcome:

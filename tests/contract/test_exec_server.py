@@ -458,23 +458,6 @@ def test_without_a_server_the_client_says_so_and_exits_with_125(pool: Pool) -> N
     assert b"cannot be reached" in err
 
 
-@pytest.mark.usefixtures("heeding_the_terminal")
-def test_an_interrupt_while_the_policy_thinks_ends_the_client_without_a_word(pool: Pool) -> None:
-    asked, decide = threading.Event(), threading.Event()
-
-    def policy(_: Request) -> Any:
-        asked.set()
-        decide.wait(20)
-        return Escalate()
-
-    with serving(pool, policy) as server:
-        program = server.start([sys.executable, "-m", "fdpool", "exec", "true"], env=ENVIRONMENT, stderr=PIPE)
-        assert asked.wait(20)
-        program.send_signal(signal.SIGINT)
-        assert outcome(program) == (-signal.SIGINT, None, b"")
-        decide.set()
-
-
 @pytest.mark.parametrize("redirection", ["2>&-", "2>/dev/full"])
 @pytest.mark.parametrize(
     ("decision", "command", "code"),
@@ -512,6 +495,37 @@ def test_a_command_is_looked_for_as_execvp_does(pool: Pool, decision: Any, tmp_p
             env = {**ENVIRONMENT, "PATH": path}
             program = server.start([*CLIENT, command], env=env, cwd=tmp_path / "here", stderr=PIPE)
             assert (command, outcome(program)[0]) == (command, code)
+
+
+def test_a_request_that_cannot_be_put_is_told_why(pool: Pool) -> None:
+    with serving(pool, max_request=8_000) as server:
+        code, _, err = outcome(start(server, "true", "x" * 9_000, stderr=PIPE))
+        assert code == 125
+        assert b"max_request" in err
+        env = {**ENVIRONMENT, "TITLE": "\udcff"}
+        code, _, err = outcome(server.start([*CLIENT, "true"], env=env, stderr=PIPE))
+        assert code == 125
+        assert b"the environment variable TITLE is not UTF-8" in err
+        code, _, err = outcome(start(server, "true", "caf\udce9", stderr=PIPE))
+        assert code == 125
+        assert rb"the command's caf\udce9 is not UTF-8" in err
+
+
+@pytest.mark.usefixtures("heeding_the_terminal")
+def test_an_interrupt_while_the_policy_thinks_ends_the_client_without_a_word(pool: Pool) -> None:
+    asked, decide = threading.Event(), threading.Event()
+
+    def policy(_: Request) -> Any:
+        asked.set()
+        decide.wait(20)
+        return Escalate()
+
+    with serving(pool, policy) as server:
+        program = server.start([sys.executable, "-m", "fdpool", "exec", "true"], env=ENVIRONMENT, stderr=PIPE)
+        assert asked.wait(20)
+        program.send_signal(signal.SIGINT)
+        assert outcome(program) == (-signal.SIGINT, None, b"")
+        decide.set()
 
 
 @pytest.mark.usefixtures("heeding_the_terminal")
