@@ -363,7 +363,7 @@ class Server:
         Returns:
             the future of the new generation's number, once every worker is of it. It fails with `ReloadFailed` if the
             new code does not boot: then what served before goes on. If another reload comes before this one is done,
-            the other's outcome is also this one's.
+            the other's outcome is also this one's. It cannot be cancelled.
         """
         return self._running().reload()
 

@@ -126,6 +126,8 @@ class Loop:
     def reload(self) -> Future[int]:
         """Replace every worker by one of a new generation; the future is of its number."""
         future: Future[int] = Future()
+        # Nobody can cancel a reload, and a future that was cancelled could not be told how it ends.
+        future.set_running_or_notify_cancel()
         # Remembered first, looked at again last: the loop's end does it the other way round, so one of the two sees
         # that nobody will do it any more.
         self._asked.add(future)

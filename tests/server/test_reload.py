@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import os
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -260,6 +262,20 @@ def test_a_hook_can_call_a_reload_off() -> None:
         with pytest.raises(ReloadFailed, match="ValueError: not 2"):
             server.reload().result(60)
         assert pids(server) == before
+
+
+def test_nobody_can_cancel_a_reload() -> None:
+    async def give_up_waiting(reload: Future[int]) -> None:
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(asyncio.wrap_future(reload), 0)
+
+    with Server(echo_pid, ANY_PORT, workers=1) as server:
+        reload = server.reload()
+        asyncio.run(give_up_waiting(reload))
+        assert not reload.cancel()
+        assert reload.result(60) == 2
+        assert server.reload().result(60) == 3
+        assert ask(server)
 
 
 # -- several things at once ---------------------------------------------------------------------------
