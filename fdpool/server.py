@@ -227,7 +227,6 @@ class Server:
         except BaseException:
             loop.stop(0.0)
             loop.wait()
-            self._close_listeners()
             raise
 
     def run(self) -> int:
@@ -251,7 +250,6 @@ class Server:
         loop = self._launch(signals.hear)
         signals.begin(loop)
         signals.wait()
-        self._close_listeners()
         return loop.exit_code
 
     def _launch(self, on_event: Callable[[str], None]) -> Loop:
@@ -324,16 +322,12 @@ class Server:
         if self._loop is None:
             return
         self._loop.stop(self._grace_s if grace is None else max(0.0, grace))
-        if wait and self._loop.wait():
-            self._close_listeners()
+        if wait:
+            self._loop.wait()
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until the server has ended; False if `timeout` seconds have passed instead."""
         return self._loop is None or self._loop.wait(timeout)
-
-    def _close_listeners(self) -> None:
-        if self._listeners is not None:
-            self._listeners.close(keep_path=self._loop is not None and self._loop.handed_over)
 
     def __enter__(self) -> Server:
         self.start()

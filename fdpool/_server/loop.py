@@ -56,6 +56,7 @@ class Loop:
     """Runs one server, from `start` until it is over.
 
     Args:
+        listeners: the loop's from `start` on, and closed at its end.
         hands_over: this thread accepts, and hands each connection to a worker.
         on_event: called in the loop's thread with "started", "reloading", "reloaded", "upgraded", "stopping",
             "over" (no worker is left), "ended" (nothing is).
@@ -262,6 +263,7 @@ class Loop:
         if self.handoff is not None:
             self.handoff.close()
         self.crew.close()
+        self._listeners.close(keep_path=self.handed_over)
         self.turns.close()
         self._task.app.close()
         if not self.started.done():

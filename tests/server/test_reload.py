@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import http.client
 import os
+import signal
+import socket
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -276,6 +278,16 @@ def test_nobody_can_cancel_a_reload() -> None:
         assert reload.result(60) == 2
         assert server.reload().result(60) == 3
         assert ask(server)
+
+
+def test_a_server_that_gives_up_closes_its_listeners(module: Path) -> None:
+    with Server("served:app", ANY_PORT, workers=1, boot_limit=1) as server:
+        address = server.sockets[0].getsockname()
+        module.write_text("this is no python")
+        os.kill(pids(server)[0], signal.SIGKILL)
+        assert server.wait(30)
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(address)
 
 
 # -- several things at once ---------------------------------------------------------------------------

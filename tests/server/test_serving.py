@@ -238,7 +238,7 @@ def test_a_connection_that_nobody_has_accepted_is_served_after_all_workers_have_
             assert reload.result(20) == 2
 
 
-# -- beginning -----------------------------------------------------------------------------------------
+# -- beginning and end ---------------------------------------------------------------------------------
 
 
 def test_a_server_serves_once() -> None:
@@ -251,6 +251,18 @@ def test_a_server_serves_once() -> None:
     with pytest.raises(RuntimeError, match="started before"):
         server.start()
     server.stop()
+
+
+def test_once_it_has_ended_nobody_is_kept_waiting_at_its_addresses(tmp_path: Path) -> None:
+    path = tmp_path / "server.sock"
+    server = Server(echo_pid, [ANY_PORT, f"unix:{path}"], workers=1)
+    server.start()
+    address = server.sockets[0].getsockname()
+    server.stop(wait=False)
+    assert server.wait(30)
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(address)
+    assert not path.exists()
 
 
 def test_more_workers_than_a_server_can_have_are_refused() -> None:
