@@ -259,7 +259,7 @@ class Server:
             checks.check_descriptors(self._workers, self._dispatch)
             predecessor = upgrade.take()
             try:
-                self._listeners = Listeners(
+                listeners = self._listeners = Listeners(
                     self._bind,
                     self._backlog,
                     self._dispatch == "reuseport",
@@ -275,6 +275,7 @@ class Server:
                 if event == "started":
                     is_ready = self._say_ready()
                     if predecessor is not None and is_ready:
+                        listeners.take_over()
                         predecessor.tell_ready()
                     elif predecessor is not None and self._loop is not None:
                         self._loop.give_up("on_ready failed, so the server that was to be replaced goes on")
@@ -291,14 +292,14 @@ class Server:
                     Task(app, order, self._on_reload),
                     Plan(self._workers, self._settings),
                     Pools(serves, self._preload, self._start_method),
-                    self._listeners,
+                    listeners,
                     Watch(*self._watch_for),
                     self._dispatch == "handoff",
                     tell,
                 )
                 self._loop.start()
             except BaseException:
-                self._listeners.close()
+                listeners.close()
                 raise
             return self._loop
 

@@ -24,8 +24,9 @@ class Listeners:
         bind: as for `_bind.open_listeners`.
         reuseport: each slot has its own.
         slots: for how many to open them now, with `reuseport`.
-        inherited: of the process that this one replaces, by the text of the bind they were opened for: slot, and the
-            bind that makes each here. They are taken instead of opening others.
+        inherited: of the process that this one is to replace, by the text of the bind they were opened for: slot, and
+            the bind that makes each here. They are taken instead of opening others; until `take_over` that process
+            serves there, too, and the files of its Unix sockets are left alone.
 
     Raises: as `_bind.open_listeners`; nothing is left open.
     """
@@ -41,6 +42,9 @@ class Listeners:
         self._backlog = backlog
         self._shared = not reuseport
         self._by_slot: dict[int, dict[str, list[_bind.Listener]]] = {}
+        # Whose files are those of the process that is to be replaced; and where nobody serves once it is.
+        self._theirs: list[_bind.Listener] = []
+        self._unwanted: list[_bind.Listener] = []
         groups = dict(_groups(bind))
         if not groups:
             raise ValueError("there is nothing to listen on: no bind was given")
@@ -49,8 +53,7 @@ class Listeners:
             for key, given in groups.items():
                 self._open_first(key, given, inherited.get(key, ()))
             for key in inherited.keys() - groups.keys():
-                for _, handed in inherited[key]:
-                    _close(handed)  # nobody listens there any more
+                self._unwanted += _bind.open_listeners([bind for _, bind in inherited[key]])
             if reuseport:
                 self.of(slots - 1)
                 if len(self._by_slot) > slots or inherited:
@@ -62,9 +65,9 @@ class Listeners:
         slots = sorted({slot for slot, _ in handed})
         for slot in slots:
             binds = [bind for each, bind in handed if each == slot]
-            self._add(
-                slot, key, _bind.open_listeners(binds, backlog=self._backlog, reuseport=not self._shared)
-            )
+            found = _bind.open_listeners(binds, backlog=self._backlog, reuseport=not self._shared)
+            self._theirs += found
+            self._add(slot, key, found)
         if not slots:
             found = _bind.open_listeners(given, backlog=self._backlog, reuseport=not self._shared)
             self._add(0, key, found)
@@ -131,6 +134,12 @@ class Listeners:
                 for listener in listeners:
                     yield key, slot, listener
 
+    def take_over(self) -> None:
+        """The process that handed some to this one is about to leave: the files of their Unix sockets are ours now."""
+        self._theirs.clear()
+        while self._unwanted:
+            self._unwanted.pop().close()
+
     def close(self, keep_path: bool = False) -> None:
         """Close them all; safe to call again.
 
@@ -138,7 +147,9 @@ class Listeners:
             keep_path: another process serves there now, so a Unix socket's file is to stay.
         """
         for _, _, listener in self.all():
-            listener.close(keep_path=keep_path)
+            listener.close(keep_path=keep_path or listener in self._theirs)
+        for listener in self._unwanted:
+            listener.close(keep_path=True)
 
 
 def _groups(bind: _bind.Bind) -> Iterator[tuple[str, list[Given]]]:
@@ -158,11 +169,3 @@ def _groups(bind: _bind.Bind) -> Iterator[tuple[str, list[Given]]]:
 def _is_given(group: Sequence[Given]) -> bool:
     """True for sockets that somebody else has opened, and may rely on."""
     return any(isinstance(each, socket.socket) or str(each).startswith(("fd:", "systemd")) for each in group)
-
-
-def _close(handed: str) -> None:
-    try:
-        for listener in _bind.open_listeners(handed):
-            listener.close()
-    except OSError:
-        pass  # it is not open any more

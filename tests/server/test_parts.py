@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from fdpool import BindFailed
 from fdpool._server import apps
 from fdpool._server.accept import Acceptor, Reserve
 from fdpool._server.handoff import Laden, choose
@@ -237,8 +238,14 @@ def test_listeners_that_are_handed_on_are_found_by_what_they_were_bound_for(tmp_
     handed: dict[str, list[tuple[int, str]]] = {}
     for key, slot, listener in first.all():
         handed.setdefault(key, []).append((slot, listener.handover(listener.socket.fileno())))
+    with pytest.raises(BindFailed):
+        Listeners([binds[2], "unix:/nowhere/c.sock"], 10, reuseport=False, slots=1, inherited=handed)
+    again = Listeners(binds[:2], 10, reuseport=False, slots=1, inherited=handed)
+    again.close()  # it has not come to serve
     again = Listeners(binds[:2], 10, reuseport=False, slots=1, inherited=handed)
     assert [each.address for each in again.first] == [each.address for each in first.first[:2]]
+    assert (tmp_path / "b.sock").exists()
+    again.take_over()
     first.close(keep_path=True)
     assert (tmp_path / "a.sock").exists()
     assert not (tmp_path / "b.sock").exists()  # nobody listens there any more

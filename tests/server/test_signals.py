@@ -233,6 +233,35 @@ def test_a_successor_that_fails_changes_nothing(tmp_path: Path, broken: str, why
         assert ask_port(port)
 
 
+@pytest.mark.parametrize(
+    "successor",
+    [
+        'fdpool.Server("nothing:here", "unix:{path}", workers=1, boot_limit=1)',
+        'fdpool.Server("nothing:here", "127.0.0.1:0", workers=1, boot_limit=1)',
+        'fdpool.Server(pid, "unix:{path}", workers=1, on_ready=lambda: 1 / 0)',
+        'fdpool.Server(pid, ["unix:{path}", "unix:/nowhere/s.sock"], workers=1)',
+    ],
+    ids=["does not boot", "listens elsewhere", "on_ready", "cannot listen"],
+)
+def test_a_successor_that_fails_leaves_the_file_of_a_unix_socket(tmp_path: Path, successor: str) -> None:
+    """S2: however far it has come."""
+    path = tmp_path / "s.sock"
+    with program(tmp_path, f'sys.exit(fdpool.Server(pid, "unix:{path}", workers=1).run())') as server:
+        server.expect("started")
+        script = tmp_path / "program.py"
+        lines = script.read_text().splitlines()
+        script.write_text("\n".join([*lines[:-1], f"sys.exit({successor.format(path=path)}.run())"]))
+        server.signal(signal.SIGUSR2)
+        server.expect("upgrade_failed")
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(path))
+            client.sendall(b"x")
+            assert read_all(client)
+        server.signal(signal.SIGTERM)
+        assert server.wait() == 0
+        assert not path.exists()
+
+
 def test_the_variable_of_an_upgrade_is_for_the_successor_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
