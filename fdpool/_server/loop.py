@@ -350,6 +350,7 @@ class Loop:
         if not self._stopping:
             self._stopping = True
             if not handed_over:
+                self.succession.close()  # or it would serve on, while what has begun here is finished
                 self._on_event("stopping")
             if self.handoff is not None:
                 self.handoff.stop()

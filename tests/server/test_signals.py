@@ -262,6 +262,22 @@ def test_a_successor_that_fails_leaves_the_file_of_a_unix_socket(tmp_path: Path,
         assert not path.exists()
 
 
+def test_a_stop_while_a_successor_boots_ends_both(tmp_path: Path) -> None:
+    """What was asked for last counts: also where requests in flight leave the successor the time to come to serve."""
+    with program(tmp_path, PLAIN.replace("workers=2", "workers=1, grace=60")) as server:
+        first, port = server.pid, port_in(server.expect("started"))
+        with begin_sleeping(port, 60):
+            server.signal(signal.SIGUSR2)
+            server.pid = server.expect("upgrading")["successor_pid"]
+            os.kill(first, signal.SIGTERM)
+            wait_until(lambda: not psutil.pid_exists(server.pid))
+            for _ in range(2):
+                server.expect("stopping")
+                os.kill(first, signal.SIGQUIT)
+            assert server.wait() == 0
+            assert "upgraded" not in server.events()
+
+
 def test_the_variable_of_an_upgrade_is_for_the_successor_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
