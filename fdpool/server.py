@@ -22,7 +22,7 @@ from ._cpus import usable_cpus
 from ._server import apps, checks, guess, upgrade
 from ._server.context import Order, ServerWorker, current_worker
 from ._server.crew import Task
-from ._server.listeners import Listeners
+from ._server.listeners import Listeners, keys_of
 from ._server.loop import Loop
 from ._server.plan import Plan, Settings
 from ._server.pools import Pools
@@ -247,17 +247,18 @@ class Server:
 
     def _run_under(self, signals: Signals) -> int:
         """`run`, for who has signals handled already: what comes before the loop is there is done then."""
-        loop = self._launch(signals.hear)
+        # The program waits in here, so no other server of it can still come for what is handed on.
+        loop = self._launch(signals.hear, takes_any=True)
         signals.begin(loop)
         signals.wait()
         return loop.exit_code
 
-    def _launch(self, on_event: Callable[[str], None]) -> Loop:
+    def _launch(self, on_event: Callable[[str], None], takes_any: bool = False) -> Loop:
         with self._lock:
             if self._loop is not None:
                 raise RuntimeError("this server was started before; make a new one")
             checks.check_descriptors(self._workers, self._dispatch)
-            predecessor = upgrade.take()
+            predecessor = upgrade.take(None if takes_any else keys_of(self._bind))
             try:
                 listeners = self._listeners = Listeners(
                     self._bind,

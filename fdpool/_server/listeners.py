@@ -152,6 +152,11 @@ class Listeners:
             listener.close(keep_path=True)
 
 
+def keys_of(bind: _bind.Bind) -> list[str]:
+    """By which texts the listeners of a bind are handed on."""
+    return [key for key, _ in _groups(bind)]
+
+
 def _groups(bind: _bind.Bind) -> Iterator[tuple[str, list[Given]]]:
     """What is to be opened together, each with a text by which the same program finds it again in its next process."""
     given: list[Given] = [bind] if isinstance(bind, (str, int, socket.socket)) else list(bind)

@@ -12,7 +12,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Collection, Iterable, Mapping, MutableMapping
 from typing import Any
 
 from .._bind import Listener
@@ -25,14 +25,15 @@ VARIABLE = "FDPOOL_UPGRADE"
 
 Inherited = dict[str, list[tuple[int, str]]]
 
-_taken: Predecessor | None = None
+_before: Predecessor | None = None  # what this process is to replace, once `take` has looked
 
 
 class Predecessor:
     """The process that this one is to replace.
 
     Attributes:
-        listeners: by the bind that they were opened for, the slot and the bind that makes each here.
+        listeners: which it hands to this one, until they are taken: by the bind that they were opened for, the slot
+            and the bind that makes each here.
     """
 
     def __init__(self, control: StreamSocket, listeners: Inherited) -> None:
@@ -63,7 +64,7 @@ class Predecessor:
 
 def is_successor() -> bool:
     """True if this process was started to replace another server, now or before `take` was called."""
-    return _taken is not None or _announced(os.environ) is not None
+    return _before is not None or _announced(os.environ) is not None
 
 
 def announced_binds(environment: Mapping[str, str] = os.environ) -> list[str]:
@@ -72,9 +73,25 @@ def announced_binds(environment: Mapping[str, str] = os.environ) -> list[str]:
     return [] if found is None else list(found["listeners"])
 
 
-def take(environment: MutableMapping[str, str] = os.environ) -> Predecessor | None:
-    """The process that this one is to replace, once; None if there is none. Removes the variable."""
-    global _taken
+def take(
+    binds: Collection[str] | None, environment: MutableMapping[str, str] = os.environ
+) -> Predecessor | None:
+    """The process that this one is to replace, for whoever takes its listeners; None if that is somebody else.
+
+    A program may have several servers, and it is one of them that is replaced. Removes the variable in any case.
+
+    Args:
+        binds: of a server. It is that one's if one of these is among those that are handed on; None: it is in any case.
+    """
+    global _before
+    if _before is None:
+        _before = _find(environment)
+    if _before is None or not _before.listeners:
+        return None
+    return _before if binds is None or not _before.listeners.keys().isdisjoint(binds) else None
+
+
+def _find(environment: MutableMapping[str, str]) -> Predecessor | None:
     found = _announced(environment)
     environment.pop(VARIABLE, None)
     if found is None:
@@ -90,8 +107,7 @@ def take(environment: MutableMapping[str, str] = os.environ) -> Predecessor | No
     for binds in listeners.values():
         for _, bind in binds:
             os.set_inheritable(_number_in(bind), False)
-    _taken = Predecessor(control, listeners)
-    return _taken
+    return Predecessor(control, listeners)
 
 
 def _announced(environment: Mapping[str, str]) -> dict[str, Any] | None:

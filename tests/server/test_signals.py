@@ -262,6 +262,22 @@ def test_a_successor_that_fails_leaves_the_file_of_a_unix_socket(tmp_path: Path,
         assert not path.exists()
 
 
+def test_of_a_program_with_two_servers_an_upgrade_replaces_the_one_that_was_asked(tmp_path: Path) -> None:
+    """Also where the other one is started first, and comes to serve."""
+    body = """
+    with fdpool.Server(pid, "127.0.0.1:0", workers=1):
+        sys.exit(fdpool.Server(pid, "localhost:0", workers=1).run())
+    """
+    with program(tmp_path, body) as server:
+        server.expect("started")
+        port = port_in(server.expect("started"))
+        server.signal(signal.SIGUSR2)
+        server.pid = server.expect("upgrading")["successor_pid"]
+        server.expect("upgraded")
+        assert server.wait() == 0
+        assert ask_port(port) in [each.pid for each in server.tree()]
+
+
 def test_a_stop_while_a_successor_boots_ends_both(tmp_path: Path) -> None:
     """What was asked for last counts: also where requests in flight leave the successor the time to come to serve."""
     with program(tmp_path, PLAIN.replace("workers=2", "workers=1, grace=60")) as server:
@@ -285,7 +301,7 @@ def test_the_variable_of_an_upgrade_is_for_the_successor_alone(
 
     monkeypatch.setenv("FDPOOL_UPGRADE", '{"of": 1, "control": 0, "listeners": {}}')
     assert not upgrade.is_successor()
-    assert upgrade.take() is None
+    assert upgrade.take(None) is None
     assert "FDPOOL_UPGRADE" not in os.environ
 
 
