@@ -112,6 +112,7 @@ class Worker:
         "generation",
         "number",
         "retire_at",
+        "retires_early",
         "retiring",
         "slot",
         "state",
@@ -128,6 +129,7 @@ class Worker:
         self.deadline: float | None = deadline  # of booting or draining
         self.retire_at: float | None = None
         self.retiring = False
+        self.retires_early = False  # asked to while it booted: heeded when it serves, and has taken its place
         self.closed = False  # it accepts nothing any more
         self.young_until = 0.0
 
@@ -230,7 +232,8 @@ class Plan:
         self.boot_failures = 0
         self._pause_until = 0.0
         self._proven.add(worker.generation)
-        return self._reconcile(now)
+        actions = self._reconcile(now)
+        return [*actions, *self.retire(number, now)] if worker.retires_early else actions
 
     def exited(self, number: WorkerNumber, now: float, why: str = "") -> Sequence[Action]:
         """The worker is dead, or has done with serving."""
@@ -249,6 +252,8 @@ class Plan:
     def retire(self, number: WorkerNumber, now: float) -> Sequence[Action]:
         """The worker has done its share (requests, memory): it is to be replaced, without a gap."""
         worker = self.workers.get(number)
+        if worker is not None and worker.state is State.BOOTING:
+            worker.retires_early = True
         if worker is None or worker.state is not State.SERVING:
             return ()
         worker.retiring = True

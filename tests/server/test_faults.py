@@ -110,6 +110,17 @@ def test_a_worker_that_is_sent_sigterm_finishes_and_has_a_successor_first() -> N
             assert int(read_all(client)) == before
 
 
+def test_a_worker_that_is_to_be_replaced_before_it_serves_is(tmp_path: Path) -> None:
+    def retire(worker: ServerWorker) -> None:
+        if not (tmp_path / "first").exists():
+            (tmp_path / "first").write_text(str(worker.pid))
+            worker.retire("it is the first")
+
+    with Server(echo_pid, ANY_PORT, workers=1, on_worker_start=retire) as server:
+        first = int((tmp_path / "first").read_text())
+        wait_until(lambda: pids(server) not in ([first], []))
+
+
 def slow_then_pid(connection: socket.socket, _: object) -> None:
     time.sleep(float(connection.recv(100)))
     connection.sendall(b"%d" % os.getpid())

@@ -354,6 +354,23 @@ def test_a_retiring_worker_serves_until_its_successor_does() -> None:
     assert len(world.serving) == 2
 
 
+def test_who_is_to_retire_while_it_boots_serves_first_and_takes_its_place() -> None:
+    world = started(1)
+    [old] = world.serving
+    world.reload()
+    [early] = world.booting
+    world.do(world.plan.retire(early, world.now))
+    assert [*world.booting] == [early]
+    world.ready()
+    assert old in world.draining
+    assert early in world.serving
+    world.ready()
+    assert early in world.draining
+    world.all_ready()
+    assert world.told(Reloaded) == [Reloaded(2)]
+    assert not world.booting
+
+
 def test_workers_of_an_age_are_not_all_replaced_at_the_same_time() -> None:
     world = started(8, max_age_s=1000.0, jitter=0.1)
     world.wait(899)
@@ -450,8 +467,8 @@ def test_whatever_happens_in_whatever_order_the_last_wish_comes_true(seed: int) 
             world.exit(chance.choice(everybody))
         elif event in (3, 4) and (able := [each for each in world.booting if each not in world.doomed]):
             world.ready(chance.choice(able))
-        elif event == 5 and world.serving:
-            world.do(world.plan.retire(chance.choice([*world.serving]), world.now))
+        elif event == 5 and everybody:
+            world.do(world.plan.retire(chance.choice(everybody), world.now))
         elif event == 6 and everybody:
             world.do(world.plan.hung(chance.choice(everybody), world.now, "hung"))
         elif event == 7 and world.draining:
