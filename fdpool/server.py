@@ -208,6 +208,7 @@ class Server:
         self._on_ready = on_ready
         self._on_reload = on_reload
         self._loop: Loop | None = None
+        self._given_up = False  # for who comes to start it, perhaps when there was no loop yet to stop
         self._listeners: Listeners | None = None
         self._lock = threading.Lock()
 
@@ -223,6 +224,8 @@ class Server:
         """
         loop = self._launch(lambda _: None)
         try:
+            if self._given_up:
+                loop.stop(0.0)
             loop.started.result()
         except BaseException:
             loop.stop(0.0)
@@ -342,7 +345,16 @@ class Server:
     async def __aenter__(self) -> Server:
         import asyncio  # whoever comes here has it; the process of `run` need not, nor the 5 MiB
 
-        await asyncio.get_running_loop().run_in_executor(None, self.start)
+        run_in_thread = partial(asyncio.get_running_loop().run_in_executor, None)
+        starting = run_in_thread(self.start)
+        try:
+            await asyncio.shield(starting)
+        except asyncio.CancelledError:
+            # The block is never entered, so nobody else would end it.
+            self._given_up = True
+            self.stop(0.0, wait=False)
+            await asyncio.gather(starting, run_in_thread(self.wait), return_exceptions=True)
+            raise
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:

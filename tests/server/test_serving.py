@@ -287,6 +287,38 @@ def test_it_serves_in_an_event_loop() -> None:
     assert asyncio.run(main()).endswith(b" x")
 
 
+@pytest.mark.parametrize("boots", [False, True])
+def test_cancelled_before_its_block_is_entered_it_ends(tmp_path: Path, boots: bool) -> None:
+    """Also where it was about to open its listeners."""
+
+    def boot_for_long(worker: ServerWorker) -> None:
+        (tmp_path / "boots").touch()
+        worker.wait_drain()
+
+    async def enter(server: Server) -> None:
+        async with server:
+            raise AssertionError("it has come to serve")
+
+    async def main() -> None:
+        server = Server(
+            echo_pid, ANY_PORT, workers=1, on_worker_start=boot_for_long, boot_timeout=20, boot_limit=1
+        )
+        entering = asyncio.create_task(enter(server))
+        await asyncio.sleep(0)
+        if boots:
+            await asyncio.to_thread(wait_until, (tmp_path / "boots").exists)
+        entering.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await entering
+        try:
+            assert server.stats().workers == ()
+            assert server.wait(0)
+        finally:
+            server.stop(0.0)
+
+    asyncio.run(main())
+
+
 def test_it_begins_and_ends_in_any_thread() -> None:
     answers: list[bytes] = []
 
