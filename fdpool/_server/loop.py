@@ -58,8 +58,8 @@ class Loop:
     Args:
         listeners: the loop's from `start` on, and closed at its end.
         hands_over: this thread accepts, and hands each connection to a worker.
-        on_event: called in the loop's thread with "started", "reloading", "reloaded", "upgraded", "stopping",
-            "over" (no worker is left), "ended" (nothing is).
+        on_event: called in the loop's thread with "started", "reloading", "reloaded" (or it will not be), "upgraded",
+            "stopping", "over" (no worker is left), "ended" (nothing is).
 
     Attributes:
         is_running: False once nothing of it is left, but for its thread, which ends this moment.
@@ -286,12 +286,14 @@ class Loop:
         if self._stopping:
             _fail(future, "the server is ending")
             return
+        self._on_event("reloading")
         if self._task.on_reload is not None:
             try:
                 self._task.on_reload(self._plan.newest + 1)
             except Exception as error:
                 why = f"on_reload called it off: {type(error).__name__}: {error}"
                 say("reload_failed", "no reload: %s", why, level=logging.ERROR, reason=why)
+                self._reload_is_over()
                 _fail(future, why)
                 return
         for older in self._reloads.values():
@@ -301,8 +303,12 @@ class Loop:
         actions = self._plan.reload(time.monotonic())
         self._reloads[self._plan.target] = future
         say("reloading", "generation %d is coming", self._plan.target, generation=self._plan.target)
-        self._on_event("reloading")
         self._perform(actions)
+
+    def _reload_is_over(self) -> None:
+        """Tell so, unless another one goes on, or the server has yet to start: then it tells of that."""
+        if not self._reloads and self.started.done():
+            self._on_event("reloaded")
 
     def _scale(self, change: Callable[[int], int]) -> None:
         before = self._wanted
@@ -414,8 +420,8 @@ class Loop:
     def _note_reloaded(self, action: Reloaded) -> None:
         generation = action.generation
         say("reloaded", "every worker is of generation %d", generation, generation=generation)
-        self._on_event("reloaded")
         future = self._reloads.pop(generation, None)
+        self._reload_is_over()
         if future is not None:
             future.set_result(generation)
 
@@ -431,8 +437,8 @@ class Loop:
             generation=generation,
             reason=why,
         )
-        self._on_event("reloaded")
         future = self._reloads.pop(generation, None)
+        self._reload_is_over()
         if future is not None:
             _fail(future, f"generation {generation} does not boot: {why}")
 

@@ -7,6 +7,7 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -153,6 +154,67 @@ def test_usr1_opens_log_files_anew_here_and_in_the_workers(tmp_path: Path) -> No
         assert (tmp_path / "worker.old").read_text().count("served") == 2
         wait_until(lambda: (tmp_path / "worker.log").read_text().count("served") == 1)
         wait_until(lambda: "anew" in (tmp_path / "server.log").read_text())
+
+
+# -- what systemd is told ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def manager(tmp_path: Path) -> Iterator[socket.socket]:
+    """The socket that is NOTIFY_SOCKET."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listening:
+        listening.bind(str(tmp_path / "notify"))
+        listening.settimeout(20)
+        yield listening
+
+
+def states_told(manager: socket.socket) -> list[str]:
+    """What it is told until the server stops; the first word of each."""
+    said = []
+    while said[-1:] != ["STOPPING=1"]:
+        said.append(manager.recv(10_000).decode().splitlines()[0])
+    return said
+
+
+def test_systemd_is_told_of_a_reload_that_a_hook_has_called_off(
+    tmp_path: Path, manager: socket.socket
+) -> None:
+    """With Type=notify-reload it waits for its end, whatever that is."""
+    body = 'sys.exit(fdpool.Server(pid, "127.0.0.1:0", workers=1, on_reload=lambda generation: 1 / 0).run())'
+    with program(tmp_path, body, NOTIFY_SOCKET=manager.getsockname()) as server:
+        server.expect("started")
+        server.signal(signal.SIGHUP)
+        server.expect("reload_failed")
+        server.signal(signal.SIGTERM)
+        assert states_told(manager) == ["READY=1", "RELOADING=1", "READY=1", "STOPPING=1"]
+        assert server.wait() == 0
+
+
+def test_systemd_is_told_of_a_start_when_all_serve_also_after_a_reload_that_was_given_up(
+    tmp_path: Path, manager: socket.socket
+) -> None:
+    code = tmp_path / "served.py"
+    code.write_text("def app(connection, address): pass\n")
+    body = """
+    def wait_until_told(worker):
+        while worker.slot == 1 and not os.path.exists("go on"):
+            time.sleep(0.01)
+
+    options = {"interface": "handler", "workers": 2, "on_worker_start": wait_until_told}
+    sys.exit(fdpool.Server("served:app", "127.0.0.1:0", **options).run())
+    """
+    with program(tmp_path, body, NOTIFY_SOCKET=manager.getsockname()) as server:
+        server.expect("worker_ready")
+        good = code.read_text()
+        code.write_text("this is no python")
+        server.signal(signal.SIGHUP)
+        server.expect("reload_failed")
+        code.write_text(good)
+        (tmp_path / "go on").touch()
+        server.expect("started")
+        server.signal(signal.SIGTERM)
+        assert states_told(manager) == ["RELOADING=1", "READY=1", "STOPPING=1"]
+        assert server.wait() == 0
 
 
 # -- upgrades ------------------------------------------------------------------------------------------
