@@ -61,7 +61,7 @@ class DescriptorsExhausted(FdpoolError, OSError):
 
 
 class ForkedPool(FdpoolError, RuntimeError):
-    """A pool used in a forked child of the process that made it; make a new pool there."""
+    """A pool, or a server, used in a forked child of the process that made it; make a new one there."""
 
     may_have_run = False
 

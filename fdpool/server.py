@@ -27,6 +27,7 @@ from ._server.loop import Loop
 from ._server.plan import Plan, Settings
 from ._server.pools import Pools
 from ._server.watch import Watch, resident_bytes
+from .errors import ForkedPool
 
 if TYPE_CHECKING:
     import socket
@@ -133,7 +134,8 @@ class Server:
         NotPicklable: the application, or a hook, cannot travel to a worker.
         ImportError: what speaks HTTP is not installed.
 
-    Nothing is opened or started before `run`, `start` or `with`. A server serves once. Thread-safe.
+    Nothing is opened or started before `run`, `start` or `with`. A server serves once. Thread-safe. In a forked child
+    of this process `stop` does nothing, orders raise `ForkedPool`, and the parent's server is left alone.
     """
 
     def __init__(
@@ -444,6 +446,11 @@ class Server:
     def _running(self) -> Loop:
         if self._loop is None:
             raise RuntimeError("the server was not started: use run(), start() or `with server:`")
+        if self._loop.is_forked:
+            raise ForkedPool(
+                "this server belongs to the process that made it, and this is a forked child of that: "
+                "make a new Server here"
+            )
         return self._loop
 
     def _opened(self) -> Listeners:

@@ -63,6 +63,7 @@ class Loop:
 
     Attributes:
         is_running: False once nothing of it is left, but for its thread, which ends this moment.
+        is_forked: this is a forked child of the process that runs it, and nobody takes turns here.
         exit_code: once it is over: 0, or what an orchestrator is to be told.
         started: settled when all workers serve for the first time, or it is known that they never will.
     """
@@ -101,6 +102,7 @@ class Loop:
         self._over = False
         self._settled = False  # the plan has nothing more to do before its time comes, or something happens
         self.is_running = True
+        self.is_forked = False
         self._stopping = False
         self._wanted = plan.wanted
         self._thread = threading.Thread(target=self._run, name="fdpool-server", daemon=True)
@@ -202,6 +204,7 @@ class Loop:
 
     def forget_in_child(self) -> None:
         """Runs in a forked child: close the copies."""
+        self.is_forked = True
         if self.handoff is not None:
             self.handoff.close()
         self.turns.close()

@@ -10,13 +10,14 @@ import signal
 import socket
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-from fdpool import NotPicklable, ServerFailed, current_worker
+from fdpool import ForkedPool, NotPicklable, ServerFailed, current_worker
 from fdpool.server import Server, ServerWorker
 from tests.process_state import seconds_until_gone, wait_until
 from tests.server.helpers import (
@@ -666,12 +667,17 @@ def test_a_worker_holds_nothing_of_its_siblings_or_of_the_server() -> None:
 
 def test_a_forked_child_of_the_server_leaves_it_alone() -> None:
     with Server(echo_pid, ANY_PORT, workers=1) as server:
+        orders = [server.reload, partial(server.scale, 3), server.upgrade, server.reopen_logs, server.stats]
         child = os.fork()
         if child == 0:
+            refused = 0
             try:
                 server.stop(0)
-                server.scale(3)
+                for order in orders:
+                    with pytest.raises(ForkedPool, match="make a new Server"):
+                        order()
+                    refused += 1
             finally:
-                os._exit(0)
-        os.waitpid(child, 0)
+                os._exit(refused)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == len(orders)
         assert ask(server)[0] in pids(server)
