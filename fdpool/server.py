@@ -237,9 +237,9 @@ class Server:
     def run(self) -> int:
         """Serve until a signal ends it; the exit code for whoever started this program: 0, or 3 if it gave up.
 
-        SIGTERM ends it within `grace`; SIGINT and SIGQUIT within a second, and at once the second time. SIGHUP reloads,
-        SIGTTIN and SIGTTOU have one worker more or less, SIGUSR1 opens log files anew. SIGUSR2 has a new process of
-        this program take over the listeners, and this one ends when that serves.
+        SIGTERM ends it within `grace`; SIGINT and SIGQUIT give what is in flight one second, and none the second time.
+        SIGHUP reloads, SIGTTIN and SIGTTOU have one worker more or less, SIGUSR1 opens log files anew. SIGUSR2 has a
+        new process of this program take over the listeners, and this one ends when that serves.
 
         Raises:
             RuntimeError: this is not the main thread, which alone receives signals; there, use `with server:`.
