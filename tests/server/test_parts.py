@@ -382,7 +382,7 @@ def test_a_worker_that_stands_still_is_told_once_for_each_time() -> None:
 
 
 class Trigger:
-    """waitress's trigger, as far as `_wake_once` has to do with it: a pipe with bytes in it."""
+    """waitress's trigger, as far as `Threads` have to do with it: a pipe with bytes in it."""
 
     def __init__(self) -> None:
         self.bytes = 0
@@ -400,10 +400,10 @@ class Trigger:
 def test_waitress_is_woken_once_for_many_and_never_too_few_times() -> None:
     """A pull at any moment of a read is followed by another read, or by what that read leads to."""
     pytest.importorskip("waitress")
-    from fdpool._server.wsgi import _wake_once
+    from fdpool._server.threads import Threads
 
     trigger = Trigger()
-    _wake_once(SimpleNamespace(trigger=trigger))
+    Threads(2).prepare(SimpleNamespace(trigger=trigger))
     for _ in range(3):
         trigger._physical_pull()
     assert trigger.bytes == 1
