@@ -35,9 +35,8 @@ from ._exec_session import Decided, Decision, Deny, Escalate, Finished, Gone, Ov
 from ._frames import encode_json
 from ._links import Waker
 from ._options import check_count, check_seconds
-from ._receiver import LONGEST_POLL_S
 from .errors import FdpoolError, FdTransferError, PayloadTooLarge, WireError
-from .fds import OwnedFds, standard_numbers_taken
+from .fds import LONGEST_POLL_S, OwnedFds, standard_numbers_taken
 from .pool import Pool
 from .running import RunningCommand
 from .sockets import DatagramSocket, StreamSocket
