@@ -374,9 +374,9 @@ def _isolating(item: pytest.Item) -> Iterator[None]:
         yield
 
 
-@pytest.hookimpl(wrapper=True, tryfirst=True)
+@pytest.hookimpl(wrapper=True, trylast=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
-    """Take the report of the worker for what was made of it here."""
+    """Take the report of the worker for what was made of it here, before other plugins see it."""
     report = yield
     isolated = sys.modules.get(f"{__package__}._fixtures.isolated")
     if isolated is not None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -35,12 +35,11 @@ _MACHINERY = ("/_pytest/", "/pluggy/", "/pytest/__main__.py", "<frozen runpy>")
 _GRACE_S = 0.2  # from SIGTERM to SIGKILL, for a body that takes too much
 
 
-class IsolatedFailure(Exception):
-    """Stands for what was raised in the worker; the report that came from there takes its place."""
-
-
 #: The report of the worker, where the body did not simply pass.
 REPORT = pytest.StashKey[pytest.TestReport]()
+
+#: Those of its subtests.
+SUBTESTS = pytest.StashKey[list[pytest.TestReport]]()
 
 
 @contextmanager
@@ -83,16 +82,25 @@ def _run(item: pytest.Item, body: Callable[[], None], limits: Limits) -> None:
             failure = _in_words(error, beside)
         finally:
             channel.replay()
+            item.stash[SUBTESTS] = [_report(item, data) for data in channel.notes("report")]
     if failure:
         pytest.fail(failure, pytrace=False)
-    if outcome.exit is not None:
-        pytest.exit(*outcome.exit)
-    report = item.config.hook.pytest_report_from_serializable(config=item.config, data=outcome.report)
+    report = _report(item, outcome.report)
     item.user_properties[:] = [(name, value) for name, value in report.user_properties]
     if not report.passed or hasattr(report, "wasxfail"):
         item.stash[REPORT] = report
-    if not report.passed:
-        raise IsolatedFailure("in the worker")
+    if outcome.called is not None:
+        name, arguments = outcome.called
+        getattr(pytest, name)(*arguments)
+    if outcome.error is not None:
+        raise outcome.error
+
+
+def _report(item: pytest.Item, data: dict[str, Any]) -> pytest.TestReport:
+    report: pytest.TestReport = item.config.hook.pytest_report_from_serializable(
+        config=item.config, data=data
+    )
+    return report
 
 
 def _outcome(name: str, limits: Limits) -> Outcome:
@@ -122,9 +130,14 @@ def _in_words(error: FdpoolError, beside: list[str]) -> str:
 
 
 def take_report(item: pytest.Item, report: pytest.TestReport) -> None:
-    """Put what the worker reported in place of what was made of `IsolatedFailure` here."""
+    """Put what the worker reported in place of what was made here of the error that it raised."""
+    if report.when != "call":
+        return
+    for each in item.stash.get(SUBTESTS, ()):  # here, as output is captured while the test is called
+        item.ihook.pytest_runtest_logreport(report=each)
+    item.stash[SUBTESTS] = []
     remote = item.stash.get(REPORT, None)
-    if remote is None or report.when != "call":
+    if remote is None:
         return
     del item.stash[REPORT]
     report.outcome = remote.outcome

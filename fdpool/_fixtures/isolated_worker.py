@@ -1,16 +1,21 @@
-"""The worker's half of `run_isolated`, and the files through which output and log records come back.
+"""The worker's half of `run_isolated`, and the files through which output, log records, warnings and the reports of
+subtests come back.
 
 Files in memory that both processes hold, so that what was written until then is there however the worker ends.
 """
 
 from __future__ import annotations
 
+import gc
+import io
 import logging
 import os
 import pickle
 import sys
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from types import TracebackType
 from typing import IO, Any, NamedTuple
 
@@ -25,44 +30,75 @@ class Outcome(NamedTuple):
 
     Attributes:
         report: of the call, as `pytest_report_to_serializable` makes it.
-        exit: reason and status, if `pytest.exit` was called.
+        error: what was raised, or an `IsolatedFailure` in place of what cannot travel; None if nothing was.
+        called: the function of pytest's by which the body has ended instead, "skip" or "exit", and its arguments.
     """
 
     report: dict[str, Any]
-    exit: tuple[str, int | None] | None
+    error: Exception | None = None
+    called: tuple[str, tuple[Any, ...]] | None = None
+
+
+class IsolatedFailure(Exception):
+    """Stands for what was raised in the worker, and cannot be raised here. Its text begins with the type."""
 
 
 _STREAMS = ("stdout", "stderr")
 
 
 class Channel:
-    """What is written in the worker to streams that live in memory (`--capture=sys`, `capsys`), and logged.
+    """What is written in the worker to streams that live in memory (`--capture=sys`, `capsys`), and notes: what is
+    logged, warned of, and reported of subtests.
 
     Made before the fork. Descriptors need no help: they are inherited.
     """
 
     def __init__(self) -> None:
         self._files: dict[str, IO[bytes]] = {}
-        for name in (*_STREAMS, "records"):
+        for name in (*_STREAMS, "notes"):
             fd = _platform.anonymous_file(f"fdpool-{name}")
             self._files[name] = open(fd, "r+b", buffering=0)
 
-    def install(self) -> None:
-        """Runs in: the worker. Copy what is written from now on."""
+    def install(self, config: pytest.Config) -> None:
+        """Runs in: the worker. Copy what is written, logged and warned of from now on."""
         for name in _STREAMS:
             stream = getattr(sys, name)
             if _lives_in_memory(stream):
                 _tee(stream, self._files[name])
-        logging.getLogger().addHandler(_Recorder(self._files["records"]))
+        logging.getLogger().addHandler(_Recorder(self))
+        if config.pluginmanager.hasplugin("warnings"):  # otherwise they are written to standard error
+            _note_warnings(self)
+
+    def note(self, kind: str, content: Any) -> None:
+        """Runs in: the worker. Have the process of the tests know of it."""
+        import cloudpickle  # a warning's class may be one of the body's own
+
+        data = cloudpickle.dumps((kind, content))
+        self._files["notes"].write(len(data).to_bytes(4, "little") + data)
 
     def replay(self) -> None:
-        """Runs in: the process of the tests, when the worker is gone. Write and log here what was there."""
+        """Runs in: the process of the tests, when the worker is gone. Write, log and warn here as was done there."""
         for name in _STREAMS:
             stream = getattr(sys, name)
             text = self._content(name).decode(errors="backslashreplace")
             if text and stream is not None:
-                stream.write(text)
-        _handle_records(self._content("records"))
+                # With --capture=tee-sys its own `write` writes to the terminal too, where it has been seen.
+                write = io.TextIOWrapper.write if isinstance(stream, io.TextIOWrapper) else type(stream).write
+                write(stream, text)
+        for fields in self.notes("record"):
+            _handle_record(logging.makeLogRecord(fields))
+        for shown in self.notes("warning"):
+            warnings.showwarning(*shown)  # past the filters, which it has passed
+
+    def notes(self, kind: str) -> Iterator[Any]:
+        """The notes of one kind, in their order."""
+        data = self._content("notes")
+        while len(data) >= 4:
+            size = int.from_bytes(data[:4], "little")
+            found, content = pickle.loads(data[4 : 4 + size])
+            data = data[4 + size :]
+            if found == kind:
+                yield content
 
     def _content(self, name: str) -> bytes:
         file = self._files[name]
@@ -96,18 +132,104 @@ def run() -> Outcome:
     """Runs in: the worker. Run the body, and report on it as pytest would."""
     assert _pending is not None
     item, body, channel = _pending
-    channel.install()
-    call = pytest.CallInfo.from_call(body, when="call")
-    left = None
-    if call.excinfo is not None and isinstance(call.excinfo.value, pytest.exit.Exception):
-        left = call.excinfo.value.msg, call.excinfo.value.returncode
+    channel.install(item.config)
+    call = pytest.CallInfo.from_call(partial(_call, item, body, channel), when="call")
     report = item.ihook.pytest_runtest_makereport(item=item, call=call)
+    # Failed subtests make the test a failure only here.
+    item.ihook.pytest_report_teststatus(report=report, config=item.config)
     data = item.config.hook.pytest_report_to_serializable(config=item.config, report=report)
+    outcome = Outcome(data)
+    if call.excinfo is not None:
+        outcome = outcome._replace(**_as_it_travels(call.excinfo.value))
     coverage.save_fork()
     for name in _STREAMS:
         with suppress(OSError, ValueError, AttributeError):
             getattr(sys, name).flush()
-    return Outcome(data, left)
+    return outcome
+
+
+#: Plugins of pytest's own that look, when a body has ended, for what nobody could be told of.
+_AFTER_BODIES = ("threadexception", "unraisableexception")
+
+
+def _call(item: pytest.Item, body: Callable[[], None], channel: Channel) -> None:
+    """Run the body with what belongs before, around and after it, as far as this process will not come to it."""
+    __tracebackhide__ = True
+    plugins = item.config.pluginmanager
+    inside = _Inside(item.config, body, channel)
+    plugins.register(_Kept())
+    plugins.register(inside)
+    taking_part = [inside, *map(plugins.get_plugin, _AFTER_BODIES)]
+    others = [plugin for plugin in plugins.get_plugins() if plugin not in taking_part]
+    plugins.subset_hook_caller("pytest_runtest_call", others)(item=item)
+
+
+class _Inside:
+    """What the worker has pytest do otherwise."""
+
+    def __init__(self, config: pytest.Config, body: Callable[[], None], channel: Channel) -> None:
+        self._config = config
+        self._body = body
+        self._channel = channel
+        self._ends = ExitStack()
+
+    def pytest_runtest_call(self, item: pytest.Item) -> None:
+        __tracebackhide__ = True
+        item.addfinalizer = self._ends.callback  # type: ignore[assignment, method-assign]
+        with self._ends:
+            self._body()
+        gc.collect()  # what it leaves unfinalized would never be told of
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_fixture_setup(
+        self, fixturedef: pytest.FixtureDef[Any], request: pytest.FixtureRequest
+    ) -> Iterator[None]:
+        """What the body asks for by `request.getfixturevalue` is known only here, whatever its scope."""
+        try:
+            return (yield)
+        finally:
+            self._ends.callback(fixturedef.finish, request)  # type: ignore[arg-type]
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Of a subtest. Nobody in this process is to be told: what a plugin of pytest-xdist says to its controller, or
+        the terminal is told, would be said twice."""
+        to_serializable = self._config.hook.pytest_report_to_serializable
+        self._channel.note("report", to_serializable(config=self._config, report=report))
+        raise _NoFurther
+
+
+class _NoFurther(Exception):
+    """Raised by the first hook so that the others are not called."""
+
+
+class _Kept:
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_logreport(self) -> Iterator[None]:
+        try:
+            return (yield)
+        except _NoFurther:
+            return None
+
+
+def _as_it_travels(error: BaseException) -> dict[str, Any]:
+    """What an `Outcome` says of the error."""
+    if isinstance(error, pytest.exit.Exception):
+        return {"called": ("exit", (error.msg, error.returncode))}
+    for name in ("skip", "xfail", "fail"):
+        # Their classes say that they are builtins, so they cannot be pickled.
+        if type(error) is getattr(pytest, name).Exception:
+            return {"called": (name, (str(error),))}
+    if isinstance(error, Exception):  # others end more than a test
+        import cloudpickle
+
+        try:
+            pickle.loads(cloudpickle.dumps(error))
+        except Exception:  # of its own __reduce__, or its __init__
+            pass
+        else:
+            return {"error": error}
+    return {"error": IsolatedFailure(f"{type(error).__name__}: {error}")}
 
 
 def _lives_in_memory(stream: Any) -> bool:
@@ -129,32 +251,43 @@ def _tee(stream: Any, file: IO[bytes]) -> None:
     stream.write = copying
 
 
-class _Recorder(logging.Handler):
-    """Writes each record to a file, as `logging.handlers.QueueHandler` prepares it for another process."""
+def _note_warnings(channel: Channel) -> None:
+    """Note each warning that is shown. One that a block of the body's own catches is not."""
+    show = warnings.showwarning
 
-    def __init__(self, file: IO[bytes]) -> None:
+    def noting(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: Any = None,
+        line: str | None = None,
+    ) -> None:
+        channel.note("warning", (str(message), category, filename, lineno))
+        show(message, category, filename, lineno, file, line)
+
+    warnings.showwarning = noting
+
+
+class _Recorder(logging.Handler):
+    """Notes each record, as `logging.handlers.QueueHandler` prepares it for another process."""
+
+    def __init__(self, channel: Channel) -> None:
         super().__init__()
-        self._file = file
+        self._channel = channel
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
             fields = {**record.__dict__, "msg": record.getMessage(), "args": None, "exc_info": None}
             if record.exc_info:
                 fields["exc_text"] = logging.Formatter().formatException(record.exc_info)
-            data = pickle.dumps(fields)
+            self._channel.note("record", fields)
         except Exception:
             self.handleError(record)
-            return
-        self._file.write(len(data).to_bytes(4, "little") + data)
 
 
-def _handle_records(data: bytes) -> None:
-    """Give the records to the handlers by which pytest captures logs; others have had them in the worker."""
-    handlers = [each for each in logging.getLogger().handlers if type(each).__module__ == "_pytest.logging"]
-    while len(data) >= 4:
-        size = int.from_bytes(data[:4], "little")
-        record = logging.makeLogRecord(pickle.loads(data[4 : 4 + size]))
-        data = data[4 + size :]
-        for handler in handlers:
-            if record.levelno >= handler.level:
-                handler.handle(record)
+def _handle_record(record: logging.LogRecord) -> None:
+    """Give the record to the handlers by which pytest captures logs; others have had it in the worker."""
+    for handler in logging.getLogger().handlers:
+        if type(handler).__module__ == "_pytest.logging" and record.levelno >= handler.level:
+            handler.handle(record)

@@ -280,6 +280,21 @@ def test_reruns_and_shuffled_tests_get_fresh_fixtures(run_pytest: Run) -> None:
     outcome.assert_counts(passed=4, failed=1, rerun=5)
 
 
+def test_an_isolated_test_runs_again_by_the_error_that_it_has_raised(run_pytest: Run) -> None:
+    outcome = run_pytest(
+        """
+        import pytest
+        @pytest.mark.run_isolated
+        def test_flaky(): raise ConnectionError("the network")
+        @pytest.mark.run_isolated
+        def test_wrong(): raise ValueError("the code")
+        """,
+        *("--reruns=1", "--only-rerun=ConnectionError"),
+        plugins=["rerunfailures"],
+    )
+    outcome.assert_counts(failed=2, rerun=1)
+
+
 def test_it_works_with_all_that_is_installed_at_once_and_warnings_as_errors(run_pytest: Run) -> None:
     """Each by its entry point, as pytest does where nobody says otherwise; fdpool as well, where it is installed."""
     outcome = run_pytest(

@@ -120,8 +120,9 @@ def test_every_end_of_a_body_is_an_outcome_of_its_test_alone(
     assert '<property name="name" value="value"' in (tmp_path / "found.xml").read_text()
 
 
-def test_without_capture_output_goes_where_it_always_goes(run_pytest: Run) -> None:
-    """F5: -s."""
+@pytest.mark.parametrize("how", ["-s", "--capture=tee-sys"])
+def test_output_that_is_seen_at_once_is_seen_once(run_pytest: Run, how: str) -> None:
+    """F5."""
     outcome = run_pytest(
         """
         import os, pytest
@@ -130,7 +131,7 @@ def test_without_capture_output_goes_where_it_always_goes(run_pytest: Run) -> No
             print("by print")
             os.write(2, b"by write")
         """,
-        "-s",
+        how,
     )
     outcome.assert_counts(passed=1)
     assert outcome.text.count("by print") == outcome.text.count("by write") == 1
@@ -200,6 +201,173 @@ def test_the_fixture_isolates_too_and_wrong_arguments_are_a_usage_error(run_pyte
     )
     outcome = run_pytest("def test_it(run_isolated): pass", ini="fdpool_isolated_timeout = soon")
     outcome.assert_says("fdpool_isolated_timeout must be a number of seconds, not 'soon'")
+
+
+@pytest.mark.skipif(not hasattr(pytest, "Subtests"), reason="this pytest has no subtests")
+@pytest.mark.parametrize("processes", [0, 1])
+def test_subtests_of_a_body_are_reported_and_fail_it(run_pytest: Run, processes: int) -> None:
+    """Once each, whoever is told of them; and those before a crash."""
+    outcome = run_pytest(
+        """
+        import os, unittest, pytest
+        pytestmark = pytest.mark.run_isolated
+        def test_fixture(subtests):
+            for number in range(3):
+                with subtests.test(number=number): assert number != 1
+        class TestOld(unittest.TestCase):
+            def test_old(self):
+                for number in range(3):
+                    with self.subTest(number=number): assert number != 1
+        def test_crashing(subtests):
+            with subtests.test("before"): assert 0
+            os._exit(3)
+        def test_passing(subtests):
+            with subtests.test(): pass
+        @pytest.mark.xfail
+        def test_expected(subtests):
+            with subtests.test(): assert 0
+        """,
+        f"-n{processes}",
+        plugins=["xdist"],
+    )
+    outcome.assert_counts(failed=5, passed=2, xpassed=1)
+    outcome.assert_says("test_fixture (number=", "assert 1 != 1", "____ test_fixture ____")
+    outcome.assert_says("contains 1 failed subtest", "TestOld.test_old (number=", "test_crashing [before]")
+
+
+STRAY = """
+    import gc, threading, warnings, pytest
+    pytestmark = pytest.mark.run_isolated
+    def test_thread():
+        thread = threading.Thread(target=lambda: 1 / 0)
+        thread.start()
+        thread.join()
+    class Faulty:
+        def __del__(self): raise ValueError("in a finalizer")
+    def test_garbage():
+        cycle = Faulty()
+        cycle.itself = cycle
+    def test_warning():
+        class OwnWarning(Warning): pass
+        warnings.warn("of the body", OwnWarning)
+    def test_caught():
+        with pytest.warns(UserWarning): warnings.warn("caught")
+"""
+
+
+def test_what_pytest_warns_of_after_a_body_is_warned_of(run_pytest: Run) -> None:
+    """Exceptions of its threads and finalizers, too; once each."""
+    outcome = run_pytest(STRAY)
+    outcome.assert_counts(passed=4)
+    assert outcome.counts["warning"] == 3, outcome.text
+    outcome.assert_says("PytestUnhandledThreadExceptionWarning", "ZeroDivisionError")
+    outcome.assert_says("PytestUnraisableExceptionWarning", "ValueError: in a finalizer")
+    outcome.assert_says("test_it.py::test_warning", "OwnWarning: of the body")
+    run_pytest(STRAY, "-W", "error").assert_counts(passed=1, failed=3)
+    unrecorded = run_pytest(STRAY, "-p", "no:warnings", "-rP")
+    assert unrecorded.text.count("OwnWarning: of the body") == 1
+
+
+def test_a_fixture_sees_what_its_isolated_test_was_warned_of(run_pytest: Run) -> None:
+    outcome = run_pytest(
+        """
+        import warnings, pytest
+        @pytest.fixture
+        def one(recwarn):
+            yield recwarn
+            assert [str(each.message) for each in recwarn] == ["careful"]
+        @pytest.mark.run_isolated
+        def test_it(one):
+            warnings.warn("careful")
+            assert len(one) == 1
+        """
+    )
+    outcome.assert_counts(passed=1)
+
+
+def test_what_a_body_sets_up_for_itself_is_torn_down_and_nothing_else(
+    run_pytest: Run, tmp_path: Path
+) -> None:
+    outcome = run_pytest(
+        """
+        import pytest
+        def say(text):
+            with open("said", "a") as file: file.write(text + " ")
+        @pytest.fixture(scope="session")
+        def early():
+            yield
+            say("early")
+        @pytest.fixture(scope="session")
+        def late():
+            yield
+            say("late")
+        @pytest.fixture
+        def dynamic(late):
+            yield
+            say("dynamic")
+        @pytest.fixture
+        def broken():
+            yield
+            raise LookupError("in the teardown")
+        def test_first(early): pass
+        @pytest.mark.run_isolated
+        def test_dynamic(request):
+            request.getfixturevalue("early")
+            request.getfixturevalue("dynamic")
+            request.addfinalizer(lambda: say("finalizer"))
+            say("body")
+        @pytest.mark.run_isolated
+        def test_broken(request): request.getfixturevalue("broken")
+        """
+    )
+    outcome.assert_counts(passed=2, failed=1)
+    outcome.assert_says("LookupError: in the teardown")
+    assert (tmp_path / "said").read_text() == "body finalizer dynamic late early "
+
+
+def test_other_plugins_see_what_was_raised_and_what_became_of_it(run_pytest: Run, tmp_path: Path) -> None:
+    outcome = run_pytest(
+        """
+        import os, sys, pytest
+        pytestmark = pytest.mark.run_isolated
+        class Stubborn(Exception):
+            def __init__(self, one, two): super().__init__(f"{one} and {two}")
+        def test_skip(): pytest.skip("not today")
+        def test_xfail(): pytest.xfail("known")
+        @pytest.mark.xfail(raises=KeyError)
+        def test_expected(): {}["it"]
+        @pytest.mark.xfail(strict=True)
+        def test_strict(): pass
+        def test_error(): raise ConnectionError("flaky")
+        def test_own():
+            class Own(ValueError): pass
+            raise Own("own")
+        def test_stubborn(): raise Stubborn(1, 2)
+        def test_exit(): sys.exit(3)
+        """,
+        conftest="""
+        import os, pytest
+        here = os.getpid()
+        @pytest.hookimpl(wrapper=True, tryfirst=True)
+        def pytest_runtest_makereport(item, call):
+            report = yield
+            if call.when == "call" and os.getpid() == here:
+                error = call.excinfo and f"{call.excinfo.typename}({call.excinfo.value})"
+                print(item.name, report.outcome, hasattr(report, "wasxfail"), error, file=open("seen", "a"))
+            return report
+        """,
+    )
+    outcome.assert_counts(skipped=1, xfailed=2, failed=5)
+    assert (tmp_path / "seen").read_text().splitlines() == [
+        "test_skip skipped False Skipped(not today)",
+        "test_xfail skipped True XFailed(known)",
+        "test_expected skipped True KeyError('it')",
+        "test_strict failed False None",
+        "test_error failed False ConnectionError(flaky)",
+        "test_own failed False Own(own)",
+        "test_stubborn failed False IsolatedFailure(Stubborn: 1 and 2)",
+        "test_exit failed False IsolatedFailure(SystemExit: 3)",
+    ]
 
 
 def test_pytest_exit_in_a_body_ends_the_run(run_pytest: Run) -> None:
