@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from .pool import Pool
 
 _MODE = pytest.StashKey[str]()
+_CHECKS = pytest.StashKey["list[LeakCheck]"]()  # those that are under way
+_RAISED = pytest.StashKey[bool]()  # by a phase of the test, and not to skip it
 _SERVE = pytest.StashKey["Serve"]()
 _TOLD = pytest.StashKey[bool]()  # the test has failed, and it was said that its server has died
 
@@ -98,6 +100,7 @@ def pytest_configure(config: pytest.Config) -> None:
         "run_isolated(timeout=, max_memory=): run the body of this test in a worker forked from the test process",
     )
     config.stash[_MODE] = _mode(config)
+    config.stash[_CHECKS] = []
     _mark_processes(config)
     _end_with_controller(getattr(config, "workerinput", {}))
     _seconds(config, "fdpool_leaks_patience")
@@ -168,11 +171,28 @@ def _fdpool_leaks(request: pytest.FixtureRequest) -> Iterator[None]:
     yield from _checked(request, mode) if mode != "off" else (None,)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_fixture_setup(fixturedef: pytest.FixtureDef[Any], request: pytest.FixtureRequest) -> None:
-    """Have the check be the first fixture of its test, also where a conftest or another plugin has such for all."""
-    if fixturedef.scope == "function" and fixturedef.argname not in ("_fdpool_leaks", "leak_check"):
-        request.getfixturevalue("_fdpool_leaks")
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_fixture_setup(
+    fixturedef: pytest.FixtureDef[Any], request: pytest.FixtureRequest
+) -> Iterator[None]:
+    """Have the check be the first fixture of its test, also where a conftest or another plugin has such for all; and
+    let be what is set up later and is to last longer, by `request.getfixturevalue` say."""
+    __tracebackhide__ = True
+    if fixturedef.scope == "function":
+        if fixturedef.argname not in ("_fdpool_leaks", "leak_check"):
+            request.getfixturevalue("_fdpool_leaks")
+        return (yield)
+    checks = request.config.stash[_CHECKS]
+    if not checks:
+        return (yield)
+    from ._fixtures import census
+
+    before = census.take()
+    try:
+        return (yield)
+    finally:
+        for check in checks:
+            check.let_be(before)
 
 
 @pytest.fixture
@@ -188,10 +208,12 @@ def _checked(request: pytest.FixtureRequest, mode: str) -> Iterator[Any]:
     from ._fixtures import leaks
 
     ignored = list(request.config.getini("fdpool_leaks_ignore"))
-    failed_before = request.session.testsfailed
+    request.node.stash[_RAISED] = False  # a test may run again
     check = leaks.LeakCheck(request.node.nodeid, ignored)
+    request.config.stash[_CHECKS].append(check)
     yield check
-    if request.session.testsfailed > failed_before:
+    request.config.stash[_CHECKS].remove(check)
+    if request.node.stash[_RAISED]:
         return  # the traceback holds the frames, and these what they had open
     marker = request.node.get_closest_marker("leaks")
     if marker is not None and not marker.args:
@@ -370,15 +392,22 @@ def _isolating(item: pytest.Item) -> Iterator[None]:
     if limits is None or item.config.getoption("usepdb", False):  # a worker has no terminal for a debugger
         yield
         return
-    with isolated.isolating(item, limits):
+    with isolated.isolating(item, limits, item.config.stash[_CHECKS]):
         yield
 
 
+# -- reports -------------------------------------------------------------------------------------------
+
+
 @pytest.hookimpl(wrapper=True, trylast=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Take the report of the worker for what was made of it here, before other plugins see it."""
     report = yield
     isolated = sys.modules.get(f"{__package__}._fixtures.isolated")
     if isolated is not None:
         isolated.take_report(item, report)
+    if call.excinfo is not None and not report.skipped:
+        item.stash[_RAISED] = True
     return report

@@ -70,6 +70,18 @@ def take() -> Census:
     )
 
 
+def added(base: Census, before: Census, after: Census) -> Census:
+    """`base`, and what `after` has and `before` had not."""
+    return Census(
+        {**base.descriptors, **dict(after.descriptors.items() - before.descriptors.items())},
+        base.children | after.children - before.children,
+        base.running | after.running - before.running,
+        base.threads | after.threads - before.threads,
+        base.shared | after.shared - before.shared,
+        base.pools | after.pools - before.pools,
+    )
+
+
 def descriptors(pid: int | str = "self") -> dict[int, str]:
     """Number and target of each descriptor of a process; empty if it is gone, or not ours to look at."""
     folder = f"/proc/{pid}/fd"

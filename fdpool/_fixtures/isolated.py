@@ -18,8 +18,10 @@ import pytest
 
 from ..errors import FdpoolError
 from ..pool import Pool
+from . import census
 from . import isolated_worker as inside
 from .isolated_worker import Outcome
+from .leaks import LeakCheck
 
 
 class Limits(NamedTuple):
@@ -43,10 +45,20 @@ SUBTESTS = pytest.StashKey[list[pytest.TestReport]]()
 
 
 @contextmanager
-def isolating(item: pytest.Item, limits: Limits) -> Iterator[None]:
-    """In this block, `item.runtest()` runs in a worker."""
+def isolating(item: pytest.Item, limits: Limits, checks: list[LeakCheck]) -> Iterator[None]:
+    """In this block, `item.runtest()` runs in a worker. What the worker has that this process has not is no leak for
+    the copies of `checks` there."""
     original = item.runtest
-    item.runtest = lambda: _run(item, original, limits)  # type: ignore[method-assign]
+    before = census.take() if checks else None
+
+    def body() -> None:
+        __tracebackhide__ = True
+        if before is not None:
+            for check in checks:
+                check.let_be(before)
+        original()
+
+    item.runtest = lambda: _run(item, body, limits)  # type: ignore[method-assign]
     try:
         yield
     finally:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable
 
 from . import census, trace
-from .census import Leak
+from .census import Census, Leak
 
 #: How long what is about to go may take: a thread that has been told to end, a child that is being reaped.
 PATIENCE_S = 2.0
@@ -41,6 +41,10 @@ class LeakCheck:
     def restart(self) -> None:
         """Take what there is now as the beginning: what has come so far is no leak."""
         self._before = census.take()
+
+    def let_be(self, since: Census) -> None:
+        """What has come since that census is no leak, and what had come before still may be."""
+        self._before = census.added(self._before, since, census.take())
 
     def now(self) -> list[Leak]:
         """What is there now and was not at the beginning. Garbage counts, as long as it is not collected."""

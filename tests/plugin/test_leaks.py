@@ -227,6 +227,119 @@ def test_what_other_plugins_set_up_for_every_test_is_torn_down_before_the_check(
     outcome.assert_counts(passed=2)
 
 
+def test_what_is_set_up_late_and_lasts_longer_is_no_leak_of_the_test(run_pytest: Run) -> None:
+    """Its own things are, also those from before."""
+    outcome = run_pytest(
+        """
+        import os, socket, pytest
+        kept = []
+        @pytest.fixture(scope="module")
+        def lasting():
+            with socket.create_server(("127.0.0.1", 0)) as server: yield server
+        def test_dynamic(request): request.getfixturevalue("lasting")
+        def test_servers(request): request.getfixturevalue("serve")
+        def test_pool(request): request.getfixturevalue("shared_worker_pool").submit(int).result()
+        @pytest.fixture(scope="class")
+        def of_class():
+            with open(os.__file__) as file: yield file
+        class TestIt:
+            def test_strict(self, leak_check, request): request.getfixturevalue("of_class")
+        @pytest.fixture(scope="package")
+        def of_package():
+            with open(os.__file__) as file: yield file
+        def test_its_own(request):
+            kept.append(os.open("/etc/passwd", os.O_RDONLY))
+            request.getfixturevalue("of_package")
+        """,
+        "--fdpool-leaks=fail",
+        ini=HASTY,
+    )
+    outcome.assert_counts(passed=5, error=1)
+    outcome.assert_says("ERROR at teardown of test_its_own", "/etc/passwd")
+    assert os.__file__ not in outcome.text
+
+
+def test_a_loop_of_the_session_is_no_leak_of_the_first_test_in_it(run_pytest: Run) -> None:
+    outcome = run_pytest(
+        """
+        async def test_first(): pass
+        async def test_second(): pass
+        """,
+        "--fdpool-leaks=fail",
+        ini=HASTY
+        + "asyncio_mode = auto\n"
+        + "asyncio_default_fixture_loop_scope = session\nasyncio_default_test_loop_scope = session\n",
+        plugins=["asyncio"],
+    )
+    outcome.assert_counts(passed=2)
+
+
+def test_a_fixture_of_long_life_that_fails_is_shown_without_frames_of_the_plugin(run_pytest: Run) -> None:
+    outcome = run_pytest(
+        "def test_it(broken, leak_check): pass",
+        conftest="""
+        import pytest
+        @pytest.fixture(scope="session")
+        def broken(): raise LookupError("broken")
+        """,
+    )
+    outcome.assert_counts(error=1)
+    assert "pytest_plugin.py" not in outcome.text
+
+
+def test_a_test_that_has_raised_is_not_checked_whatever_becomes_of_that(run_pytest: Run) -> None:
+    """What it raised holds its frames, and what these had open, also where it is expected, or the test runs again."""
+    outcome = run_pytest(
+        """
+        import os, unittest, pytest
+        @pytest.mark.xfail
+        def test_expected():
+            file = open(os.__file__)
+            assert 0
+        @pytest.mark.flaky(reruns=1)
+        def test_rerun():
+            file = open(os.__file__)
+            assert 0
+        class TestOld(unittest.TestCase):
+            def test_old(self):
+                file = open(os.__file__)
+                self.fail()
+        kept = []
+        @pytest.mark.flaky(reruns=1)
+        def test_better_then():
+            kept.append(os.open(os.__file__, os.O_RDONLY))
+            assert len(kept) == 2
+        """,
+        "--fdpool-leaks=fail",
+        ini=HASTY,
+        plugins=["rerunfailures"],
+    )
+    outcome.assert_counts(xfailed=1, failed=2, passed=1, error=1, rerun=2)
+    outcome.assert_says("ERROR at teardown of test_better_then")
+
+
+def test_an_isolated_body_may_ask_what_is_left(run_pytest: Run) -> None:
+    """What a worker has for itself is not the body's."""
+    outcome = run_pytest(
+        """
+        import os, socket, pytest
+        @pytest.fixture
+        def opened(leak_check):
+            with open("/etc/passwd") as file: yield file
+        @pytest.mark.run_isolated
+        def test_it(opened, leak_check):
+            assert [leak.number for leak in leak_check.now()] == [opened.fileno()]
+            one, two = os.pipe()
+            assert [leak.number for leak in leak_check.now()] == sorted([opened.fileno(), one, two])
+            os.close(one)
+            os.close(two)
+            opened.close()
+            leak_check.assert_clean()
+        """
+    )
+    outcome.assert_counts(passed=1)
+
+
 def test_garbage_is_no_leak_but_what_is_there_is_told_at_once(leak_check: LeakCheck) -> None:
     cycle: list[object] = [open(os.devnull)]
     cycle.append(cycle)
