@@ -346,27 +346,22 @@ def session_service() -> Iterator[Services]:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
-    """Run the body where it is to run. If a server has died, that is why the test has failed; and what servers wrote is
-    shown if it fails at all."""
+    """Run the body where it is to run. If a server has died, that is why the test has failed."""
     __tracebackhide__ = True
     try:
         if "run_isolated" in item.keywords or "run_isolated" in getattr(item, "fixturenames", ()):
             with _isolating(item):
                 return (yield)
         return (yield)
-    except Exception as error:
+    except (Exception, pytest.fail.Exception) as error:
         servers = item.stash.get(_SERVE, None)
-        if servers is None:
-            raise
-        died = servers.died(patience_s=0.1)
+        died = servers.died(patience_s=0.1) if servers is not None else []
         if died:
             from ._fixtures.errors import ServerDied
 
             item.stash[_TOLD] = True
             if not isinstance(error, ServerDied):
                 raise ServerDied(died[0].end_in_words(), died[0].logs) from error
-        for what, logs in servers.logs():
-            item.add_report_section("call", "output", f"{what}:\n{logs}")
         raise
 
 
@@ -403,11 +398,15 @@ def _isolating(item: pytest.Item) -> Iterator[None]:
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Take the report of the worker for what was made of it here, before other plugins see it."""
+    """Before other plugins see the report: take that of the worker for what was made of it here, and show what servers
+    wrote if the test has failed, in whatever way."""
     report = yield
     isolated = sys.modules.get(f"{__package__}._fixtures.isolated")
     if isolated is not None:
         isolated.take_report(item, report)
     if call.excinfo is not None and not report.skipped:
         item.stash[_RAISED] = True
+        servers = item.stash.get(_SERVE, None)
+        if servers is not None and call.when == "call":
+            report.sections += [("Captured output call", f"{what}:\n{logs}") for what, logs in servers.logs()]
     return report

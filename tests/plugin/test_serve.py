@@ -288,6 +288,57 @@ def test_the_failure_of_a_test_is_that_its_server_died(run_pytest: Run) -> None:
     )
 
 
+def test_what_servers_wrote_is_shown_however_the_test_has_failed(run_pytest: Run) -> None:
+    outcome = run_pytest(
+        """
+        import unittest, pytest
+        def crashes(listening):
+            print("dying words")
+            raise LookupError("no such table")
+        def fine(listening, ready):
+            print("all is well")
+            ready()
+            listening.accept()
+        def test_fail(serve):
+            serve(fine)
+            pytest.fail("no")
+        def test_not_raised(serve):
+            serve(fine)
+            with pytest.raises(ValueError): pass
+        @pytest.mark.timeout(0.5, func_only=True)
+        def test_timeout(serve):
+            serve(fine)
+            while True: pass
+        class TestOld(unittest.TestCase):
+            @pytest.fixture(autouse=True)
+            def served(self, serve): serve(fine)
+            def test_old(self): self.fail("no")
+        @pytest.mark.run_isolated
+        def test_isolated(serve): assert 0
+        @pytest.fixture
+        def serve(serve):
+            serve(fine)
+            return serve
+        def test_death(serve):
+            serve(crashes)._run.future.exception()
+            pytest.fail("no")
+        @pytest.mark.parametrize("leave", [pytest.skip, pytest.xfail])
+        def test_left(serve, leave):
+            serve(crashes).wait()
+            leave("on purpose")
+        """,
+        plugins=["timeout"],
+    )
+    outcome.assert_counts(failed=6, skipped=1, xfailed=1)
+    for name in ("test_fail", "test_not_raised", "test_timeout", "TestOld.test_old", "test_isolated"):
+        outcome.assert_says(
+            f"____ {name} ____", "Captured output call", "the server fine is running:\nall is well"
+        )
+    outcome.assert_says(
+        "____ test_death ____", "ServerDied: the server crashes raised LookupError", "dying words"
+    )
+
+
 # -- programs ------------------------------------------------------------------------------------------
 
 ACTIVATED = """
