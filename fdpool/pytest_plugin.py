@@ -104,6 +104,10 @@ def pytest_configure(config: pytest.Config) -> None:
     _mark_processes(config)
     _end_with_controller(getattr(config, "workerinput", {}))
     _seconds(config, "fdpool_leaks_patience")
+    if "coverage" in sys.modules:
+        from ._fixtures import coverage
+
+        coverage.begin_in(os.fspath(config.invocation_params.dir))
     if config.getoption("--fdpool-trace"):
         from ._fixtures import trace
 

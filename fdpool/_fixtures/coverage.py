@@ -16,6 +16,15 @@ from typing import Any
 
 _OPTIONS = ("source", "include", "omit", "branch", "concurrency")
 
+# Where the run was started: what the options say is meant from there, and a test may have gone elsewhere.
+_folder: str | None = None
+
+
+def begin_in(folder: str) -> None:
+    """Take relative paths in coverage's options to be meant from `folder`; in a run inside a run, from the outer's."""
+    global _folder
+    _folder = _folder or folder
+
 
 def settings() -> dict[str, Any] | None:
     """How coverage is measured in this process, for a worker to do the same; None if it is not."""
@@ -26,6 +35,7 @@ def settings() -> dict[str, Any] | None:
     found = {name: current.get_option(f"run:{name}") for name in _OPTIONS}
     return {
         **{name: value for name, value in found.items() if value},
+        "folder": _folder or os.getcwd(),
         "data_file": _data_file(current),
         "config_file": getattr(current.config, "config_file", None) or False,
     }
@@ -70,7 +80,8 @@ def save_fork() -> None:
 
 
 def _data_file(measurement: Any) -> str:
-    return os.path.abspath(str(measurement.get_option("run:data_file") or ".coverage"))
+    name = str(measurement.get_option("run:data_file") or ".coverage")
+    return os.path.join(_folder or os.getcwd(), name)
 
 
 def with_pool_options(options: dict[str, Any]) -> dict[str, Any]:
@@ -90,6 +101,13 @@ def _initialize(wanted: dict[str, Any], first: Callable[..., object] | None, arg
 
 def _started(wanted: dict[str, Any]) -> Any:
     coverage: Any = importlib.import_module("coverage")
-    measurement = coverage.Coverage(data_suffix=True, **wanted)
-    measurement.start()
+    options = dict(wanted)
+    back = os.open(".", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.chdir(options.pop("folder"))
+        measurement = coverage.Coverage(data_suffix=True, **options)
+        measurement.start()
+    finally:
+        os.fchdir(back)
+        os.close(back)
     return measurement

@@ -229,18 +229,23 @@ def test_isolated_coroutines_run_by_asyncio_and_anyio(run_pytest: Run) -> None:
     outcome.assert_counts(passed=3, failed=1)
 
 
-@pytest.mark.parametrize("processes", [0, 2])
+@pytest.mark.parametrize(
+    ("processes", "source", "folder"), [(0, "measured", "."), (2, "measured", "."), (0, ".", "elsewhere")]
+)
 def test_coverage_of_workers_servers_and_isolated_tests_is_kept(
-    run_pytest: Run, tmp_path: Path, processes: int
+    run_pytest: Run, tmp_path: Path, processes: int, source: str, folder: str
 ) -> None:
-    """F7."""
+    """F7. Also if the tests have changed their directory, and what is measured is told by a relative path."""
+    (tmp_path / "elsewhere").mkdir()
     (tmp_path / "measured.py").write_text(
         "def by_test():\n    return 1\ndef by_isolated():\n    return 2\n"
         "def by_server():\n    return 3\ndef by_worker():\n    return 4\ndef by_nobody():\n    return 5\n"
     )
     outcome = run_pytest(
         """
-        import measured, pytest
+        import measured, os, pytest
+        @pytest.fixture(autouse=True)
+        def moved(monkeypatch): monkeypatch.chdir(os.environ["TESTS_GO_TO"])
         def test_here(): measured.by_test()
         @pytest.mark.run_isolated
         def test_isolated(): measured.by_isolated()
@@ -251,9 +256,9 @@ def test_coverage_of_workers_servers_and_isolated_tests_is_kept(
         def test_server(serve): serve(serving)
         def test_worker(worker_pool): worker_pool.submit(measured.by_worker).result()
         """,
-        *(f"-n{processes}", "--cov=measured", "--cov-report=term-missing"),
+        *(f"-n{processes}", f"--cov={source}", "--cov-report=term-missing"),
         plugins=["pytest_cov", "xdist"],
-        env={"PYTHONPATH": f"{many.__file__.rpartition('/tests/')[0]}:{tmp_path}"},
+        env={"PYTHONPATH": f"{many.__file__.rpartition('/tests/')[0]}:{tmp_path}", "TESTS_GO_TO": folder},
     )
     outcome.assert_counts(passed=4)
     outcome.assert_says("measured.py", "90%   10")
