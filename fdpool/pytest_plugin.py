@@ -338,12 +338,14 @@ def serve(_fdpool_servers: Pool, request: pytest.FixtureRequest) -> Iterator[Ser
 
 
 @pytest.fixture(scope="session")
-def session_service() -> Iterator[Services]:
+def session_service(request: pytest.FixtureRequest) -> Iterator[Services]:
     """One server for all processes of the test run, under pytest-xdist, too: `session_service(name, function)`. Whoever
     asks first starts it; it ends with the last that holds it."""
     from ._fixtures.service import Services
 
-    services = Services(os.environ.get("PYTEST_XDIST_TESTRUNUID") or str(os.getpid()))
+    # The variable PYTEST_XDIST_TESTRUNUID is inherited by a run that a test starts.
+    run = getattr(request.config, "workerinput", {}).get("testrunuid") or str(os.getpid())
+    services = Services(run)
     yield services
     services.close()
 

@@ -13,13 +13,13 @@ import selectors
 import socket
 import sys
 import tempfile
-import traceback
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..fds import close_all
 from ..pool import Pool
 from ..sockets import StreamSocket
+from .errors import ServerDied
 from .serve import Serve
 
 FIRST_S = 30.0  # how long the first user may take to come
@@ -87,7 +87,8 @@ def main(path: str) -> None:
             answer |= {"kind": served.listener.kind, "pid": served.pid}
             numbers = [served.listener.fileno(), served.log_fd]
         except BaseException as error:
-            answer |= {"error": f"{error}", "traceback": traceback.format_exc()}
+            what, logs = (error.what, error.logs) if isinstance(error, ServerDied) else (f"{error}", "")
+            answer |= {"error": what, "logs": logs}
             numbers = []
         _keep(door, answer, numbers)
     finally:

@@ -131,7 +131,9 @@ class Services:
                 os.close(log_fd)
             if "error" in answer:
                 hold.close()
-                raise ServerDied(f"the service {name} could not be started: {answer['error']}")
+                raise ServerDied(
+                    f"the service {name} could not be started: {answer['error']}", answer["logs"]
+                )
             listening = socket.socket(fileno=numbers[0])
             listener = Listener(listening, answer["kind"])
             return Service(name, answer["what"], hold, listener, numbers[1], answer["pid"])

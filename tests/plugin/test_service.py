@@ -100,6 +100,18 @@ def test_one_that_cannot_be_started_fails_every_holder_with_the_reason() -> None
     services.close()
 
 
+def test_what_it_wrote_is_told_by_the_error() -> None:
+    services = Services("complaining")
+    for _ in range(2):
+        with pytest.raises(ServerDied) as caught:
+            services.command("db", ["sh", "-c", "echo no such table; exit 3"], fds={})
+        assert caught.value.logs == "no such table\n"
+        assert str(caught.value).endswith(
+            "exited with status 3 before it was ready; it had written:\nno such table"
+        )
+    services.close()
+
+
 def test_misuse_is_refused() -> None:
     services = Services("misuse")
     with pytest.raises(ValueError, match="a service is named by a string without slashes, not 'a/b'"):
@@ -183,3 +195,24 @@ def test_processes_of_xdist_share_one_server(run_pytest: Run, tmp_path: Path) ->
     lines = [line.split() for line in (tmp_path / "found").read_text().splitlines()]
     assert len({pid for pid, _ in lines}) == 1
     assert len({worker for _, worker in lines}) == 3
+
+
+def test_a_run_inside_a_process_of_xdist_has_services_of_its_own(run_pytest: Run, tmp_path: Path) -> None:
+    (tmp_path / "inner.py").write_text(
+        "def other(listening): listening.accept()\n"
+        "def test_inner(session_service): session_service('app', other)\n"
+    )
+    outcome = run_pytest(
+        """
+        import subprocess, sys
+        def one(listening):
+            while True: listening.accept()[0].close()
+        def test_outer(session_service):
+            session_service("app", one)
+            command = [sys.executable, "-m", "pytest", "-p", "fdpool.pytest_plugin", "inner.py"]
+            assert subprocess.run(command).returncode == 0
+        """,
+        "-n1",
+        plugins=["xdist"],
+    )
+    outcome.assert_counts(passed=1)
