@@ -12,8 +12,8 @@ import os
 import socket
 import sys
 from collections.abc import Callable
-from functools import wraps
-from types import FrameType
+from functools import update_wrapper, wraps
+from types import FrameType, ModuleType
 from typing import Any
 
 _DEPTH = 6  # frames that are kept: the one that opened it, and who called that
@@ -55,10 +55,11 @@ def start() -> None:
         return
     for name in _IN_OS:
         if hasattr(os, name):
-            _wrap(os, name)
-    _wrap(builtins, "open")
-    _wrap(io, "open")
-    _wrap_init(socket.socket)
+            _replace(os, name, _Traced(os, name))
+    traced = _Traced(builtins, "open")
+    _replace(builtins, "open", traced)
+    _replace(io, "open", traced)
+    _replace(socket.socket, "__init__", _traced_init(socket.socket.__init__))
 
 
 def stop() -> None:
@@ -69,32 +70,36 @@ def stop() -> None:
     _opened.clear()
 
 
-def _wrap(holder: Any, name: str) -> None:
-    original = getattr(holder, name)
+class _Traced:
+    """In place of a builtin function, and like one: it is not bound to an instance whose class has it for an attribute,
+    and a pickle names it."""
 
-    @wraps(original)
-    def traced(*args: Any, **kwargs: Any) -> Any:
-        result = original(*args, **kwargs)
+    def __init__(self, module: ModuleType, name: str) -> None:
+        self._original = getattr(module, name)
+        update_wrapper(self, self._original)
+        self.__module__ = module.__name__  # where a pickle finds it; `os.open` says that it is of `posix`
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        result = self._original(*args, **kwargs)
         _note(result)
         return result
 
-    _replace(holder, name, original, traced)
+    def __reduce__(self) -> str:
+        return str(self._original.__name__)
 
 
-def _wrap_init(kind: type[socket.socket]) -> None:
+def _traced_init(original: Any) -> Callable[..., None]:
     # The class itself stays, as others are derived from it; every way to make a socket goes through here.
-    original = kind.__init__
-
     @wraps(original)
     def traced(self: socket.socket, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
         _note(self)
 
-    _replace(kind, "__init__", original, traced)
+    return traced
 
 
-def _replace(holder: Any, name: str, original: Any, traced: Callable[..., Any]) -> None:
-    _originals.append((holder, name, original))
+def _replace(holder: Any, name: str, traced: Callable[..., Any]) -> None:
+    _originals.append((holder, name, getattr(holder, name)))
     setattr(holder, name, traced)
 
 

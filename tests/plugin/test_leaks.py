@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
+import pickle
 import signal
 import socket
 import sqlite3
@@ -12,6 +14,7 @@ import sys
 import threading
 from pathlib import Path
 
+import cloudpickle
 import pytest
 
 import fdpool
@@ -107,6 +110,31 @@ def test_a_place_is_not_told_of_what_has_its_number_by_now(tmp_path: Path) -> No
     finally:
         trace.stop()
     assert not trace.is_on()
+
+
+def test_what_is_traced_can_be_used_as_ever(tmp_path: Path) -> None:
+    originals = os.open, os.pipe, open
+    trace.start()
+    try:
+
+        class Files:
+            opener = os.open
+            text = open
+
+        assert io.open is open is not originals[2]
+        for traced in (os.open, os.pipe, open):
+            assert pickle.loads(pickle.dumps(traced)) is traced
+            assert pickle.loads(cloudpickle.dumps(traced)) is traced
+        for files in (Files, Files()):
+            os.close(files.opener(os.devnull, os.O_RDONLY))  # type: ignore[operator]
+            with files.text(os.devnull) as file:  # type: ignore[operator]
+                assert trace.opened_at(file.fileno())
+        with fdpool.Pool(1) as pool, pool.submit(open, os.devnull).result() as file:
+            assert file.read() == ""
+    finally:
+        trace.stop()
+    assert (os.open, os.pipe, open) == originals
+    assert io.open is open
 
 
 SMALL = """
