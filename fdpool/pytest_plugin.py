@@ -17,12 +17,42 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from ._fixtures.leaks import LeakCheck
-    from ._fixtures.listener import Listener, ListenerFactory
-    from ._fixtures.pools import PoolFactory, SharedPool
-    from ._fixtures.serve import Serve
-    from ._fixtures.service import Services
+    from ._fixtures.errors import ServerDied as ServerDied
+    from ._fixtures.leaks import LeakCheck as LeakCheck
+    from ._fixtures.listener import Listener as Listener
+    from ._fixtures.listener import ListenerFactory as ListenerFactory
+    from ._fixtures.pools import PoolFactory as PoolFactory
+    from ._fixtures.pools import SharedPool
+    from ._fixtures.serve import Serve as Serve
+    from ._fixtures.served import Served as Served
+    from ._fixtures.service import Service as Service
+    from ._fixtures.service import Services as Services
     from .pool import Pool
+
+_HOME_OF = {
+    "LeakCheck": "leaks",
+    "Listener": "listener",
+    "ListenerFactory": "listener",
+    "PoolFactory": "pools",
+    "Serve": "serve",
+    "Served": "served",
+    "ServerDied": "errors",
+    "Service": "service",
+    "Services": "service",
+}
+
+
+if not TYPE_CHECKING:  # a type checker would take it that there is every name
+
+    def __getattr__(name: str) -> Any:
+        """What tests annotate fixtures with, and catch; imported when first used."""
+        home = _HOME_OF.get(name)
+        if home is None:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        import importlib
+
+        return getattr(importlib.import_module(f"._fixtures.{home}", __package__), name)
+
 
 _MODE = pytest.StashKey[str]()
 _CHECKS = pytest.StashKey["list[LeakCheck]"]()  # those that are under way
