@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import logging
 
+_LOG = logging.getLogger("fdpool.server")
+
 
 def reopen_logs() -> int:
-    """Have every file handler of `logging` open its file again; returns how many did."""
+    """Have every file handler of `logging` open its file again; returns how many did.
+
+    One whose file cannot be opened goes on with the file that it has, and says why.
+    """
     loggers = [logging.getLogger(), *logging.Logger.manager.loggerDict.values()]
     handlers = {
         handler
@@ -15,12 +20,28 @@ def reopen_logs() -> int:
         for handler in logger.handlers
         if isinstance(handler, logging.FileHandler)
     }
+    reopened = 0
     for handler in handlers:
-        handler.acquire()
         try:
-            if handler.stream is not None:
-                handler.stream.close()
-                handler.stream = handler._open()
-        finally:
-            handler.release()
-    return len(handlers)
+            _reopen(handler)
+            reopened += 1
+        except OSError as error:
+            _LOG.warning(
+                "the log file %s cannot be opened anew: %s",
+                handler.baseFilename,
+                error,
+                extra={"event": "reopen_failed", "file": handler.baseFilename, "reason": str(error)},
+            )
+    return reopened
+
+
+def _reopen(handler: logging.FileHandler) -> None:
+    handler.acquire()
+    try:
+        if handler.stream is not None:
+            # Opened before the other is closed: a handler without a stream tries to open its file at each record, and
+            # raises in whoever logs what comes of that.
+            old, handler.stream = handler.stream, handler._open()
+            old.close()
+    finally:
+        handler.release()

@@ -174,18 +174,18 @@ class _Listening:
         poll = select.poll()
         poll.register(self._stream.fileno(), select.POLLIN)
         poll.register(self._waker.fileno(), select.POLLIN)
-        try:
-            while True:
-                ready = {fd for fd, _ in poll.poll()}
-                if self._waker.fileno() in ready:
-                    self._waker.clear()
-                    self._heed_signals()
-                if self._stream.fileno() in ready:
+        while True:
+            ready = {fd for fd, _ in poll.poll()}
+            if self._waker.fileno() in ready:
+                self._waker.clear()
+                self._heed_signals()
+            if self._stream.fileno() in ready:
+                try:
                     received = self._stream.try_receive_with_fds()
-                    if received is not None:
-                        self._do(received[0])
-        except (EOFError, OSError):
-            return  # the server is gone, and the pool's supervisor ends this process
+                except (EOFError, OSError):
+                    return  # the server is gone, and the pool's supervisor ends this process
+                if received is not None:
+                    self._do(received[0])
 
     def _heed_signals(self) -> None:
         if signal.SIGUSR1 in self._signalled:

@@ -156,6 +156,34 @@ def test_usr1_opens_log_files_anew_here_and_in_the_workers(tmp_path: Path) -> No
         wait_until(lambda: "anew" in (tmp_path / "server.log").read_text())
 
 
+def test_a_log_file_that_cannot_be_opened_anew_is_told_and_tried_again_the_next_time(tmp_path: Path) -> None:
+    """Nobody ends of it or goes deaf, here or in the workers, and what is logged meanwhile is in the file before."""
+    body = """
+    def start(worker):
+        logging.basicConfig(filename="log/worker.log", level="INFO", format="%(message)s")
+
+    os.mkdir("log")
+    logging.getLogger().addHandler(logging.FileHandler("log/server.log"))
+    sys.exit(fdpool.Server(pid, "127.0.0.1:0", workers=1, grace=60, on_worker_start=start).run())
+    """
+    with program(tmp_path, body) as server:
+        port = port_in(server.expect("started"))
+        (tmp_path / "log").rename(tmp_path / "old")
+        server.signal(signal.SIGUSR1)
+        assert server.expect("reopen_failed")["file"] == str(tmp_path / "log" / "server.log")
+        for name in ("server", "worker"):
+            old = tmp_path / "old" / f"{name}.log"
+            wait_until(lambda old=old: "cannot be opened anew" in old.read_text())
+        (tmp_path / "log").mkdir()
+        server.signal(signal.SIGUSR1)
+        for name in ("server", "worker"):
+            wait_until((tmp_path / "log" / f"{name}.log").exists)
+        assert ask_port(port)
+        server.signal(signal.SIGTERM)
+        assert "drained" in server.expect("worker_exited")["reason"]
+        assert server.wait() == 0
+
+
 # -- what systemd is told ------------------------------------------------------------------------------
 
 
