@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Union
 
 from . import _systemd
-from ._bind_sockets import OwnPath, listen_tcp, listen_unix, why_not
+from ._bind_sockets import OwnPath, listen_beside, listen_tcp, listen_unix, why_not
 from ._bind_spec import FromSystemd, Inherited, Spec, Tcp, Unix, parse
 from .errors import BindFailed
 from .fds import duplicate
@@ -30,7 +30,8 @@ class Listener:
     Attributes:
         socket: the listener's own. Its blocking mode is as it was found: it belongs to the open file description,
             so whoever else holds that has set it too.
-        address: `tcp://127.0.0.1:8000`, `tcp://[::1]:8000`, `unix:/run/x.sock` or `unix:@name`; a bind, too.
+        address: `tcp://127.0.0.1:8000`, `tcp://[::1]:8000`, `unix:/run/x.sock` or `unix:@name`. A bind, too, but for
+            that of `":8000"`, `tcp://[::]:8000`, which is for IPv6 alone as a bind.
 
     Not thread-safe.
     """
@@ -110,6 +111,19 @@ def open_listeners(bind: Bind, *, backlog: int = BACKLOG, reuseport: bool = Fals
             left.close()
         opened.pop_all()
     return listeners
+
+
+def open_beside(member: Listener, *, backlog: int = BACKLOG) -> Listener:
+    """Another listener at the address of one that was opened with `reuseport`, for the kernel to choose between them;
+    the caller's to close.
+
+    Raises:
+        BindFailed: it cannot be.
+    """
+    try:
+        return Listener(listen_beside(member.socket, backlog))
+    except OSError as error:
+        raise BindFailed(f"cannot listen on {member.address}: {why_not(error)}", error.errno) from error
 
 
 def _spec(bind: object) -> Spec | socket.socket:

@@ -125,6 +125,19 @@ def _listen(family: int, address: _Address, backlog: int, reuseport: bool, only_
     return listening
 
 
+def listen_beside(member: socket.socket, backlog: int) -> socket.socket:
+    """A listening socket at the same address, in the same SO_REUSEPORT group; the caller's to close.
+
+    Raises:
+        OSError: it cannot be.
+    """
+    # Kernel: those that take IPv4 too and those that do not are groups of their own (inet_reuseport_add_sock).
+    only_v6 = member.family == socket.AF_INET6 and bool(
+        member.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY)
+    )
+    return _listen(member.family, member.getsockname(), backlog, reuseport=True, only_v6=only_v6)
+
+
 # -- Unix sockets ----------------------------------------------------------------------------------
 
 

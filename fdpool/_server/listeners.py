@@ -93,13 +93,16 @@ class Listeners:
 
     def _have(self, slot: int) -> None:
         if slot not in self._by_slot:
-            for key, listeners in self._by_slot[0].items():
-                # At the same addresses: port 0 has become a port by now.
-                addresses: list[Given] = [listener.address for listener in listeners]
-                found = _bind.open_listeners(addresses, backlog=self._backlog, reuseport=True)
-                for listener in found:
-                    os.set_blocking(listener.socket.fileno(), False)
-                self._add(slot, key, found)
+            with contextlib.ExitStack() as opened:
+                found = [
+                    (key, opened.enter_context(_bind.open_beside(listener, backlog=self._backlog)))
+                    for key, listeners in self._by_slot[0].items()
+                    for listener in listeners
+                ]
+                opened.pop_all()
+            for key, listener in found:
+                os.set_blocking(listener.socket.fileno(), False)
+                self._add(slot, key, [listener])
 
     def steer(self, slots: int) -> bool:
         """With a listener for each slot: have only those of the first `slots` get connections. False if that cannot be.

@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from tests.server.helpers import (
     echo_pid,
     pids,
     port_of,
+    read_all,
     records,
     wsgi,
 )
@@ -364,6 +366,22 @@ def test_workers_that_came_and_went_leave_nothing_open() -> None:
         for _ in range(3):
             server.reload().result(60)
         wait_until(lambda: len(os.listdir("/proc/self/fd")) <= before)
+
+
+def ask_at(host: str, port: int) -> int:
+    """The pid of the worker that answers one connection there."""
+    with socket.create_connection((host, port), 20) as client:
+        client.sendall(b"x")
+        return int(read_all(client).partition(b" ")[0])
+
+
+def test_listeners_apart_at_all_addresses_have_every_worker_serve_both_families() -> None:
+    """Where there are both."""
+    with Server(echo_pid, ":0", workers=3, dispatch="reuseport") as server:
+        for host in ("127.0.0.1", "::1") if "[::]" in server.addresses[0] else ("127.0.0.1",):
+            with Load(partial(ask_at, host, port_of(server))) as load:
+                wait_until(lambda load=load: load.failed or set(pids(server)) <= set(load.answered))
+            assert load.failed == []
 
 
 def test_scaling_down_with_listeners_apart_leaves_no_connection_to_nobody() -> None:
