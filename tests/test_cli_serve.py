@@ -452,13 +452,26 @@ def test_a_check_tells_a_failure_as_the_server_would(source: str, reason: str, a
     assert len(frames) == (0 if "_exit" in source else 1)
 
 
-def test_a_check_beside_the_server_that_runs_is_no_failure(app_dir: Path) -> None:
+@pytest.mark.parametrize("dispatch", ["shared", "reuseport"])
+def test_a_check_beside_the_server_that_runs_is_no_failure_and_gets_none_of_its_connections(
+    dispatch: str, app_dir: Path
+) -> None:
     """The address is in use then, by what is to be reloaded."""
-    with serve(app_dir) as server:
+    with serve(app_dir, "--dispatch", dispatch) as server:
         place = server.address.removeprefix("tcp://")
-        done = run("--check", "--app-dir", str(app_dir), "-b", place, "shop:handle")
+        done = run("--check", "--app-dir", str(app_dir), "--dispatch", dispatch, "-b", place, "shop:handle")
         assert done.returncode == 0
         assert f"would listen on {place}, which is in use now" in done.stdout
+
+
+def test_a_check_of_listeners_apart_says_where_they_cannot_be(app_dir: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as given:
+        where = ("-b", f"unix:{app_dir}/s", "-b", f"fd:{given.fileno()}")
+        arguments = ("--check", "--app-dir", str(app_dir), "--dispatch", "reuseport", *where, "shop:handle")
+        done = run(*arguments, pass_fds=(given.fileno(),))
+    assert done.returncode == 1
+    assert "SO_REUSEPORT is for TCP, not for unix:" in done.stderr
+    assert "it was bound without SO_REUSEPORT" in done.stderr
 
 
 def test_a_check_of_code_that_hangs_ends(app_dir: Path) -> None:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterable
 from concurrent.futures import TimeoutError as FutureTimeoutError
 
-from .. import _bind
+from .. import _bind, _bind_spec
 from .._cpus import usable_cpus
 from .._server import apps, failures
 from .._server.link import end_by
@@ -73,8 +73,10 @@ def _listeners(options: Options) -> Iterable[str]:
         if bind.startswith("systemd"):
             print(f"would listen on {bind}: what is passed is known when it starts")
             continue
+        # Not in the group of a server that runs: there it would get clients' connections, and reset them as it closes.
+        joins = options.dispatch == "reuseport" and not isinstance(_bind_spec.parse(bind), _bind_spec.Tcp)
         try:
-            listeners = _bind.open_listeners(bind, reuseport=options.dispatch == "reuseport")
+            listeners = _bind.open_listeners(bind, reuseport=joins)
         except BindFailed as error:
             if error.errno != errno.EADDRINUSE:
                 yield str(error)
