@@ -474,6 +474,57 @@ def test_a_check_of_listeners_apart_says_where_they_cannot_be(app_dir: Path) -> 
     assert "it was bound without SO_REUSEPORT" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "target", "reason"),
+    [
+        (
+            ("--option", "bogus=1"),
+            "shop:asgi",
+            "cannot serve shop:asgi as asgi: TypeError: Config.__init__() got an unexpected keyword argument 'bogus'",
+        ),
+        (
+            ("--option", "bogus=1"),
+            "shop:wsgi",
+            "cannot serve shop:wsgi as wsgi: ValueError: Unknown adjustment 'bogus'",
+        ),
+        (
+            ("--dispatch", "handoff"),
+            "shop:serve",
+            "cannot serve shop:serve as listeners: ValueError: an application that accepts for itself",
+        ),
+        (("-w", "513"), "shop:handle", "a server has 512 workers at most, not 513"),
+    ],
+)
+def test_a_check_finds_what_would_keep_the_server_from_beginning(
+    arguments: tuple[str, ...], target: str, reason: str, app_dir: Path
+) -> None:
+    for needed in ("uvicorn", "waitress"):
+        pytest.importorskip(needed)
+    kinds = "async def asgi(scope, receive, send): pass\ndef wsgi(environ, start_response): pass\n"
+    (app_dir / "shop.py").write_text(f"{HANDLER}\n{kinds}\ndef serve(listeners): pass\n")
+    done = run("--check", "--app-dir", str(app_dir), "-b", "127.0.0.1:0", *arguments, target)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"fdpool serve: {reason}")
+
+
+@pytest.mark.parametrize("target", ["shop:asgi", "shop:wsgi", "shop:Handle", "shop:serve"])
+def test_a_check_of_every_kind_of_application_leaves_nothing_to_be_warned_of(
+    target: str, app_dir: Path
+) -> None:
+    for needed in ("uvicorn", "waitress"):
+        pytest.importorskip(needed)
+    (app_dir / "shop.py").write_text(
+        "import socketserver\n"
+        "async def asgi(scope, receive, send): pass\n"
+        "def wsgi(environ, start_response): pass\n"
+        "class Handle(socketserver.BaseRequestHandler): pass\n"
+        "def serve(listeners): pass\n"
+    )
+    where = ("--app-dir", str(app_dir), "-b", "127.0.0.1:0")
+    done = run("--check", *where, target, env={"PYTHONWARNINGS": "error", "PYTHONDEVMODE": "1"})
+    assert (done.stderr, done.returncode) == ("", 0)
+
+
 def test_a_check_of_code_that_hangs_ends(app_dir: Path) -> None:
     (app_dir / "hangs.py").write_text("import time\ntime.sleep(1000)")
     done = run(

@@ -6,9 +6,8 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 from .. import __version__
 from .._server import upgrade
@@ -16,7 +15,7 @@ from .._server.signals import Signals
 from ..errors import BindFailed, FdpoolError
 from ..server import Server
 from . import check, log
-from .options import Options, parse
+from .options import Options, parse, server_of
 from .pid_file import PidFile, PidFileRefused
 from .watch import Watcher
 
@@ -77,37 +76,6 @@ def serve(options: Options) -> int:
             },
         )
         return server._run_under(signals)
-
-
-def server_of(options: Options, on_ready: Callable[[], object] | None) -> Server:
-    """The server that the options ask for; nothing is opened yet.
-
-    Raises:
-        ValueError, TypeError, ImportError: as `Server` does.
-    """
-    chosen: dict[str, Any] = {
-        "workers": options.workers,
-        "threads": options.threads,
-        "backlog": options.backlog,
-        "grace": options.grace,
-        "boot_timeout": options.boot_timeout,
-        "request_timeout": options.request_timeout,
-        "max_requests": options.max_requests,
-        "max_age": options.max_age,
-        "max_memory": options.max_memory,
-        "reload_batch": options.reload_batch,
-        "options": options.settings,
-    }
-    return Server(
-        options.target,
-        options.binds,
-        interface=options.interface,  # type: ignore[arg-type]  # one of the choices
-        dispatch=options.dispatch,  # type: ignore[arg-type]
-        preload=(log.__name__, *options.preload),  # the log, too: 0.1 MiB that workers share
-        on_ready=on_ready,
-        on_worker_start=partial(log.configure_worker, options.log_json, options.log_level),
-        **{name: value for name, value in chosen.items() if value is not None},
-    )
 
 
 def _reload(server: Server, changed: list[str]) -> None:

@@ -8,10 +8,13 @@ import math
 import os
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from .. import _bind_spec, _systemd
 from .._server import apps, upgrade
+from ..server import Server
+from . import log
 
 DEFAULT_BIND = "127.0.0.1:8000"
 DISPATCHES = ("shared", "handoff", "reuseport")
@@ -231,6 +234,37 @@ def parse(given: Sequence[str], under_systemd: Callable[[], bool] = _under_syste
         log_json=options.log_json,
         log_level=options.log_level.upper(),
         check=options.check,
+    )
+
+
+def server_of(options: Options, on_ready: Callable[[], object] | None) -> Server:
+    """The server that the options ask for; nothing is opened yet.
+
+    Raises:
+        ValueError, TypeError, ImportError: as `Server` does.
+    """
+    chosen: dict[str, Any] = {
+        "workers": options.workers,
+        "threads": options.threads,
+        "backlog": options.backlog,
+        "grace": options.grace,
+        "boot_timeout": options.boot_timeout,
+        "request_timeout": options.request_timeout,
+        "max_requests": options.max_requests,
+        "max_age": options.max_age,
+        "max_memory": options.max_memory,
+        "reload_batch": options.reload_batch,
+        "options": options.settings,
+    }
+    return Server(
+        options.target,
+        options.binds,
+        interface=options.interface,  # type: ignore[arg-type]  # one of the choices
+        dispatch=options.dispatch,  # type: ignore[arg-type]
+        preload=(log.__name__, *options.preload),  # the log, too: 0.1 MiB that workers share
+        on_ready=on_ready,
+        on_worker_start=partial(log.configure_worker, options.log_json, options.log_level),
+        **{name: value for name, value in chosen.items() if value is not None},
     )
 
 
