@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import queue
+import shutil
 import subprocess
 import sys
 import threading
@@ -15,7 +17,7 @@ import pytest
 
 from fdpool._serve import log, options
 from fdpool._serve.pid_file import PidFile, PidFileRefused
-from fdpool._serve.watch import Watcher, differing, is_watched, snapshot
+from fdpool._serve.watch import Snapshot, Watcher, differing, is_watched, snapshot
 
 # -- options ---------------------------------------------------------------------------------------
 
@@ -308,4 +310,71 @@ def test_what_changes_is_told_and_several_files_together(notified: bool, tmp_pat
         assert paths in ([str(first), str(second)], [str(second)])
     finally:
         noticed.set()
+        watcher.close()
+
+
+def test_a_file_that_is_there_for_a_moment_is_no_change(tmp_path: Path) -> None:
+    """An editor's scratch file, say, that is gone again once all is quiet."""
+    scratch, other = tmp_path / "scratch.py", tmp_path / "a.py"
+    settled = threading.Event()
+
+    class Late(Watcher):
+        def _settled(self, now: Snapshot) -> Snapshot:
+            scratch.unlink(missing_ok=True)
+            now = super()._settled(now)
+            settled.set()
+            return now
+
+    told: queue.SimpleQueue[list[str]] = queue.SimpleQueue()
+    watcher = Late([str(tmp_path)], told.put, notified=False)
+    try:
+        scratch.write_text("1")
+        assert settled.wait(20)
+        other.write_text("1")
+        assert told.get(timeout=20) == [str(other)]
+    finally:
+        watcher.close()
+
+
+def write_until_told(path: Path, told: queue.SimpleQueue[list[str]]) -> list[str]:
+    """What is told of changes of a file; the kernel's notifications may take a moment to begin."""
+    for attempt in range(30):
+        path.write_text(str(attempt))
+        with contextlib.suppress(queue.Empty):
+            return told.get(timeout=0.6)
+    raise AssertionError(f"nobody has noticed that {path} changed")
+
+
+@pytest.mark.parametrize("how", ["moved away", "removed", "linked to"])
+@pytest.mark.parametrize("notified", [False, True])
+def test_a_watched_folder_that_is_replaced_is_watched_on(notified: bool, how: str, tmp_path: Path) -> None:
+    """As by a deploy, or for another worktree."""
+    if notified:
+        pytest.importorskip("watchfiles")
+    folder, old, new = (tmp_path / name for name in ("app", "old", "new"))
+    for each in (old, new):
+        each.mkdir()
+    if how == "linked to":
+        folder.symlink_to(old)
+    else:
+        old.rename(folder)
+    told: queue.SimpleQueue[list[str]] = queue.SimpleQueue()
+    watcher = Watcher([str(folder)], told.put, notified=notified)
+    file = folder / "a.py"
+    try:
+        assert write_until_told(file, told) == [str(file)]
+        if how == "moved away":
+            folder.rename(old)
+            new.rename(folder)
+        elif how == "removed":
+            shutil.rmtree(folder)
+            folder.mkdir()
+        else:
+            folder.unlink()
+            folder.symlink_to(new)
+        while not told.empty():
+            told.get()
+        for _ in range(2):
+            assert write_until_told(file, told) == [str(file)]
+    finally:
         watcher.close()

@@ -1,17 +1,22 @@
 """Notices that Python files have changed, for `fdpool serve --reload-on-change`.
 
-By the kernel's notifications where the package `watchfiles` is installed; else by looking at all of them twice a
-second. Editors write a file in several steps, and version control many files: one change is told when all is quiet.
+By the kernel's notifications where the package `watchfiles` is installed, until one of the folders is another one than
+before; else by looking at all of them twice a second. Editors write a file in several steps, and version control many
+files: one change is told when all is quiet.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from types import SimpleNamespace
 from typing import Any
+
+from ..fds import OwnedFds, above_stdio
 
 Snapshot = dict[str, tuple[int, int, int]]
 
@@ -53,23 +58,32 @@ class Watcher:
             self._changed(paths)
 
     def _by_notification(self) -> Iterable[list[str]]:
-        for changes in self.watch(
-            *self._folders,
-            watch_filter=lambda _, path: is_watched(path, self._folders),
-            debounce=int(_RESTLESS_S * 1000),
-            step=int(_QUIET_S * 1000),
-            stop_event=self._closed,
-            rust_timeout=int(_PERIOD_S * 1000),
-            raise_interrupt=False,
-        ):
-            yield sorted({path for _, path in changes})
+        # Held open, as the inode of one that is removed may be the next one's.
+        with contextlib.closing(OwnedFds(map(_opened, self._folders))) as held:
+
+            def is_over() -> bool:
+                return self._closed.is_set() or not all(map(_is_at, held.numbers, self._folders))
+
+            for changes in self.watch(
+                *self._folders,
+                watch_filter=lambda _, path: is_watched(path, self._folders),
+                debounce=int(_RESTLESS_S * 1000),
+                step=int(_QUIET_S * 1000),
+                stop_event=SimpleNamespace(is_set=is_over),
+                rust_timeout=int(_PERIOD_S * 1000),
+                raise_interrupt=False,
+            ):
+                yield sorted({path for _, path in changes})
+        yield from self._by_looking({})  # the kernel's notifications are of the folder that was there
 
     def _by_looking(self, before: Snapshot) -> Iterable[list[str]]:
         while not self._closed.wait(_PERIOD_S):
             now = snapshot(self._folders)
             if now != before:
                 now = self._settled(now)
-                yield differing(before, now)
+                changed = differing(before, now)
+                if changed:  # and not as before again: an editor's scratch file is there for a moment
+                    yield changed
                 before = now
 
     def _settled(self, now: Snapshot) -> Snapshot:
@@ -87,6 +101,18 @@ def _watchfiles() -> Any:
         return importlib.import_module("watchfiles").watch
     except ImportError:
         return None
+
+
+def _opened(folder: str) -> int:
+    return above_stdio(os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+
+
+def _is_at(fd: int, path: str) -> bool:
+    """True if what is open is what `path` leads to."""
+    try:
+        return os.path.samestat(os.fstat(fd), os.stat(path))
+    except OSError:
+        return False  # nothing is there
 
 
 def is_watched(path: str, folders: Iterable[str]) -> bool:
