@@ -16,7 +16,7 @@ import socket
 import threading
 import time
 
-from ..fds import is_readable
+from ..fds import above_stdio, duplicate, is_readable
 
 _LOG = logging.getLogger("fdpool.server")
 
@@ -52,7 +52,7 @@ class Reserve:
         with self._lock:
             if self._fd is None and not self._closed:
                 try:
-                    self._fd = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+                    self._fd = above_stdio(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
                 except OSError:
                     return False
             return self._fd is not None
@@ -137,13 +137,26 @@ class Acceptor:
 def _accept(listener: socket.socket) -> socket.socket | None:
     try:
         blocks = os.get_blocking(listener.fileno())
-        return _accept_in_turn(listener) if blocks else listener.accept()[0]
+        found = _accept_in_turn(listener) if blocks else listener.accept()[0]
     except BlockingIOError:
         return None
     except OSError as error:
         if error.errno in _ITS_OWN:
             return None
         raise
+    return None if found is None else off_stdio(found)
+
+
+def off_stdio(connection: socket.socket) -> socket.socket:
+    """The connection with a number above the standard streams, which may be closed; itself if no descriptor is left."""
+    if connection.fileno() > 2:
+        return connection
+    try:
+        moved = duplicate(connection.fileno())
+    except OSError:
+        return connection
+    connection.close()
+    return socket.socket(fileno=moved)
 
 
 def _accept_in_turn(listener: socket.socket) -> socket.socket | None:

@@ -19,8 +19,8 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from .. import _messages, wire
-from ..fds import close_all
-from .accept import Acceptor, Reserve
+from ..fds import close_all, standard_numbers_taken
+from .accept import Acceptor, Reserve, off_stdio
 from .doors import HANDED
 
 if TYPE_CHECKING:
@@ -76,7 +76,8 @@ class _Seat:
 
     def __init__(self, link: WorkerLink) -> None:
         self.link = link
-        self.mine, self.theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        with standard_numbers_taken():
+            self.mine, self.theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.most = 1
         self.sent = 0
         self.serves = False
@@ -296,7 +297,7 @@ class Handoff:
             if received is not None and received.fds:
                 seat.sent -= 1
                 self.taken_back += 1
-                self._held.append(socket.socket(fileno=received.fds[0]))
+                self._held.append(off_stdio(socket.socket(fileno=received.fds[0])))
             self._reserve.fill()
             if received is None:
                 return True

@@ -13,7 +13,7 @@ from .. import _forensics
 from .._broken import WorkerLost
 from .._frames import encode_json
 from ..errors import FdTransferError, RemoteTraceback, WireError
-from ..fds import Fd, close_all
+from ..fds import Fd, above_stdio, close_all
 from ..sockets import StreamSocket
 from . import worker
 from .progress import Seen, SeenPage
@@ -127,7 +127,7 @@ class WorkerLink:
         message, numbers = received
         if isinstance(message, dict) and message.get("say") == "hello" and self.pid is None:
             self.pid = int(message["pid"])
-            self._pidfd, numbers = (numbers[0], numbers[1:]) if numbers else (None, [])
+            self._pidfd, numbers = (above_stdio(numbers[0]), numbers[1:]) if numbers else (None, [])
         close_all(numbers)
         return message if isinstance(message, dict) else None
 

@@ -19,6 +19,7 @@ import time
 from typing import NamedTuple
 
 from .. import _platform
+from ..fds import above_stdio, standard_numbers_taken
 
 STACKS_AT = mmap.PAGESIZE  # where in the file the stacks begin
 _MOST_STACKS = 256 * 1024
@@ -64,11 +65,12 @@ class SeenPage(_Page):
     """The server's side. Makes the file, whose descriptor is its own until `close`."""
 
     def __init__(self) -> None:
-        self.fd = _platform.anonymous_file("fdpool-server")
+        self.fd = above_stdio(_platform.anonymous_file("fdpool-server"))
         self._read_to = STACKS_AT
         try:
             os.ftruncate(self.fd, mmap.PAGESIZE)
-            super().__init__(self.fd)
+            with standard_numbers_taken():  # mmap keeps a duplicate of its own
+                super().__init__(self.fd)
         except BaseException:
             os.close(self.fd)
             raise

@@ -37,7 +37,7 @@ from tests.server.helpers import (
     workers,
     wsgi,
 )
-from tests.server.programs import port_in, program
+from tests.server.programs import ask_port, port_in, program
 
 DISPATCHES = ["shared", "handoff"]
 
@@ -633,6 +633,26 @@ def test_more_workers_than_descriptors_allow_are_refused_in_plain_words(tmp_path
         assert "300 workers" in said
         assert "256" in said
         assert "ulimit -n" in said
+        assert server.wait() == 0
+
+
+@pytest.mark.parametrize("dispatch", ["shared", "handoff"])
+def test_with_standard_streams_closed_nothing_of_the_servers_has_their_numbers(
+    dispatch: str, tmp_path: Path
+) -> None:
+    """R2: a `print` would write into it."""
+    body = f"""
+    os.close(0), os.close(2)
+    sys.exit(fdpool.Server(pid, "127.0.0.1:0", workers=2, dispatch="{dispatch}").run())
+    """
+    with program(tmp_path, body) as server:
+        port = port_in(server.expect("started"))
+        for _ in range(3):
+            assert ask_port(port)
+            assert not {"0", "2"} & set(os.listdir(f"/proc/{server.pid}/fd"))
+            server.signal(signal.SIGHUP)
+            server.expect("reloaded")
+        server.signal(signal.SIGTERM)
         assert server.wait() == 0
 
 

@@ -8,6 +8,8 @@ import random
 import resource
 import socket
 import socketserver
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -167,6 +169,19 @@ def test_at_the_limit_the_reserve_lets_one_more_in(moody: Moody) -> None:
             for fd in filler:
                 os.close(fd)
     acceptor.close()
+
+
+def test_no_connection_lands_on_a_standard_stream() -> None:
+    """R2: with 0 to 2 closed, the next one would be standard input."""
+    script = (
+        "import os, socket, sys; from fdpool._server.accept import Acceptor\n"
+        "listener = socket.create_server(('127.0.0.1', 0)); listener.setblocking(False)\n"
+        "clients = [socket.create_connection(listener.getsockname()) for _ in range(4)]\n"
+        "os.closerange(0, 3); acceptor = Acceptor()\n"
+        "accepted = [acceptor.accept(listener) for _ in clients]\n"
+        "sys.exit(sum(each.fileno() < 3 for each in accepted))"
+    )
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
 
 
 def test_a_reserve_that_is_closed_is_not_filled_again() -> None:
