@@ -524,6 +524,25 @@ def test_nonblocking_mode_and_offset_belong_to_the_open_file_not_to_the_descript
     close([mine, theirs, private])
 
 
+@pytest.mark.parametrize("what", ["pipe", "socket"])
+def test_a_lock_on_a_pipe_or_socket_is_the_processs_and_goes_with_it(what: str, pair: Pair) -> None:
+    """fcntl(2): whoever else holds the description; POSIX leaves open which files take one."""
+    held = os.pipe()[::-1] if what == "pipe" else [end.detach() for end in pair(STREAM)]
+    telling, told = os.pipe()
+    child = os.fork()
+    if child == 0:
+        fcntl.lockf(held[0], fcntl.LOCK_EX)
+        os.write(told, b"x")
+        signal.pause()
+    os.read(telling, 1)
+    with pytest.raises(BlockingIOError):
+        fcntl.lockf(held[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    fcntl.lockf(held[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    close([*held, telling, told])
+
+
 def test_a_python_timeout_makes_the_socket_nonblocking_for_all_who_hold_it(pair: Pair) -> None:
     """M30: and the other socket object does not know."""
     a, _b = pair(DGRAM)

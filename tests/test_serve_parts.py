@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import logging
 import os
 import queue
 import shutil
+import signal
+import struct
 import subprocess
 import sys
+import termios
+import textwrap
 import threading
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import pytest
 
 from fdpool._serve import log, options
 from fdpool._serve.pid_file import PidFile, PidFileRefused
 from fdpool._serve.watch import Snapshot, Watcher, differing, is_watched, snapshot
+from tests.process_state import wait_until
+
+F_GETPIPE_SZ = 1032  # fcntl(2)
 
 # -- options ---------------------------------------------------------------------------------------
 
@@ -186,6 +197,81 @@ def test_a_log_that_nobody_can_take_is_no_error() -> None:
         ["sh", "-c", command], env={**os.environ, "SCRIPT": script}, stdout=subprocess.PIPE, check=True
     )
     assert done.stdout == b"went on\n"
+
+
+LOGGING = """
+import logging, os, signal, sys
+import fdpool._serve.log as log
+
+LONG = "long " * 40_000  # more than a pipe takes
+
+def say(*texts):
+    log.configure(True, "INFO")
+    for text in texts:
+        logging.getLogger("fdpool.server").info(text)
+"""
+
+
+@contextlib.contextmanager
+def logging_program(script: str) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
+    """A program that logs by `say` to a pipe, as its input and what it logs."""
+    command = [sys.executable, "-c", LOGGING + textwrap.dedent(script)]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+    ) as program:
+        assert program.stdin is not None
+        assert program.stderr is not None
+        try:
+            yield program.stdin, program.stderr
+        finally:
+            os.killpg(program.pid, signal.SIGKILL)
+
+
+def message(line: bytes) -> str:
+    said: str = json.loads(line)["message"]
+    return said
+
+
+def test_long_lines_of_several_processes_do_not_mix() -> None:
+    script = """
+    for _ in range(4):
+        if os.fork() == 0:
+            say(*[LONG, "short"] * 10)
+            os._exit(0)
+    """
+    with logging_program(script) as (_, logged):
+        said = Counter(message(line)[:5] for line in logged)
+    assert said == {"long ": 40, "short": 40}
+
+
+def test_a_pipe_that_does_not_block_gets_whole_lines_while_somebody_reads() -> None:
+    with logging_program("os.set_blocking(2, False); say(LONG, 'short')") as (_, logged):
+        assert [message(line)[:5] for line in logged] == ["long ", "short"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_who_is_killed_or_stopped_as_it_logs_keeps_nobody_else_from_it(number: int) -> None:
+    script = f"""
+    log._PATIENCE_S = 0.1
+    other = os.fork()
+    if other == 0:
+        say(LONG)
+    sys.stdin.read(1)
+    os.kill(other, {int(number)})
+    os.waitpid(other, os.WUNTRACED)
+    say("what comes upon half a line", "more")
+    """
+    with logging_program(script) as (order, logged):
+        room = fcntl.fcntl(logged, F_GETPIPE_SZ)
+        wait_until(lambda: unread(logged) == room)
+        order.write(b"x")
+        order.close()
+        assert b"what comes upon half a line" in logged.readline()
+        assert message(logged.readline()) == "more"
+
+
+def unread(pipe: IO[bytes]) -> int:
+    return int(struct.unpack("i", fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)))[0])
 
 
 # -- the pid file ----------------------------------------------------------------------------------

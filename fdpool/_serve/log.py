@@ -5,13 +5,18 @@ Runs in: the server, and each of its workers, so that both write in the same for
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
+import select
+import stat
 import time
 from typing import Any
 
 _LOGGER = "fdpool"
+_PATIENCE_S = 5.0  # for another process that writes, and for a reader in the middle of a line
+_LOOK_S = 0.002
 _PLAIN = set(logging.LogRecord("", 0, "", 0, "", (), None).__dict__) | {"message", "asctime", "taskName"}
 
 
@@ -48,13 +53,57 @@ class Json(logging.Formatter):
 class _Stderr(logging.Handler):
     """Writes each record in one piece, so that lines of several processes do not mix; nobody reading is no error."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._patience_s = _PATIENCE_S
+
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            os.write(2, (self.format(record) + "\n").encode(errors="backslashreplace"))
+            line = (self.format(record) + "\n").encode(errors="backslashreplace")
+            has_turn = self._take_turn()
+            try:
+                _write(line)
+            finally:
+                if has_turn:
+                    fcntl.lockf(2, fcntl.LOCK_UN)
         except OSError:
             pass
         except Exception:
             self.handleError(record)
+
+    def _take_turn(self) -> bool:
+        """Have no other process log to the same pipe or socket; False where that cannot be, or takes too long.
+
+        A pipe that is full takes a record in parts, and of all that wait some part of each (pipe(7)).
+        """
+        mode = os.fstat(2).st_mode
+        if not (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)):
+            return False  # each write(2) to a file is in one piece
+        deadline = time.monotonic() + self._patience_s
+        while True:
+            try:
+                # Kernel: pipes and sockets take POSIX locks (test_kernel_facts), which tell apart the processes that
+                # hold the same description, and go with one that is killed.
+                fcntl.lockf(2, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                if time.monotonic() >= deadline:
+                    self._patience_s = 0.0  # who has it is stopped, say; no more records are to wait for that
+                    return False
+                time.sleep(_LOOK_S)
+            except OSError:
+                return False  # another kernel
+            else:
+                self._patience_s = _PATIENCE_S
+                return True
+
+
+def _write(line: bytes) -> None:
+    """Write all of it, or nothing if O_NONBLOCK is set and nobody reads."""
+    left = memoryview(line)
+    left = left[os.write(2, left) :]
+    while left:  # a signal has come, or O_NONBLOCK is set: what has begun is to be ended
+        select.select([], [2], [], _PATIENCE_S)
+        left = left[os.write(2, left) :]
 
 
 def configure(as_json: bool, level: str) -> None:
