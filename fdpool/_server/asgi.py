@@ -24,7 +24,7 @@ from typing import Any
 import uvicorn
 
 from .context import Order, ServerWorker
-from .doors import Door, Listening
+from .doors import Door, HandedOver
 
 # uvicorn imports these, and what they stand for (httptools, websockets, uvloop), as it first needs them: in each worker
 # again, unless this module was imported in the supervisor.
@@ -43,7 +43,7 @@ Message = MutableMapping[str, Any]
 Application = Callable[[Any, Any, Any], Awaitable[None]]
 
 _LOG = logging.getLogger("fdpool.server")
-_TAKEN_AT_ONCE = 8  # connections taken from the inbox before those that are open have their turn
+_TAKEN_AT_ONCE = 32  # connections taken before those that are open have their turn; of 8 each costs 4 % more
 _CLOSE = (b"connection", b"close")
 
 
@@ -63,9 +63,8 @@ class AsgiFace:
             _Watched(app, worker, order.request_timeout_s),
             **{"log_config": None, "backlog": order.backlog, "interface": "asgi3", **order.options},
         )
-        sockets = list(listeners) if isinstance(door, Listening) else []
-        self._server = _Server(config, worker, None if sockets else door)
-        self._sockets = sockets
+        self._server = _Server(config, worker, door)
+        self._sockets = list(listeners)
 
     def serve(self, ready: Callable[[], None]) -> None:
         self._server.on_started = ready
@@ -80,17 +79,16 @@ class AsgiFace:
 class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may not be installed
     """uvicorn's server, with signals left to the worker, and a drain in place of its sudden end."""
 
-    def __init__(self, config: uvicorn.Config, worker: ServerWorker, door: Door | None) -> None:
+    def __init__(self, config: uvicorn.Config, worker: ServerWorker, door: Door) -> None:
         super().__init__(config)
         self.on_started: Callable[[], None] = lambda: None
         self._worker = worker
-        self._door = door  # None where uvicorn accepts by itself
+        self._door: Door | None = door  # None where the loop accepts by itself
         self._serving_loop: asyncio.AbstractEventLoop | None = None
         self._order: tuple[float, bool] | None = None  # a drain's end, and whether everybody leaves
+        self._counts = isinstance(door, HandedOver)  # whom the server hands more, by what it counts
         self._open = 0
         self._adopting = 0
-        if door is not None:
-            self.server_state.connections = _Connections(self._one_has_gone)
         self._has_all = False  # uvicorn knows every connection that was accepted before the drain
         self._idle_at = math.inf  # when idle connections are closed
 
@@ -99,10 +97,21 @@ class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may no
         yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        loop = asyncio.get_running_loop()
+        if self._counts:
+            self.server_state.connections = _Connections(self._one_has_gone)
+        elif not isinstance(loop, asyncio.SelectorEventLoop):
+            # uvloop, in which requests that come one by one, each on a connection of its own, would take 1.4 times the
+            # CPU by way of the door. asyncio's own loop accepts as we do; but it makes a listener non-blocking that
+            # was given (hazard M17), where no descriptor is left it tries and logs `backlog` times in a turn, and as
+            # it stops it loses what it has just accepted (https://github.com/python/cpython/issues/109564).
+            self._door = None
+        if self._door is not None:
+            sockets = []
         await super().startup(sockets=sockets)
         if self.should_exit or not self.started:
             return
-        self._serving_loop = loop = asyncio.get_running_loop()
+        self._serving_loop = loop
         _fix_log_level()
         self._worker.progress.beat()
         if self._door is not None:
@@ -125,7 +134,6 @@ class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may no
         assert self._order is not None
         _, leaving = self._order
         self._stop_accepting()
-        self._leave_door()
         self._mark_answers()
         for connection in list(self.server_state.connections):
             if leaving or not hasattr(connection, "timeout_keep_alive_task"):  # all but HTTP: WebSockets
@@ -134,24 +142,16 @@ class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may no
             self._idle_at = time.monotonic() + self.config.timeout_keep_alive
 
     def _stop_accepting(self) -> None:
-        """Take no new connections, and keep those that asyncio has accepted in this turn of the loop.
-
-        It makes their transports in the next turn, and where the server is closed by then they are lost
-        (https://github.com/python/cpython/issues/109564); uvicorn hears of them one turn later still.
-        """
         loop = self._serving_loop
         assert loop is not None
-        for server in self.servers:
-            for listener in server.sockets:
-                loop.remove_reader(listener.fileno())
-        loop.call_soon(self._close_servers)
-
-    def _close_servers(self) -> None:
+        if self._door is not None:
+            for fileno in self._door.filenos():
+                loop.remove_reader(fileno)
+            self._door.close()
         for server in self.servers:
             server.close()
         self._worker.closed()
-        assert self._serving_loop is not None
-        self._serving_loop.call_soon(self._have_all)
+        loop.call_soon(self._have_all)  # uvicorn hears of what uvloop has accepted in the next turn
 
     def _have_all(self) -> None:
         self._has_all = True
@@ -182,7 +182,7 @@ class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may no
                     connection.shutdown()  # what is idle is closed; what runs is not kept alive
         return bool(await super().on_tick(counter))
 
-    # -- connections that the server hands over -----------------------------------------------------------
+    # -- connections that come by the door ----------------------------------------------------------------
 
     def _take(self, fileno: int) -> None:
         assert self._door is not None
@@ -196,30 +196,36 @@ class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may no
             if connection is None:
                 break
             self._adopting += 1
-            self._count_open()
-            connection.setblocking(False)
-            task = self._serving_loop.create_task(self._adopt(connection))
-            task.add_done_callback(_log_failure)
+            if self._counts:
+                self._count_open()
+            self._serving_loop.create_task(self._adopt(connection))
 
     def _look_again(self, fileno: int) -> None:
         if self._door is not None and self._serving_loop is not None and fileno in self._door.filenos():
             self._serving_loop.add_reader(fileno, self._take, fileno)
 
     async def _adopt(self, connection: socket.socket) -> None:
-        loop = asyncio.get_running_loop()
-
-        def protocol() -> Any:
-            return self.config.http_protocol_class(  # type: ignore[call-arg, unused-ignore]
-                config=self.config, server_state=self.server_state, app_state=self.lifespan.state
-            )
-
+        assert self._serving_loop is not None
         try:
-            await loop.connect_accepted_socket(protocol, connection, ssl=self.config.ssl)
+            # asyncio sees to that only where a socket says that it is of TCP, and one that was accepted says what its
+            # listener was made with: usually nothing, 0. uvloop does in any case.
+            if connection.family != socket.AF_UNIX and connection.proto != socket.IPPROTO_TCP:
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            await self._serving_loop.connect_accepted_socket(self._protocol, connection, ssl=self.config.ssl)
         except OSError:
             connection.close()  # the client has gone
+        except Exception:
+            connection.close()
+            _LOG.exception("a connection could not be taken", extra={"event": "adopt_failed"})
         finally:
             self._adopting -= 1
-            self._count_open()
+            if self._counts:
+                self._count_open()
+
+    def _protocol(self) -> Any:
+        return self.config.http_protocol_class(  # type: ignore[call-arg, unused-ignore]
+            config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+        )
 
     def _one_has_gone(self) -> None:
         # After this turn: one that becomes a WebSocket goes, and comes again at once.
@@ -232,12 +238,6 @@ class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may no
         self._worker.progress.has_open(self._open)
         if self._open < before and self._door is not None:
             self._door.ended()
-
-    def _leave_door(self) -> None:
-        if self._door is not None and self._serving_loop is not None:
-            for fileno in self._door.filenos():
-                self._serving_loop.remove_reader(fileno)
-            self._door.close()
 
 
 class _Connections(set[Any]):
@@ -262,13 +262,6 @@ def _fix_log_level() -> None:
     log = logging.getLogger("uvicorn.error")
     if log.level == logging.NOTSET:
         log.setLevel(log.getEffectiveLevel())
-
-
-def _log_failure(task: asyncio.Task[None]) -> None:
-    if not task.cancelled() and task.exception() is not None:
-        _LOG.error(
-            "a connection could not be taken", exc_info=task.exception(), extra={"event": "adopt_failed"}
-        )
 
 
 class _Watched:

@@ -37,7 +37,7 @@ def serve(
     on_ready: Callable[[AsgiFace, SeenPage], None],
     inbox: socket.socket | None = None,
 ) -> None:
-    """Serve `hello` until drained; `on_ready` runs in the loop. (uvloop accepts in one turn.)
+    """Serve `hello` until drained; `on_ready` runs in the loop. (uvloop accepts by itself, in one turn.)
 
     Args:
         listener: accepted from, if there is no inbox; owned.

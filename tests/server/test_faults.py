@@ -588,6 +588,34 @@ def test_a_worker_without_descriptors_does_not_spin_and_serves_all_as_they_get_f
         wait_until(lambda: server.stats().workers[0].requests == 25)
 
 
+def test_an_asgi_worker_without_descriptors_says_so_once_and_serves_all_as_they_get_free(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """S9, T3."""
+    pytest.importorskip("uvicorn")
+    options = {"loop": "asyncio"}  # uvloop turns away what there is no descriptor for
+    with Server(asgi, ANY_PORT, workers=1, on_worker_start=leave_room_for(14), options=options) as server:
+        [pid] = pids(server)
+        clients = [connect(server) for _ in range(25)]
+        for client in clients:
+            client.sendall(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+        wait_until(lambda: server.stats().workers[0].requests >= 5)
+        process = psutil.Process(pid)
+        before = process.cpu_times()
+        begun = time.monotonic()
+        while time.monotonic() - begun < 1.0:
+            assert pids(server) == [pid]
+        used = process.cpu_times()
+        assert server.stats().workers[0].requests < 25
+        assert used.user + used.system - before.user - before.system < 0.3
+        said = capfd.readouterr().err
+        assert said.count("\n") == said.count("cannot accept") == 1, said
+        for client in clients:
+            assert client.recv(8) == b"HTTP/1.1"
+            client.close()
+        wait_until(lambda: server.stats().workers[0].requests == 25)
+
+
 def test_a_server_without_descriptors_hands_over_all_the_same(tmp_path: Path) -> None:
     """S9, T3, where the server accepts."""
     body = """

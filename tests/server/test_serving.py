@@ -11,6 +11,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from fdpool import ServerFailed
@@ -89,6 +90,26 @@ def test_a_request_is_served_in_whatever_pieces_it_comes(threads: int, dispatch:
             assert b"200 OK" in read_all(halved)
             silent.sendall(b"GET / HTTP/1.0\r\n\r\n")
             assert b"200 OK" in read_all(silent)
+
+
+@pytest.mark.parametrize("dispatch", ["shared", "reuseport", "handoff"])
+def test_an_answer_of_an_asgi_application_does_not_wait_for_its_client_to_acknowledge(dispatch: Any) -> None:
+    """As kernels have it by default (RFC 896), and clients take 40 ms for that (RFC 1122, 4.2.3.2)."""
+    pytest.importorskip("uvicorn")
+
+    async def tell_nodelay(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "lifespan":
+            await asgi(scope, receive, send)
+            return
+        connections = psutil.Process().net_connections("tcp")
+        [fd] = [each.fd for each in connections if tuple(each.raddr) == tuple(scope["client"])]
+        with socket.socket(fileno=os.dup(fd)) as connection:
+            nodelay = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"%d" % bool(nodelay)})
+
+    with Server(tell_nodelay, ANY_PORT, workers=1, dispatch=dispatch) as server:
+        assert get(server)[1] == b"1"
 
 
 def test_uvicorn_puts_together_no_trace_that_nobody_reads() -> None:
@@ -211,15 +232,24 @@ def test_it_listens_on_several_addresses_at_once(tmp_path: Path) -> None:
     assert not path.exists()
 
 
-def test_a_listener_that_blocks_is_served_and_its_mode_left_alone() -> None:
+@pytest.mark.parametrize("app", [echo_pid, asgi])
+def test_a_listener_that_blocks_is_served_and_its_mode_left_alone(app: Any) -> None:
     """M17: O_NONBLOCK belongs to whoever made it; workers take turns instead of blocking in accept."""
+
+    def answers() -> int:
+        return ask(server)[0] if app is echo_pid else int(get(server)[1])
+
+    if app is asgi:
+        pytest.importorskip("uvicorn")
     with socket.create_server(("127.0.0.1", 0)) as mine:
-        with Server(echo_pid, mine, workers=3) as server:
-            seen = {ask(server)[0] for _ in range(40)}
+        # Not in uvloop, which makes what it polls non-blocking.
+        options = {"loop": "asyncio"} if app is asgi else {}
+        with Server(app, mine, workers=3, options=options) as server:
+            seen = {answers() for _ in range(40)}
             assert os.get_blocking(mine.fileno())
             server.reload().result(30)  # nobody is stuck in accept
             assert not seen & set(pids(server))
-            assert ask(server)[0] in pids(server)
+            assert answers() in pids(server)
         assert mine.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
         assert seen
 
