@@ -125,7 +125,9 @@ class HandlerFace:
                 self._handle(connection, address)
         except ConnectionError as error:
             _LOG.debug("a client has gone: %s", error, extra={"event": "client_gone"})
-        except Exception:
+        except BaseException as error:  # SystemExit, say: it would end the thread, or the worker
+            if isinstance(error, KeyboardInterrupt) and self._threads == 1:
+                raise  # SIGINT, in the main thread
             _LOG.exception(
                 "a connection's handler failed in worker %d",
                 self._worker.slot,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import os
 import resource
@@ -291,6 +292,30 @@ def test_a_handler_that_fails_costs_its_connection_only(
             assert ask(server, b"good") == (0, b"ok")
         wait_until(lambda: len(pids(server)) == 2)
     assert "from the handler" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_handler_that_exits_costs_its_connection_only(
+    threads: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """P1, for requests: neither their thread nor their worker."""
+
+    def handle(connection: socket.socket, _: object) -> None:
+        what = connection.recv(100)
+        if what == b"exit":
+            raise SystemExit(0)
+        if what == b"cancelled":
+            raise asyncio.CancelledError
+        connection.sendall(b"%d ok" % os.getpid())
+
+    with Server(handle, ANY_PORT, workers=1, threads=threads) as server:
+        [before] = pids(server)
+        for bad in (b"exit", b"cancelled", b"exit"):
+            with connect(server) as client:
+                client.sendall(bad)
+                assert is_over(client)
+        assert ask(server, b"good") == (before, b"ok")
+    assert capfd.readouterr().err.count("a connection's handler failed") == 3
 
 
 def test_a_worker_that_dies_of_a_fault_leaves_its_stacks_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
