@@ -44,6 +44,7 @@ Application = Callable[[Any, Any, Any], Awaitable[None]]
 
 _LOG = logging.getLogger("fdpool.server")
 _TAKEN_AT_ONCE = 32  # connections taken before those that are open have their turn; of 8 each costs 4 % more
+_BEAT_S = 0.2  # rarer than uvicorn's ticks, so that it wakes nobody up as long as there are those
 _CLOSE = (b"connection", b"close")
 
 
@@ -63,12 +64,16 @@ class AsgiFace:
             _Watched(app, worker, order.request_timeout_s),
             **{"log_config": None, "backlog": order.backlog, "interface": "asgi3", **order.options},
         )
-        self._server = _Server(config, worker, door)
+        self._server = _Server(config, worker, door, order.request_timeout_s)
+        self._worker = worker
         self._sockets = list(listeners)
 
     def serve(self, ready: Callable[[], None]) -> None:
         self._server.on_started = ready
-        self._server.run(sockets=self._sockets)
+        try:
+            self._server.run(sockets=self._sockets)
+        finally:
+            self._worker.progress.beats_no_more()
         if not self._server.started:
             raise RuntimeError("the application failed at its start (lifespan): see what uvicorn has logged")
 
@@ -79,13 +84,17 @@ class AsgiFace:
 class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may not be installed
     """uvicorn's server, with signals left to the worker, and a drain in place of its sudden end."""
 
-    def __init__(self, config: uvicorn.Config, worker: ServerWorker, door: Door) -> None:
+    def __init__(
+        self, config: uvicorn.Config, worker: ServerWorker, door: Door, request_timeout_s: float | None
+    ) -> None:
         super().__init__(config)
         self.on_started: Callable[[], None] = lambda: None
         self._worker = worker
         self._door: Door | None = door  # None where the loop accepts by itself
         self._serving_loop: asyncio.AbstractEventLoop | None = None
         self._order: tuple[float, bool] | None = None  # a drain's end, and whether everybody leaves
+        self._beat_s = min(_BEAT_S, (request_timeout_s or math.inf) / 4)
+        self._next_beat: asyncio.TimerHandle | None = None
         self._counts = isinstance(door, HandedOver)  # whom the server hands more, by what it counts
         self._open = 0
         self._adopting = 0
@@ -113,7 +122,7 @@ class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may no
             return
         self._serving_loop = loop
         _fix_log_level()
-        self._worker.progress.beat()
+        self._beat()
         if self._door is not None:
             for fileno in self._door.filenos():
                 loop.add_reader(fileno, self._take, fileno)
@@ -167,8 +176,16 @@ class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may no
             if cycle is not None and not cycle.response_started:
                 cycle.default_headers = [*cycle.default_headers, _CLOSE]
 
-    async def on_tick(self, counter: int) -> bool:
+    def _beat(self) -> None:
+        """The loop turns. Said in each of uvicorn's ticks, and so often as it ends, or where those are too rare."""
+        assert self._serving_loop is not None
         self._worker.progress.beat()
+        if self._next_beat is not None:
+            self._next_beat.cancel()
+        self._next_beat = self._serving_loop.call_later(self._beat_s, self._beat)
+
+    async def on_tick(self, counter: int) -> bool:
+        self._beat()
         if self._order is not None:
             now = time.monotonic()
             until, _ = self._order

@@ -183,5 +183,9 @@ class Progress(_Page):
         """The event loop has turned."""
         self._words[_BEAT] = time.monotonic_ns()
 
+    def beats_no_more(self) -> None:
+        """There is no event loop any more: what comes after it is not to be taken for one that stands still."""
+        self._words[_BEAT] = 0
+
     def _tell_oldest(self) -> None:
         self._words[_OLDEST] = next(iter(self._running.values()), 0)

@@ -36,6 +36,7 @@ def serve(
     listener: socket.socket,
     on_ready: Callable[[AsgiFace, SeenPage], None],
     inbox: socket.socket | None = None,
+    request_timeout_s: float | None = None,
 ) -> None:
     """Serve `hello` until drained; `on_ready` runs in the loop. (uvloop accepts by itself, in one turn.)
 
@@ -43,7 +44,7 @@ def serve(
         listener: accepted from, if there is no inbox; owned.
         inbox: where connections are handed over; owned.
     """
-    order = Order(0, 1, None, b"", False, "asgi", None, None, None, 128, {"loop": "asyncio"})
+    order = Order(0, 1, None, b"", False, "asgi", None, None, request_timeout_s, 128, {"loop": "asyncio"})
     page = SeenPage()
     worker = ServerWorker(0, 1, Progress(page.fd), lambda message: None)
     door: Door = Listening([listener]) if inbox is None else HandedOver(inbox.detach(), worker.progress)
@@ -116,4 +117,34 @@ def test_connections_that_have_ended_are_counted_at_once(monkeypatch: pytest.Mon
     mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
     with mine, ThreadPoolExecutor(1) as threads:
         serve(listener, go_on, theirs)
+    scenario[0].result()
+
+
+def test_the_loop_is_seen_to_turn_whatever_uvicorn_is_about(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ticks ten times a second, and not as it ends."""
+
+    async def never(_face: object, _counter: int) -> bool:
+        await ended.wait()
+        return True
+
+    def go_on(face: AsgiFace, page: SeenPage) -> None:
+        loop = asyncio.get_running_loop()
+        next_beat = face._server._next_beat
+        assert next_beat is not None
+        assert next_beat.when() <= loop.time() + request_timeout_s / 4
+        scenario.append(threads.submit(watch, page))
+        scenario[0].add_done_callback(lambda _: loop.call_soon_threadsafe(ended.set))
+
+    def watch(page: SeenPage) -> None:
+        for _ in range(3):
+            before = page.see().beat
+            assert before is not None
+            wait_until(lambda before=before: page.see().beat != before)  # type: ignore[misc]
+
+    monkeypatch.setattr("fdpool._server.asgi._Server.on_tick", never)
+    request_timeout_s = 0.08
+    ended = asyncio.Event()
+    scenario: list[Future[None]] = []
+    with ThreadPoolExecutor(1) as threads:
+        serve(socket.create_server(("127.0.0.1", 0)), go_on, request_timeout_s=request_timeout_s)
     scenario[0].result()

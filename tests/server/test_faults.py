@@ -488,6 +488,33 @@ def test_an_event_loop_that_stands_still_is_killed(caplog: pytest.LogCaptureFixt
         assert "time.sleep" in killed.stacks or "helpers.py" in killed.stacks
 
 
+def test_a_worker_whose_event_loop_turns_is_left_alone_until_its_end(tmp_path: Path) -> None:
+    """In its lifespan's shutdown, and in its hook after that, when there is no loop any more."""
+    pytest.importorskip("uvicorn")
+    limit_s = 0.6
+    said = tmp_path / "said"
+
+    async def slow_to_end(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "lifespan":
+            await asgi(scope, receive, send)
+            return
+        await receive()
+        await send({"type": "lifespan.startup.complete"})
+        await receive()
+        await asyncio.sleep(3 * limit_s)
+        await send({"type": "lifespan.shutdown.complete"})
+
+    def slow_hook(worker: ServerWorker) -> None:
+        time.sleep(3 * limit_s)
+        said.write_text(str(worker.pid))
+
+    with Server(
+        slow_to_end, ANY_PORT, workers=1, request_timeout=limit_s, on_worker_exit=slow_hook
+    ) as server:
+        [pid] = pids(server)
+    assert said.read_text() == str(pid)
+
+
 def test_a_coroutine_that_waits_for_too_long_is_cancelled_and_nobody_else_is(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
