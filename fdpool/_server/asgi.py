@@ -326,6 +326,21 @@ class _Watched:
             watch.close()
 
 
+def _waits_at(awaited: Any) -> list[str]:
+    """The lines at which a coroutine waits, the innermost first, to the application's outermost.
+
+    `Task.get_stack` has the outermost of all only.
+    """
+    where: list[str] = []
+    while (frame := getattr(awaited, "cr_frame", None) or getattr(awaited, "gi_frame", None)) is not None:
+        if frame.f_code.co_filename == __file__:
+            where.clear()  # what is before, and this, is not the application
+        else:
+            where.insert(0, f"{frame.f_code.co_filename}:{frame.f_lineno}")
+        awaited = getattr(awaited, "cr_await", None) or getattr(awaited, "gi_yieldfrom", None)
+    return where
+
+
 class _Watch:
     """Cancels the running task if it has not moved on for so long."""
 
@@ -346,12 +361,11 @@ class _Watch:
             self._timer = self._loop.call_later(left_s, self._look)
             return
         assert self._task is not None
-        where = [f"{frame.f_code.co_filename}:{frame.f_lineno}" for frame in self._task.get_stack()]
         _LOG.error(
             "%s has not moved on for request_timeout=%g seconds, and is cancelled; it waits at %s",
             self._path,
             self._timeout_s,
-            " < ".join(reversed(where)) or "?",
+            " < ".join(_waits_at(self._task.get_coro())) or "?",
             extra={"event": "request_cancelled"},
         )
         self._task.cancel()

@@ -524,7 +524,10 @@ def test_a_coroutine_that_waits_for_too_long_is_cancelled_and_nobody_else_is(
         assert get(server, "/sleep/600")[0] == 500
         assert get(server, "/stream/40")[1].startswith(b"tick\n" * 40)  # longer in all, but it moves on
         assert pids(server) == before
-    assert "GET /sleep/600 has not moved on" in capfd.readouterr().err
+    [told] = [line for line in capfd.readouterr().err.splitlines() if "has not moved on" in line]
+    assert told.startswith("GET /sleep/600 ")
+    *_, outermost = told.partition("it waits at ")[2].split(" < ")
+    assert outermost.startswith(asgi.__code__.co_filename)
 
 
 # -- workers that have done their share --------------------------------------------------------------------
