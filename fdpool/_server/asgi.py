@@ -60,8 +60,9 @@ class AsgiFace:
         listeners: Sequence[socket.socket],
     ) -> None:
         self._door = door
+        self._app = _Watched(app, worker, order.request_timeout_s)
         config = uvicorn.Config(
-            _Watched(app, worker, order.request_timeout_s),
+            self._app,
             **{"log_config": None, "backlog": order.backlog, "interface": "asgi3", **order.options},
         )
         self._server = _Server(config, worker, door, order.request_timeout_s)
@@ -72,10 +73,13 @@ class AsgiFace:
         self._server.on_started = ready
         try:
             self._server.run(sockets=self._sockets)
+        except SystemExit:  # which uvicorn may raise where it does not start
+            if self._server.started:
+                raise
         finally:
             self._worker.progress.beats_no_more()
         if not self._server.started:
-            raise RuntimeError("the application failed at its start (lifespan): see what uvicorn has logged")
+            raise RuntimeError(self._app.failure)
 
     def drain(self, grace_s: float, leaving: bool) -> None:
         self._server.drain(time.monotonic() + grace_s, leaving)
@@ -286,7 +290,12 @@ class _Watched:
 
     A request that does nothing for `timeout_s` seconds (receives nothing, sends nothing) is cancelled: that costs
     nobody else anything. A loop that does not turn is the server's to see.
+
+    Attributes:
+        failure: why it is not served, if it is not; in one line.
     """
+
+    failure = "uvicorn has not started: see what it has logged"
 
     def __init__(self, app: Application, worker: ServerWorker, timeout_s: float | None) -> None:
         self._app = app
@@ -295,7 +304,7 @@ class _Watched:
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "lifespan":
-            await self._app(scope, receive, send)
+            await self._app(scope, receive, self._hearing(send))
             return
         worker = self._worker
         progress = worker.progress
@@ -307,6 +316,15 @@ class _Watched:
                 await self._answer(scope, receive, send, self._timeout_s)
         finally:
             worker.ended(progress.end_untimed())
+
+    def _hearing(self, send: Callable[[Message], Awaitable[None]]) -> Callable[[Message], Awaitable[None]]:
+        async def send_heard(message: Message) -> None:
+            if message["type"] == "lifespan.startup.failed" and (said := message.get("message", "").strip()):
+                # Its last line, as starlette says a traceback.
+                self.failure = f"the application failed at its start (lifespan): {said.splitlines()[-1]}"
+            await send(message)
+
+        return send_heard
 
     async def _answer(self, scope: Any, receive: Any, send: Any, timeout_s: float) -> None:
         watch = _Watch(timeout_s, scope)

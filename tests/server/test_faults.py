@@ -748,6 +748,19 @@ def test_a_worker_that_cannot_boot_says_why_to_who_starts_the_server() -> None:
         server.start()
 
 
+def test_an_asgi_application_that_fails_at_its_start_says_why_to_who_starts_the_server() -> None:
+    pytest.importorskip("uvicorn")
+
+    async def refuse(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        said = "Traceback (most recent call last):\n  ...\nRuntimeError: no database\n"
+        await send({"type": "lifespan.startup.failed", "message": said})
+
+    server = Server(refuse, ANY_PORT, workers=1, boot_limit=1)
+    with pytest.raises(ServerFailed, match=r"failed at its start \(lifespan\): RuntimeError: no database"):
+        server.start()
+
+
 # -- who holds what ----------------------------------------------------------------------------------------
 
 
