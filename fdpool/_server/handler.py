@@ -168,6 +168,8 @@ class ListenersFace:
         self._worker = worker
         self._listeners = list(listeners)
         self._takes_worker = apps.takes_worker(serve)
+        if not self._takes_worker:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # it may have ways of its own
 
     def serve(self, ready: Callable[[], None]) -> None:
         if self._takes_worker:

@@ -80,7 +80,7 @@ def _boot_and_serve(
         face = _face(interface, app, order, worker, door, listeners)
         worker.interface = interface
         worker.max_requests = order.max_requests
-        listening.serves(face, interface)
+        listening.serves(face)
     except BaseException as error:
         _tell_failed(stream, error)
         if isinstance(error, Exception):
@@ -157,10 +157,8 @@ class _Listening:
             signal.signal(number, self._on_signal)
         threading.Thread(target=self._run, name="fdpool-server-control", daemon=True).start()
 
-    def serves(self, face: Face, interface: str) -> None:
+    def serves(self, face: Face) -> None:
         """The face is there, and drains are its own from now on."""
-        if interface == "listeners":
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # what accepts for itself may have ways of its own
         with self._lock:
             self._face, told = face, self._told
         if told is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import signal
 import socket
 import socketserver
 import threading
@@ -27,6 +28,7 @@ from tests.server.helpers import (
     keep_echoing,
     pids,
     read_all,
+    records,
     wsgi,
 )
 
@@ -150,10 +152,25 @@ def test_an_application_may_accept_for_itself_and_says_when_it_is_ready() -> Non
         assert ask(server, b"")[1] == b"slot 0"
 
 
+def test_an_application_that_accepts_for_itself_has_a_successor_first_if_it_is_sent_sigterm(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """W1, where it takes the worker."""
+
+    def serve(listeners: list[socket.socket], worker: ServerWorker) -> None:
+        worker.ready()
+        worker.wait_drain()
+
+    with records(caplog) as logged, Server(serve, ANY_PORT, workers=1, interface="listeners") as server:
+        [before] = pids(server)
+        os.kill(before, signal.SIGTERM)
+        wait_until(lambda: logged("worker_exited"))
+        assert pids(server) not in ([before], [])
+        assert logged("worker_exited")[0].reason == "drained"
+
+
 def test_an_application_that_only_takes_listeners_is_drained_by_sigterm() -> None:
     def serve(listeners: list[socket.socket]) -> None:
-        import signal
-
         enough: list[int] = []
         signal.signal(signal.SIGTERM, lambda *_: enough.append(1))
         listeners[0].settimeout(0.05)
