@@ -315,6 +315,7 @@ class _Watched:
             else:
                 await self._answer(scope, receive, send, self._timeout_s)
         finally:
+            worker.leave_if_forked()
             worker.ended(progress.end_untimed())
 
     def _hearing(self, send: Callable[[Message], Awaitable[None]]) -> Callable[[Message], Awaitable[None]]:

@@ -58,6 +58,7 @@ class ServerWorker:
     """The worker that code runs in: for hooks, and for applications that accept for themselves.
 
     Attributes:
+        pid: the process.
         slot: its place among the workers, from 0.
         generation: 1, and one more with each reload.
     """
@@ -65,6 +66,7 @@ class ServerWorker:
     def __init__(
         self, slot: int, generation: int, progress: Progress, tell: Callable[[object], None]
     ) -> None:
+        self.pid = os.getpid()
         self.slot = slot
         self.generation = generation
         self.progress = progress
@@ -75,11 +77,6 @@ class ServerWorker:
         self._retiring = False
         self._drained = threading.Event()
         self._waker = Waker()
-
-    @property
-    def pid(self) -> int:
-        """The process."""
-        return os.getpid()
 
     @property
     def draining(self) -> bool:
@@ -114,6 +111,11 @@ class ServerWorker:
         """A request is over, and so many are."""
         if self.max_requests is not None and finished >= self.max_requests:
             self.retire(f"it has served {finished} requests")
+
+    def leave_if_forked(self) -> None:
+        """A request may fork; a child that returns from it is not a worker, and must not go on as one."""
+        if os.getpid() != self.pid:
+            os._exit(1)
 
     def start_draining(self) -> None:
         """Nothing new is to be taken."""

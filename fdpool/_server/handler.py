@@ -134,6 +134,7 @@ class HandlerFace:
                 extra={"event": "handler_failed"},
             )
         finally:
+            self._worker.leave_if_forked()
             self._worker.ended(progress.end(token))
             progress.has_open(progress.in_flight)
             self._door.ended()

@@ -302,6 +302,7 @@ def _channel_class(worker: ServerWorker, door: Door, tasks: Tasks) -> type[Any]:
             try:
                 super().service()
             finally:
+                worker.leave_if_forked()
                 worker.ended(worker.progress.end(self.token))
 
         def _flush_some(self, do_close: bool = True) -> Any:
@@ -314,6 +315,7 @@ def _channel_class(worker: ServerWorker, door: Door, tasks: Tasks) -> type[Any]:
             return sent
 
         def write_soon(self, data: Any) -> Any:
+            worker.leave_if_forked()  # before it answers as well
             self.moved_on()
             return super().write_soon(data)
 

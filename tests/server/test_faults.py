@@ -10,6 +10,7 @@ import select
 import signal
 import socket
 import time
+import warnings
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -316,6 +317,49 @@ def test_a_handler_that_exits_costs_its_connection_only(
                 assert is_over(client)
         assert ask(server, b"good") == (before, b"ok")
     assert capfd.readouterr().err.count("a connection's handler failed") == 3
+
+
+def fork_and_fail() -> bytes:
+    """How a child has ended that was to become another program, and could not."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # there are threads
+        pid = os.fork()
+    if pid == 0:
+        os.execv("/nowhere", ["nowhere"])
+    return b"0 %d" % os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def forks(connection: socket.socket, _: object) -> None:
+    connection.sendall(fork_and_fail())
+
+
+async def asgi_forks(scope: Any, receive: Any, send: Any) -> None:
+    if scope["type"] == "lifespan":
+        await asgi(scope, receive, send)
+        return
+    body = fork_and_fail()
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": body})
+
+
+def wsgi_forks(environ: Any, start_response: Any) -> list[bytes]:
+    body = fork_and_fail()
+    start_response("200 OK", [("Content-Length", str(len(body)))])
+    return [body]
+
+
+@pytest.mark.parametrize(
+    ("app", "threads"), [(forks, 1), (forks, 2), (wsgi_forks, 1), (wsgi_forks, 2), (asgi_forks, None)]
+)
+def test_a_child_that_a_request_has_forked_does_not_go_on_as_a_worker(app: Any, threads: int | None) -> None:
+    """It would serve, and nobody would know of it. The request waits for its end."""
+    if app is not forks:
+        pytest.importorskip("uvicorn" if app is asgi_forks else "waitress")
+    with Server(app, ANY_PORT, workers=1, threads=threads) as server:
+        answer = ask(server, b"")[1] if app is forks else get(server)[1]
+        assert answer.split()[-1] == b"1"
+        wait_until(lambda: server.stats().workers[0].in_flight == 0)
+        assert server.stats().workers[0].requests == 1
 
 
 def test_a_worker_that_dies_of_a_fault_leaves_its_stacks_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
