@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -103,24 +104,30 @@ def handed_at_most(interface: str, threads: int | None) -> int:
     """How many connections a worker may be handed at a time.
 
     One that calls a handler can do with `threads`, and two more, so that it need not wait for the next. What speaks
-    HTTP has many that are idle; waitress takes no more than a hundred.
+    HTTP has many that are idle: waitress takes no more than a hundred, uvicorn as many as there are descriptors for.
     """
     if interface in ("handler", "socketserver"):
         return (threads or 1) + 2
-    return 90
+    return max(90, _most_descriptors()[0] - _BESIDES) if interface == "asgi" else 90
 
 
 def check_descriptors(workers: int, dispatch: str) -> None:
     """Raise ServerFailed if there are too many of them, or this process may not have the descriptors that they take."""
-    import resource
-
     if workers > MOST_WORKERS:
         raise ServerFailed(f"a server has {MOST_WORKERS} workers at most, not {workers}")
 
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    soft, hard = _most_descriptors()
     wanted = _BESIDES + workers * _PER_WORKER[dispatch]
-    if soft not in (resource.RLIM_INFINITY, -1) and wanted > soft:
+    if wanted > soft:
         raise ServerFailed(
             f"{workers} workers take about {wanted} descriptors in this process, and its limit is {soft}: raise it "
             f"(ulimit -n, LimitNOFILE=; the hard limit is {hard}), or have fewer workers"
         )
+
+
+def _most_descriptors() -> tuple[int, int]:
+    """How many this process, and whoever descends from it, may have: the soft limit, and the hard one."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return sys.maxsize if soft == resource.RLIM_INFINITY else soft, hard

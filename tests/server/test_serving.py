@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
@@ -283,6 +284,18 @@ def test_a_connection_that_nobody_has_accepted_is_served_after_all_workers_have_
             first.shutdown(socket.SHUT_WR)
             second.shutdown(socket.SHUT_WR)
             assert reload.result(20) == 2
+
+
+def test_an_asgi_worker_is_handed_as_many_connections_as_it_has_descriptors_for() -> None:
+    pytest.importorskip("uvicorn")
+    with contextlib.ExitStack() as clients:
+        with Server(
+            asgi, ANY_PORT, workers=1, dispatch="handoff", options={"timeout_keep_alive": 60}
+        ) as server:
+            for _ in range(150):  # each stays open
+                client = clients.enter_context(connect(server))
+                client.sendall(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+                assert client.recv(8) == b"HTTP/1.1"
 
 
 # -- beginning and end ---------------------------------------------------------------------------------
