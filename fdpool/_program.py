@@ -134,9 +134,10 @@ class Run:
         # A handler that raises between the start and the note would leave a program that nobody knows.
         before = sigmask(signal.SIG_BLOCK, EVERY)
         try:
+            begins = time.monotonic()  # when it has been started it has run for a while, or has ended
             pid = start(launch)
+            self._begins[pid] = begins
             self.progeny.add(pid, leads_group=not launch.group)
-            self._begins[pid] = time.monotonic()
             pidfd = _platform.open_pidfd(pid)
             self._alive[pid] = pidfd
             if pidfd is not None:

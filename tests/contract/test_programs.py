@@ -11,6 +11,7 @@ import socket
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -459,6 +460,25 @@ def test_the_record_tells_time_and_resources(pool: Pool) -> None:
     assert done.wall_s > 0
     assert done.rusage.ru_utime > 0
     assert (done.timed_out, done.truncated, done.signal_name) == (False, False, None)
+
+
+def take_long_to_start() -> None:
+    from fdpool import _program
+
+    start = _program.start
+
+    def slow(launch: Any) -> int:
+        pid = start(launch)
+        time.sleep(0.05)  # what the worker may wait for a processor, as the program runs on another
+        return pid
+
+    _program.start = slow
+
+
+def test_the_time_of_a_program_has_its_start() -> None:
+    with Pool(1) as pool:
+        pool.submit(take_long_to_start).result()
+        assert pool.run(["true"]).result().wall_s >= 0.05
 
 
 def test_an_environment_is_exactly_what_was_given_and_the_mark(pool: Pool) -> None:
