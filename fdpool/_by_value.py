@@ -8,11 +8,12 @@ there, as the client's values of that moment, but for what is the worker's own:
     a name that the initializer has assigned, which the client may have, too (`connection = None`)
     an object that it refers to and may have changed (a list, a dictionary, an instance)
 
-Runs in: a worker; but `reduced`, where a function is pickled.
+Runs in: a worker; but `reduced` and `cache`, where something is pickled.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FunctionType, ModuleType
@@ -22,6 +23,8 @@ from typing import Any
 _CONSTANT = (type(None), bool, int, float, complex, str, bytes, frozenset, type, ModuleType, FunctionType)
 
 _MAIN = ("__main__", "__mp_main__")
+
+_LruCache = type(functools.lru_cache(len))
 
 
 class _Globals:
@@ -75,6 +78,33 @@ def reduced(function: object, reduction: Any) -> Any:
         return reduction
     make, arguments, state, items, pairs, set_state = reduction
     return _made, (make, *arguments), (set_state, state), items, pairs, _finished
+
+
+def cache(obj: object) -> tuple[Any, ...] | None:
+    """What a cache of the standard library becomes that belongs to something which travels by value: one of the same
+    kind, and empty. None if `obj` is none.
+
+    cloudpickle leaves them to pickle: that names the function, or, before Python 3.12, refuses the lock of a
+    `cached_property`.
+    """
+    if type(obj) is _LruCache:
+        wrapper: Any = obj
+        if wrapper.__module__ in _MAIN or "<locals>" in wrapper.__qualname__:
+            return _cached, (wrapper.__wrapped__, wrapper.cache_parameters())
+    elif type(obj) is functools.cached_property:
+        return _cached_property, (obj.func, obj.attrname)
+    return None
+
+
+def _cached(function: Callable[..., Any], parameters: dict[str, Any]) -> Callable[..., Any]:
+    made: Callable[..., Any] = functools.lru_cache(**parameters)(function)
+    return made
+
+
+def _cached_property(function: Callable[[Any], Any], name: str | None) -> functools.cached_property[Any]:
+    made = functools.cached_property(function)
+    made.attrname = name
+    return made
 
 
 def _made(make: Callable[..., Any], code: object, names: dict[str, Any], *rest: object) -> Any:

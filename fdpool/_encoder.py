@@ -384,7 +384,7 @@ def _cloud_pickler() -> Any:
                 return reducer(obj)
             if type(obj) is CodeType:
                 return _code_with_file_name(base.dispatch_table[CodeType], obj)
-            return _by_value.reduced(obj, base.reducer_override(self, obj))
+            return _by_value.cache(obj) or _by_value.reduced(obj, base.reducer_override(self, obj))
 
         _CloudPickler = type("_CloudPickler", (base,), {"reducer_override": reducer_override})
     return _CloudPickler

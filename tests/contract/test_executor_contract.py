@@ -318,6 +318,39 @@ def test_sigterm_ends_a_worker_whose_task_never_comes_back_to_python(start_metho
         assert pool.submit(helpers.square, 3).result() == 9
 
 
+@pytest.mark.parametrize("method", START_METHODS)
+def test_functions_and_classes_of_a_script_may_have_caches(method: str) -> None:
+    printed = run_script(
+        f"""
+        import fdpool, functools
+
+        @functools.cache
+        def sum_to(n):
+            return n + sum_to(n - 1) if n else 0
+
+        class Table:
+            @functools.cached_property
+            def size(self):
+                return sum_to(4)
+
+        @functools.lru_cache(maxsize=2)
+        def once(n):
+            return [n]
+
+        def same(n):
+            return once(n) is once(n), once.cache_parameters()["maxsize"]
+
+        def adder(by):
+            return functools.lru_cache(lambda n: n + by)
+
+        with fdpool.Pool(1, start_method={method!r}) as pool:
+            print(pool.submit(sum_to, 3).result(), pool.submit(lambda: Table().size).result())
+            print(*pool.submit(same, 1).result(), pool.submit(adder(2), 40).result(), *pool.map(sum_to, range(3)))
+        """
+    )
+    assert printed == "6 10\nTrue 2 42 0 1 3\n"
+
+
 def test_in_a_map_calls_of_a_script_do_not_see_what_others_have_rebound() -> None:
     printed = run_script(
         """
