@@ -187,6 +187,7 @@ def test_the_pools_own_sockets_cannot_be_handed_over(pool: Pool) -> None:
 
 def test_what_cannot_be_handed_over_is_refused_at_submit(pool: Pool, text_file: Path) -> None:
     """H1."""
+    assert pool.submit(helpers.square, 1).result() == 1  # what the pool opens has its numbers
     with open(text_file) as file:
         number = file.fileno()
     with pytest.raises(fdpool.DescriptorRefused, match="closed"):
