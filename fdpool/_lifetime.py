@@ -178,6 +178,7 @@ class Lifetime:
         """Wait until nothing of the pool is left; from a callback in the pump's own thread it returns at once."""
         pump = self.client.pump
         if pump is not None and self.phase is not Phase.FORKED:
+            pump.receiver.stand_aside()
             pump.join()
 
     def forget_in_child(self) -> None:

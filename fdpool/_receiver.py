@@ -5,6 +5,9 @@ the pump, and being woken by it. The slots' sockets are in an inner epoll, which
 pump's selector watches. Who waits takes the inner out of the outer's sight, polls it, and puts it back. One
 thread at a time may do so; others that wait meanwhile are told by whoever settles.
 
+In the main thread signal handlers run as it waits, and may themselves wait for what is the pump's to do: so the
+inner is in sight then, and the pump takes what lies there for longer than who waits would leave it.
+
 Without epoll nobody but the pump receives.
 """
 
@@ -75,8 +78,10 @@ class Receiver:
         self._turn: Any = threading.RLock()  # held by who waits
         self._awaited: TaskFuture[Any] | None = None
         self._others: set[object] = set()  # threads that wait and do not receive
-        self._kept = False  # the inner epoll is kept from the pump although nobody waits just now
-        self._left_at = 0.0
+        self._kept = False  # the inner epoll is kept from the pump, which looks for itself now and then
+        self._left_at = 0.0  # when somebody last ceased to wait
+        self._taken_at = 0.0  # when who waits last took something
+        self._noticed_at = 0.0  # when the pump last found something that who waits was to take
         self._spin = Spin()
         self._to_settle: deque[tuple[int, Answer | None, BaseException | None]] = deque()
         self._inner: Any = None
@@ -151,6 +156,14 @@ class Receiver:
         finally:
             self._others.discard(token)
 
+    def stand_aside(self) -> None:
+        """This thread is about to wait for the end, in a signal handler perhaps that has interrupted its wait in here:
+        leave that to the pump, for good."""
+        if self._turn._is_owned():
+            self._awaited = None
+            self._show()
+            self._turn._release_save()
+
     def _receive_until(self, future: TaskFuture[Any], deadline: float | None) -> bool:
         """Receive until `future` is settled or the time is over; False if it is another thread's turn."""
         client, poll, look = self._client, self._inner.poll, self._spin.look
@@ -172,15 +185,19 @@ class Receiver:
                             events = self._block(deadline, mask)
                             if not events:
                                 break
+                        self._taken_at = time.monotonic()
                         self._take_and_settle(events)
                 finally:
                     if outer is None:
                         self._give_back(began)
+                    else:
+                        self._show()  # what it was interrupted by may go on to wait by other means
             finally:
-                self._awaited = outer
-                if outer is not None:
-                    self._waker.wake()  # it may have been settled in here
-                self._turn.release()
+                if self._turn._is_owned():  # has not stood aside
+                    self._awaited = outer
+                    if outer is not None:
+                        self._waker.wake()  # it may have been settled in here
+                    self._turn.release()
         finally:
             put_back(mask)
         return True
@@ -202,23 +219,43 @@ class Receiver:
                 self._kept = True
                 self._look_again()
         else:
-            self._kept = False
-            self._outer.modify(self._inner, select.EPOLLIN)
+            self._show()
         self._left_at = now
+
+    def _show(self) -> None:
+        """Let the pump see answers. In this order: what it hides meanwhile it keeps."""
+        self._kept = False
+        if not self._outer.closed:
+            self._outer.modify(self._inner, select.EPOLLIN)
 
     def next_look(self) -> float | None:
         """Runs in: the pump. How long it may sleep at most, so that answers kept from it do not lie for long."""
         return _KEEP_S if self._kept else None
 
     def reclaim(self) -> None:
-        """Runs in: the pump. See answers again, if nobody has waited for one lately."""
-        if self._kept and self._turn.acquire(blocking=False):
+        """Runs in: the pump. See answers again, if nobody has waited for one lately, or who waits leaves them."""
+        if not self._kept:
+            return
+        if self._turn.acquire(blocking=False):
             try:
-                if self._kept and time.monotonic() - self._left_at > _KEEP_S / 2:
-                    self._kept = False
-                    self._outer.modify(self._inner, select.EPOLLIN)
+                if time.monotonic() - self._left_at > _KEEP_S / 2:
+                    self._show()
             finally:
                 self._turn.release()
+        elif (
+            self._are_left(self._inner.poll(0, _EVENTS))
+            or time.monotonic() - max(self._left_at, self._taken_at) > _LONG_S
+        ):
+            self._show()
+
+    def _are_left(self, events: list[tuple[int, int]]) -> bool:
+        """Runs in: the pump. True if who waits was to take some of these, and has taken nothing for a while."""
+        if not any(fd in self._links for fd, _ in events):
+            return False  # its own waker stays as it is until it looks
+        now = time.monotonic()
+        if self._noticed_at <= self._taken_at:
+            self._noticed_at = now
+        return now - self._noticed_at > _KEEP_S / 2
 
     def _block(self, deadline: float | None, mask: set[int] | None) -> list[tuple[int, int]]:
         """Wait in the kernel, with signals let through; nothing if the time is over."""
@@ -228,17 +265,30 @@ class Receiver:
         remaining = min(remaining, LONGEST_POLL_S)
         events: list[tuple[int, int]]
         try:
+            kept = self._kept
+            if mask is not None and not kept:
+                self._show()
             put_back(mask)
             soon = _KEEP_S if remaining < 0 else min(_KEEP_S, remaining)
-            events = self._inner.poll(soon if self._kept else remaining, _EVENTS)
-            if not events and self._kept:
+            events = self._inner.poll(soon if kept else remaining, _EVENTS)
+            if not events and kept:
                 self._kept = False  # the pump need not look for the end of this
+                if mask is not None:
+                    self._show()
                 if deadline is not None:
                     remaining = min(max(0.0, deadline - time.monotonic()), LONGEST_POLL_S)
                 events = self._inner.poll(remaining, _EVENTS)
+        except (OSError, ValueError) as error:
+            raised_by = error.__traceback__
+            if not self._inner.closed or (raised_by is not None and raised_by.tb_next is not None):
+                raise  # by a handler
         finally:
             if mask is not None:
                 block_in_main()
+        if self._inner.closed:  # a handler has waited for the end: what came before that has been taken
+            return []
+        if mask is not None and not self._kept:
+            self._outer.modify(self._inner, 0)
         self._spin.waited()
         return events
 
@@ -255,8 +305,13 @@ class Receiver:
     # -- answers -------------------------------------------------------------------------------------------
 
     def take_ready(self) -> None:
-        """Runs in: the pump. Receive what has come, if nobody else does."""
-        self.take(self._inner.poll(0, _EVENTS))
+        """Runs in: the pump. Receive what has come, or leave it to who waits, for a while."""
+        events = self._inner.poll(0, _EVENTS)
+        if self._awaited is None or self._are_left(events):
+            self.take(events)
+        else:
+            self._outer.modify(self._inner, 0)
+            self._kept = True
 
     def take(self, events: list[tuple[int, int]]) -> None:
         """Receive from the slots that `events` of the inner epoll names."""

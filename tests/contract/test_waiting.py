@@ -7,13 +7,14 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, as_completed, wait
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from pathlib import Path
 
 import pytest
 
-from fdpool import Pool
+from fdpool import Pool, PoolBroken
 from fdpool._fixtures.pools import PoolFactory
 from tests.process_state import wait_until
 
@@ -168,6 +169,115 @@ def test_a_signal_handler_may_wait_in_the_midst_of_another_wait(pool: Pool) -> N
         signal.signal(signal.SIGALRM, before)
     assert inner == [5]
     assert pool.submit(helpers.square, 3).result(timeout=20) == 9
+
+
+def interrupted(pool: Pool, handle: Callable[[], object]) -> BaseException | None:
+    """The error of a task that ends as soon as `handle` has begun, which a signal calls while the main thread waits."""
+    read, write = os.pipe()
+
+    def on_signal(_number: int, _frame: object) -> None:
+        os.close(write)
+        handle()
+
+    def interrupt(main: int) -> None:
+        receiver = pool._client.receiver
+        wait_until(lambda: (receiver._awaited is future or receiver._others) and future.running())
+        signal.pthread_kill(main, signal.SIGUSR1)
+
+    before = signal.signal(signal.SIGUSR1, on_signal)
+    try:
+        with open(read, "rb") as end:
+            future = pool.submit(helpers.read_all, end)
+        thread = threading.Thread(target=interrupt, args=(threading.get_ident(),))
+        thread.start()
+        try:
+            return future.exception()
+        finally:
+            thread.join()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def wait_for_event(pool: Pool) -> None:
+    done = threading.Event()
+    pool.submit(helpers.square, 3).add_done_callback(lambda _future: done.set())
+    assert done.wait(20)
+
+
+def wait_for_thread(pool: Pool) -> None:
+    results: list[int] = []
+    thread = threading.Thread(target=lambda: results.append(pool.submit(helpers.square, 3).result()))
+    thread.start()
+    thread.join(20)
+    assert results == [9]
+
+
+def wait_for_view(pool: Pool) -> None:
+    view = pool.with_options(timeout=60)
+    view.submit(helpers.square, 3)
+    view.shutdown()
+
+
+@pytest.mark.timeout(40)
+@pytest.mark.parametrize(
+    "by_other_means",
+    [
+        pytest.param(Pool.shutdown, id="shutdown"),
+        pytest.param(lambda pool: wait([pool.submit(helpers.square, 3)]), id="wait"),
+        pytest.param(lambda pool: [*as_completed([pool.submit(helpers.square, 3)])], id="as_completed"),
+        pytest.param(
+            lambda pool: [*pool.map(helpers.square, [3]), wait_for_event(pool)], id="map then event"
+        ),
+        wait_for_event,
+        wait_for_thread,
+        wait_for_view,
+    ],
+)
+@pytest.mark.parametrize("quick_waits_before", [0, 50])
+def test_a_signal_handler_in_the_midst_of_a_wait_may_wait_for_the_pool_by_other_means(
+    pool: Pool, by_other_means: Callable[[Pool], object], quick_waits_before: int
+) -> None:
+    for _ in range(quick_waits_before):
+        pool.submit(helpers.nothing).result()
+    assert interrupted(pool, lambda: by_other_means(pool)) is None
+
+
+@pytest.mark.timeout(40)
+def test_a_signal_handler_in_the_midst_of_a_wait_may_kill_the_workers_and_wait_for_that(pool: Pool) -> None:
+    took: list[float] = []
+
+    def kill() -> None:
+        began = time.monotonic()
+        pool.kill_workers()
+        pool.shutdown()
+        took.append(time.monotonic() - began)
+
+    assert isinstance(interrupted(pool, kill), (PoolBroken, type(None)))
+    assert took[0] < 4
+
+
+@pytest.mark.timeout(40)
+def test_what_a_signal_handler_raises_after_the_end_of_the_pool_is_raised(pool: Pool) -> None:
+    def end() -> None:
+        pool.shutdown()
+        raise OSError("enough")
+
+    with pytest.raises(OSError, match="enough"):
+        interrupted(pool, end)
+
+
+def test_a_signal_handler_that_takes_long_keeps_no_processor_busy(pool: Pool) -> None:
+    """The thread that it has interrupted is told of its result, and does not look."""
+    used: list[float] = []
+
+    def handle() -> None:
+        time.sleep(0.1)
+        before = time.process_time()
+        time.sleep(0.5)
+        used.append(time.process_time() - before)
+
+    assert interrupted(pool, handle) is None
+    assert used[0] < 0.25
 
 
 def test_a_long_wait_after_quick_ones_does_not_wake_the_pump(pool: Pool) -> None:
