@@ -332,9 +332,15 @@ class Client:
             return slot is not None and (self.dispatcher.has_begun(task) or self.running(slot)[0] == task)
 
     def wait_for(self, future: TaskFuture[Any], timeout: float | None) -> None:
-        """Help to receive until `future` is settled or `timeout` seconds are over; may return early."""
+        """Help to receive until `future` is settled or `timeout` seconds are over; may return early.
+
+        Raises:
+            ForkedPool: nobody would ever settle it here.
+        """
+        if self.life.phase is Phase.FORKED:
+            self.life.check_usable()
         pump = self.pump
-        if pump is None or self.life.phase is Phase.FORKED or self.critical.is_mine or pump.is_current:
+        if pump is None or self.critical.is_mine or pump.is_current:
             return
         pump.receiver.wait_for(future, timeout)
 
@@ -542,6 +548,10 @@ class Client:
         if self.pump is not None:
             self.pump.close(abandoned)
             _spill.expire()
+        if abandoned:
+            for record in self.tasks.values():
+                if record.call is not None:
+                    record.call.close()
         for owned in (*self.links.values(), self.supervision, self.board):
             if owned is not None:
                 owned.close()

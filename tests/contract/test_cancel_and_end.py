@@ -297,6 +297,56 @@ def test_used_in_a_forked_child_the_pool_refuses_and_the_parent_does_not_notice(
         assert pool.submit(helpers.square, 3).result() == 9
 
 
+def test_a_forked_child_holds_nothing_of_what_queued_tasks_carry(gate: Gate) -> None:
+    read, write = os.pipe()
+    with Pool(1) as pool:
+        gate.hold(pool)
+        for n in range(20):
+            pool.submit(helpers.square, n)  # more than one worker is given
+        with open(write, "wb") as end, open(read, "rb") as other:
+            target = os.readlink(f"/proc/self/fd/{read}")
+            futures = [pool.submit(helpers.read_all, other), pool.submit(len, b"x" * 1_000_000)]
+            end.close()
+        report, told = os.pipe()
+        pid = _fork_quietly()
+        if pid == 0:
+            held = [name for name in helpers.open_numbers().values() if name == target or "memfd" in name]
+            os.write(told, f"{held}".encode())
+            os._exit(0)
+        os.close(told)
+        with open(report) as answer:
+            assert answer.read() == "[]"
+        os.waitpid(pid, 0)
+        with Pool(1, start_method="fork") as second:
+            assert target not in second.submit(helpers.open_numbers).result().values()
+        gate.open()
+        assert [future.result() for future in futures] == [b"", 1_000_000]
+
+
+def test_who_waits_for_a_result_in_a_forked_child_is_told_that_it_will_not_come(gate: Gate) -> None:
+    with Pool(1) as pool:
+        futures = [pool.submit(helpers.square, 2), gate.hold(pool)]
+        assert futures[0].result() == 4
+        read, write = os.pipe()
+        pid = _fork_quietly()
+        if pid == 0:
+            signal.alarm(20)
+            said = [f"{futures[0].result()}"]
+            for wait in (futures[1].result, futures[1].exception, lambda: futures[1].result(10)):
+                try:
+                    said.append(f"{wait()}")
+                except Exception as error:
+                    said.append(type(error).__name__)
+            os.write(write, " ".join(said).encode())
+            os._exit(0)
+        os.close(write)
+        with open(read) as answer:
+            assert answer.read() == "4 ForkedPool ForkedPool ForkedPool"
+        os.waitpid(pid, 0)
+        gate.open()
+        futures[1].result()
+
+
 def _fork_quietly() -> int:
     import warnings
 
