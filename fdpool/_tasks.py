@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ._broken import WorkerLost
 from ._critical import block_in_main, put_back
+from ._options import check_seconds
 from ._trees import GRACE_S
 from .errors import TaskTerminated
 
@@ -117,7 +118,11 @@ class TaskFuture(Future[T]):
 
         Does not wait; a second call can only make it sooner. The future is cancelled once the task has ended so; but if
         it returns nevertheless, or raises something else, that is the outcome.
+
+        Raises:
+            TypeError, ValueError: `grace` is of no use.
         """
+        check_seconds("grace", grace, zero=True)
         client = self._client
         if client is None or self.done():
             return super().cancel()

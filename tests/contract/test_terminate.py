@@ -137,6 +137,19 @@ def test_a_second_call_can_only_make_it_sooner(tmp_path: Path) -> None:
         assert future.cancelled()
 
 
+@pytest.mark.parametrize("grace", [None, "1", -1, float("nan")])
+def test_a_grace_of_no_use_is_refused_and_harms_nothing(grace: Any, tmp_path: Path) -> None:
+    noted = tmp_path / "pid"
+    with Pool(1) as pool:
+        future = pool.submit(helpers.note_and_sleep, str(noted))
+        wait_until(lambda: noted.exists() and noted.read_text())
+        with pytest.raises((TypeError, ValueError), match="grace must be a"):
+            future.terminate(grace)
+        assert future.running()
+        assert future.terminate(0)
+        assert pool.submit(helpers.square, 3).result(timeout=20) == 9
+
+
 def test_what_a_task_returns_nevertheless_is_its_result(tmp_path: Path) -> None:
     noted = tmp_path / "pid"
     with Pool(1) as pool:
