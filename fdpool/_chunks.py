@@ -58,7 +58,7 @@ class Guard(Protocol):
     in_task: bool
     items: Iterator[Any]
 
-    def leave_if_forked(self) -> None:
+    def leave_if_forked(self, error: BaseException | None = None) -> None:
         """End this process if it is a child that user code forked: it must not go on as a worker."""
 
 
@@ -134,6 +134,7 @@ def run(
                 guard.in_task = False
             except BaseException as error:
                 guard.in_task = False
+                guard.leave_if_forked(error)
                 if base + len(results) < end:  # else it is a Ctrl-C that came too late
                     results.append(raised(error))
                     mixed = True

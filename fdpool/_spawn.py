@@ -144,22 +144,32 @@ def _fork_masked() -> int:
 
 def _run_child(main: Callable[[], object]) -> NoReturn:
     """Runs in: a forked child. Reset what was inherited, run `main`, and never return into the parent's stack."""
-    status = 1
+    failure: BaseException | None = None
     try:
         os.setpgid(0, 0)
         _reset_signals()
         atexit._clear()  # the parent's
         main()
-        status = 0
-    except SystemExit as leaving:
-        status = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
-    except BaseException:
-        import traceback
+    except BaseException as error:
+        failure = error
+    leave(failure)
 
-        traceback.print_exc()
+
+def leave(error: BaseException | None) -> NoReturn:
+    """End a forked child at once, with what an interpreter has to say of how it ended."""
+    status = 1
+    try:
+        if error is None:
+            status = 0
+        elif isinstance(error, SystemExit):
+            status = error.code if isinstance(error.code, int) else int(error.code is not None)
+        else:
+            import traceback
+
+            traceback.print_exception(error)
     finally:
         flush_standard_streams()
-        os._exit(status)
+        os._exit(status & 0xFF)
 
 
 def flush_standard_streams() -> None:

@@ -24,7 +24,7 @@ from ._board import Page
 from ._leftovers import Leftovers, encode
 from ._messages import HEADER_BYTES, MAX_DATAGRAM, Header, Recycling
 from ._naming import name_of
-from ._spawn import flush_standard_streams
+from ._spawn import flush_standard_streams, leave
 from ._spin import Spin
 from ._upkeep import Upkeep
 from .errors import TaskTerminated, WireError
@@ -274,7 +274,7 @@ class Worker:
             return answer, _messages.DONE
         except BaseException as error:
             self.in_task = False
-            self.leave_if_forked()
+            self.leave_if_forked(error)
             fn = args = kwargs = result = None
             answer = payload.dumps_failure(error)
             self._page.end()
@@ -294,9 +294,11 @@ class Worker:
                 with _by_value.initializing(getattr(boot.inherited, "func", None)):
                     boot.inherited()
             self.in_task = False
+            self.leave_if_forked()
             return True
         except BaseException as error:
             self.in_task = False
+            self.leave_if_forked(error)
             import logging
 
             # As concurrent.futures does it, for those who watch its logger.
@@ -379,10 +381,10 @@ class Worker:
         for _ in self.items:
             pass
 
-    def leave_if_forked(self) -> None:
-        """A task may fork; a child that returns from it is not a worker and must not speak as one."""
+    def leave_if_forked(self, error: BaseException | None = None) -> None:
+        """A task may fork; a child that returns from it, or raises, is not a worker and must not speak as one."""
         if os.getpid() != self._pid:
-            os._exit(0)
+            leave(error)
 
 
 def _reports_unclosed() -> bool:

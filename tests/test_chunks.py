@@ -17,7 +17,7 @@ class Guard:
     in_task = False
     items: Iterator[Any] = iter(())
 
-    def leave_if_forked(self) -> None:
+    def leave_if_forked(self, error: BaseException | None = None) -> None:
         pass
 
 

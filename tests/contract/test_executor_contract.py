@@ -261,6 +261,30 @@ def test_a_pool_that_cannot_start_its_thread_is_broken_and_ends_at_once(
     assert pool.worker_pids() == []
 
 
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("start_method", START_METHODS)
+def test_a_child_that_an_initializer_forks_is_no_second_worker(start_method: Any, fails: bool) -> None:
+    read, write = os.pipe()
+
+    def begin(end: Any) -> None:
+        pid = os.fork()
+        if pid == 0:
+            if fails:
+                raise LookupError
+            return
+        with end:
+            end.write(b"%d" % os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+
+    with (
+        open(write, "wb") as end,
+        Pool(1, initializer=begin, initargs=(end,), start_method=start_method) as pool,
+    ):
+        futures = [pool.submit(os.getpid) for _ in range(20)]
+        assert len({future.result(timeout=20) for future in futures}) == 1
+    with open(read, "rb") as status:
+        assert status.read() == (b"1" if fails else b"0")
+
+
 @pytest.mark.parametrize("start_method", START_METHODS)
 def test_a_pool_without_a_living_worker_shuts_down_at_once(start_method: Any) -> None:
     with Pool(2, start_method=start_method) as pool:
