@@ -122,7 +122,9 @@ class Lifetime:
                     client.pump.start()
                     self.phase = Phase.SERVING
                     client.perform(client.dispatcher.staffed())
-                except (OSError, RuntimeError) as error:
+                except (
+                    Exception
+                ) as error:  # user code runs in there: streams are flushed, a path is made a string
                     self._broken = PoolBroken(f"the pool's supervisor could not be started: {error}")
                     self._broken.__cause__ = error
                     client.supervision.bury(0.0)

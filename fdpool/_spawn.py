@@ -79,8 +79,7 @@ def fork_supervisor(main: Callable[[], NoReturn]) -> int:
     closed what belongs to its pools. Threads do not survive a fork, and a lock that one of them holds
     stays held: the price of inherited memory, the caller's choice.
     """
-    sys.stdout and sys.stdout.flush()
-    sys.stderr and sys.stderr.flush()
+    flush_standard_streams()
     import warnings
 
     with warnings.catch_warnings():
@@ -173,7 +172,7 @@ def leave(error: BaseException | None) -> NoReturn:
 
 
 def flush_standard_streams() -> None:
-    """Flush what `print` has buffered; a stream that is closed or gone is no reason to fail at exit."""
+    """Flush what `print` has buffered; a stream that is closed or gone is no reason to fail."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

@@ -21,7 +21,7 @@ import pytest
 
 import fdpool
 from fdpool import Pool
-from tests.process_state import wait_until
+from tests.process_state import open_descriptors, wait_until
 
 from . import helpers
 
@@ -259,6 +259,34 @@ def test_a_pool_that_cannot_start_its_thread_is_broken_and_ends_at_once(
     pool.shutdown()
     assert time.monotonic() - began < 5.0
     assert pool.worker_pids() == []
+
+
+def test_a_pool_whose_supervisor_cannot_be_told_the_search_path_is_broken_and_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = open_descriptors()
+    pool = Pool(1)
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "path", [*sys.path, "a\0b"])
+        for _ in range(2):
+            with pytest.raises(fdpool.PoolBroken, match="null byte"):
+                pool.submit(helpers.square, 2)
+    assert open_descriptors() == before
+    pool.shutdown()
+
+
+class Unflushable:
+    def write(self, text: str) -> None:
+        pass
+
+
+@pytest.mark.parametrize("how", ["closed", "without flush", "none"])
+def test_a_pool_of_forks_needs_no_standard_output(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed = open(os.devnull, "w")
+    closed.close()
+    monkeypatch.setattr(sys, "stdout", {"closed": closed, "without flush": Unflushable(), "none": None}[how])
+    with Pool(1, start_method="fork") as pool:
+        assert pool.submit(helpers.square, 2).result() == 4
 
 
 @pytest.mark.parametrize("fails", [False, True])
