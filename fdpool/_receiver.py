@@ -375,7 +375,7 @@ class Receiver:
             client.critical.post_blocked(client.staffing.going, slot)
         elif header.kind == _messages.BOOT_FAILED and client.dispatcher.state(slot) is State.STARTING:
             cause = payload.loads_failure(received.data[HEADER_BYTES:], received.fds, header.spilled)
-            broken = PoolBroken(f"the pool's initializer failed: {type(cause).__name__}: {cause}")
+            broken = PoolBroken(f"the pool's initializer failed: {payload.said(cause)}")
             broken.__cause__ = cause
             client.critical.post_blocked(client.life.break_pool, broken)
         elif header.kind == _messages.ANSWERS:

@@ -161,7 +161,7 @@ def _load(dealt: Incoming, body: Bytes, spilled: bool) -> Any:
 
 
 def _not_loadable(error: Exception) -> NotLoadable:
-    text = _said(error)
+    text = said(error)
     missing = getattr(error, "name", None) if isinstance(error, ModuleNotFoundError) else None
     if missing is None and isinstance(error, AttributeError) and "Can't get attribute" in text:
         missing = text.partition("<module ")[2].partition("'")[2].partition("'")[0]
@@ -246,7 +246,7 @@ def loads_failure(body: Bytes, fds: list[int], spilled: bool) -> BaseException:
         dealt.close_rebuilt()
         if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
             raise
-        exc, why = None, f"the exception itself could not be made again here: {_said(error)}"
+        exc, why = None, f"the exception itself could not be made again here: {said(error)}"
     finally:
         current.incoming = dealt.outer
         dealt.close()
@@ -308,8 +308,9 @@ def _explained(error: BaseException, exc: BaseException) -> str:
             return str(_diagnosis.explain_value(error, exc, "the exception", attempt))
     except BaseException:  # tries the parts of `exc` again, which is user code
         pass
-    return _said(error)
+    return said(error)
 
 
-def _said(error: BaseException) -> str:
+def said(error: BaseException) -> str:
+    """Type and text of an error, whose `__str__` may fail."""
     return f"{type(error).__qualname__}: {_text_of(error)}"

@@ -289,6 +289,28 @@ def test_a_pool_of_forks_needs_no_standard_output(how: str, monkeypatch: pytest.
         assert pool.submit(helpers.square, 2).result() == 4
 
 
+class SaysNothing(Exception):
+    def __init__(self, code: Any = None) -> None:
+        self.code = code
+        super().__init__()
+
+    def __reduce__(self) -> Any:
+        return SaysNothing, ()
+
+    def __str__(self) -> str:
+        return f"code {self.code:d}"
+
+
+def test_an_initializers_exception_breaks_the_pool_even_if_it_has_no_words_here() -> None:
+    def begin() -> None:
+        raise SaysNothing(5)
+
+    with Pool(1, initializer=begin) as pool:
+        with pytest.raises(fdpool.PoolBroken, match="initializer failed: SaysNothing") as caught:
+            pool.submit(helpers.square, 2).result(timeout=30)
+        assert isinstance(caught.value.__cause__, SaysNothing)
+
+
 @pytest.mark.parametrize("fails", [False, True])
 @pytest.mark.parametrize("start_method", START_METHODS)
 def test_a_child_that_an_initializer_forks_is_no_second_worker(start_method: Any, fails: bool) -> None:
