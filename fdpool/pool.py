@@ -231,6 +231,8 @@ class Pool(Executor):
                     self._make_room(call, label)
                 break
             except NotPicklable as error:
+                # Through their frames it would keep the arguments, and the future itself in a cycle.
+                payload.release_frames(error)
                 future.set_exception(error)
                 return future
             except OSError as error:

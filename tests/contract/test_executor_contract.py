@@ -335,6 +335,24 @@ def test_a_child_that_an_initializer_forks_is_no_second_worker(start_method: Any
         assert status.read() == (b"1" if fails else b"0")
 
 
+def test_neither_the_future_of_a_call_that_cannot_be_pickled_nor_its_error_keeps_the_arguments() -> None:
+    class Argument:
+        pass
+
+    def refused(pool: Pool) -> list[weakref.ref[Any]]:
+        argument = Argument()
+        future = pool.submit(print, argument, threading.Lock())
+        assert isinstance(future.exception(), fdpool.NotPicklable)
+        return [weakref.ref(argument), weakref.ref(future)]
+
+    gc.disable()
+    try:
+        with Pool(1) as pool:
+            assert [ref() for ref in refused(pool)] == [None, None]
+    finally:
+        gc.enable()
+
+
 @pytest.mark.parametrize("start_method", START_METHODS)
 def test_a_pool_without_a_living_worker_shuts_down_at_once(start_method: Any) -> None:
     with Pool(2, start_method=start_method) as pool:
