@@ -31,7 +31,7 @@ from ._budget import FULL, exhausted, near_limit
 from ._chunks import is_plain, run_together
 from ._client import Client
 from ._cpus import usable_cpus
-from ._map import Results, dumped_chunk, flatten, in_order, keeps_nothing
+from ._map import Results, dumped_chunk, flatten, in_order, in_parts, keeps_nothing
 from ._messages import Recycling
 from ._naming import name_of
 from ._options import TaskOptions, changed, check_count, check_seconds
@@ -335,7 +335,8 @@ class Pool(Executor):
                 best, which is judged again and again by how long they take; each item succeeds or fails by itself,
                 and none waits long behind another while a worker is idle. Only plain data (numbers, strings, bytes,
                 None, tuples of these) travels so, with a function that carries nothing along that it can change; else,
-                and with `timeout`, `buffersize` or `max_tasks_per_child`, each item is a task.
+                and with `timeout`, `buffersize` or `max_tasks_per_child`, or in a subclass with its own `submit`, each
+                item is a task.
             buffersize: most tasks submitted and not yet yielded; then `iterables` are read as results are
                 taken. None, the default, reads them all and submits everything at once.
 
@@ -354,8 +355,10 @@ class Pool(Executor):
         deadline = None if timeout is None else time.monotonic() + timeout
         if chunksize is None:
             together = buffersize is None and timeout is None and self._chunking and self._options is None
-            if together and iterables and keeps_nothing(fn):
-                return Results(deque(self._submit_chunks(fn, iterables)))
+            # A subclass that has a `submit` of its own sees every item.
+            if together and type(self).submit is Pool.submit and iterables and keeps_nothing(fn):
+                chunks = deque(self._submit_chunks(fn, iterables))
+                return Results(in_parts(chunks), chunks)
             chunksize = 1
         items = zip(*iterables)
         calls: Iterator[tuple[Callable[..., Any], tuple[Any, ...]]]
@@ -370,7 +373,7 @@ class Pool(Executor):
         pending: deque[Future[Any]] = deque(self.submit(call, *args) for call, args in first)
         # Only a weak reference: a dropped pool must not be kept by iterators that nobody reads.
         results = in_order(pending, calls, self._reference(), deadline)
-        return results if chunksize == 1 else flatten(results)
+        return Results(results if chunksize == 1 else flatten(results), pending)
 
     def _reference(self) -> Callable[[], Pool | None]:
         """What returns this pool as long as it is not dropped, and does not keep it."""

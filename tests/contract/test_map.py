@@ -8,12 +8,15 @@ import itertools
 import os
 import time
 from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fdpool import Pool
 from fdpool._fixtures.pools import PoolFactory
+from tests.process_state import wait_until
 
 from . import helpers
 
@@ -76,6 +79,38 @@ def test_an_iterator_that_is_closed_cancels_what_has_not_begun() -> None:
         begun = time.monotonic()
         results.close()  # type: ignore[attr-defined]
     assert time.monotonic() - begun < 2.5
+
+
+@pytest.mark.parametrize("arguments", [{}, {"chunksize": 1}, {"chunksize": 2}, {"buffersize": 8}])
+def test_an_iterator_that_is_closed_before_its_first_item_cancels_what_has_not_begun(
+    arguments: Any, tmp_path: Path
+) -> None:
+    gate, noted = tmp_path / "gate", tmp_path / "noted"
+    os.mkfifo(gate)
+    noted.touch()
+    with Pool(1) as pool:
+        busy = pool.submit(helpers.wait_at, str(gate))
+        wait_until(Path(f"{gate}.begun").exists)
+        results = pool.map(partial(helpers.note, str(noted)), range(8), **arguments)
+        results.close()  # type: ignore[attr-defined]
+        assert list(results) == []
+        assert pool.stats().unsettled == 1
+        open(gate, "wb").close()
+        busy.result()
+    assert noted.read_text() == ""
+
+
+def test_a_subclass_with_a_submit_of_its_own_sees_every_item() -> None:
+    seen: list[Any] = []
+
+    class Traced(Pool):
+        def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Any:
+            seen.append(args)
+            return super().submit(fn, *args, **kwargs)
+
+    with Traced(2) as pool:
+        assert list(pool.map(helpers.square, range(30))) == [n * n for n in range(30)]
+    assert seen == [(n,) for n in range(30)]
 
 
 @pytest.mark.parametrize(
