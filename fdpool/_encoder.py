@@ -15,7 +15,7 @@ from types import CodeType
 from typing import TYPE_CHECKING, Any
 
 from . import _by_value, _reducers, _spill
-from ._placement import Outgoing, current, drop_tracebacks
+from ._placement import Outgoing, chain, current, drop_tracebacks
 from .errors import FdpoolError, PayloadTooLarge
 from .fds import SCM_MAX_FD, OwnedFds, duplicate
 
@@ -311,10 +311,14 @@ def encode(
 
 def attempt(obj: object) -> Exception | None:
     """Pickle `obj` for the sake of the error alone."""
+    handled = sys.exc_info()[1]  # which is to be explained, and keeps its traceback
     encoder = enter(SPILL_BYTES, SCM_MAX_FD)
     try:
         encoder.fill(obj)
     except Exception as error:
+        for each in chain(error):
+            if each.__context__ is handled:
+                each.__context__ = None
         drop_tracebacks(error)
         return error
     finally:

@@ -275,6 +275,32 @@ def release_frames(exc: BaseException) -> None:
     drop_tracebacks(exc)
 
 
+def keep_in_words(exc: BaseException) -> None:
+    """`release_frames`, but where the cause of `exc` was raised in code of the user's (a `__reduce__`, say), the way
+    there stays, as text."""
+    cause = exc.__cause__
+    if cause is not None and _passed_others(cause):
+        text = _formatted(cause)
+        release_frames(exc)
+        BaseException.__setattr__(cause, "__cause__", RemoteTraceback(text))
+    else:
+        release_frames(exc)
+
+
+def _passed_others(exc: BaseException) -> bool:
+    """True if code that is not ours, nor a pickler's, is in the traceback."""
+    passed = exc.__traceback__
+    while passed is not None:
+        if passed.tb_frame.f_globals.get("__name__", "").partition(".")[0] not in (
+            "fdpool",
+            "cloudpickle",
+            "pickle",
+        ):
+            return True
+        passed = passed.tb_next
+    return False
+
+
 def _type_name(exc: BaseException) -> str:
     cls = type(exc)
     module = cls.__module__

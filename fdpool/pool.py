@@ -232,7 +232,7 @@ class Pool(Executor):
                 break
             except NotPicklable as error:
                 # Through their frames it would keep the arguments, and the future itself in a cycle.
-                payload.release_frames(error)
+                payload.keep_in_words(error)
                 future.set_exception(error)
                 return future
             except OSError as error:

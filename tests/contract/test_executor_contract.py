@@ -12,6 +12,7 @@ import sys
 import textwrap
 import threading
 import time
+import traceback
 import weakref
 from pathlib import Path
 from typing import Any
@@ -335,14 +336,27 @@ def test_a_child_that_an_initializer_forks_is_no_second_worker(start_method: Any
         assert status.read() == (b"1" if fails else b"0")
 
 
-def test_neither_the_future_of_a_call_that_cannot_be_pickled_nor_its_error_keeps_the_arguments() -> None:
+class Refusal:
+    def __reduce__(self) -> str:
+        raise ValueError("it stays here")
+
+
+@pytest.mark.parametrize("refusal", [threading.Lock(), Refusal()], ids=["by-pickle", "by-itself"])
+def test_neither_the_future_of_a_call_that_cannot_be_pickled_nor_its_error_keeps_the_arguments(
+    refusal: object,
+) -> None:
+    """Of its frames there is a text, where they are not only ours."""
+
     class Argument:
         pass
 
     def refused(pool: Pool) -> list[weakref.ref[Any]]:
         argument = Argument()
-        future = pool.submit(print, argument, threading.Lock())
-        assert isinstance(future.exception(), fdpool.NotPicklable)
+        future = pool.submit(print, argument, refusal)
+        error = future.exception()
+        assert isinstance(error, fdpool.NotPicklable)
+        said = "".join(traceback.format_exception(error))
+        assert ("in __reduce__" in said) is isinstance(refusal, Refusal)
         return [weakref.ref(argument), weakref.ref(future)]
 
     gc.disable()
