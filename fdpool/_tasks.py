@@ -155,7 +155,7 @@ class TaskFuture(Future[T]):
         cancelled = False
         mask = block_in_main()  # once the pool has forgotten the task, nobody else would ever settle this
         try:
-            if not (client.withdraw(self._task) or (running and client.stop(self._task))):
+            if not (client.withdraw(self._task) or (running and self._stop(client))):
                 return self.cancelled()
             with self._condition:
                 cancelled = self._state == PENDING
@@ -174,6 +174,14 @@ class TaskFuture(Future[T]):
                 if cancelled:
                     self._invoke_callbacks()  # user code: signals let through
         return self.cancelled()
+
+    def _stop(self, client: Client) -> bool:
+        """End a program; True if it runs. It may have ended, for that, before this returns."""
+        before, self.cut_short = self.cut_short, self.cut_short or CutShort.TERMINATED
+        if client.stop(self._task):
+            return True
+        self.cut_short = before
+        return False
 
     def result(self, timeout: float | None = None) -> T:
         if self._state == FINISHED and self._exception is None:

@@ -223,6 +223,23 @@ def test_a_cancelled_program_ends_alone_and_its_worker_goes_on(tmp_path: Path) -
         assert pool.worker_pids() == worker
 
 
+def test_a_program_that_ends_before_its_cancel_returns_is_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
+    with warm_pool(1) as pool:
+        client = pool._client
+        stop = client.stop
+
+        def stop_and_see_it_end(task: int) -> bool:
+            stopped = stop(task)
+            wait_until(future.done)
+            return stopped
+
+        monkeypatch.setattr(client, "stop", stop_and_see_it_end)
+        future = pool.run(["sleep", "1000"], grace=0)
+        wait_until(future.running)
+        assert future.cancel()
+        assert future.cancelled()
+
+
 def test_a_program_that_has_ended_cannot_be_cancelled(pool: Pool) -> None:
     future = pool.run(["true"])
     future.result()
