@@ -86,7 +86,7 @@ def prepare(order: Order, dispatch: str) -> tuple[str, str]:
         checks.checked_interface(order.target, interface, dispatch)
         with socket.create_server(("127.0.0.1", 0)) as listener, contextlib.closing(SeenPage()) as page:
             doing = ServerWorker(order.slot, order.generation, Progress(page.fd), lambda _: None)
-            worker._face(interface, app, order, doing, doors.Listening([listener]), [listener])
+            worker._face(interface, app, order, doing, doors.Listening([listener]), [listener]).close()
         return interface, ""
     except (Exception, SystemExit) as error:
         return interface, f"{failures.why(error)}\n{failures.formatted(error)}".rstrip()

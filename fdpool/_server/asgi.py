@@ -84,6 +84,9 @@ class AsgiFace:
     def drain(self, grace_s: float, leaving: bool) -> None:
         self._server.drain(time.monotonic() + grace_s, leaving)
 
+    def close(self) -> None:
+        pass  # nothing is open before it serves
+
 
 class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may not be installed
     """uvicorn's server, with signals left to the worker, and a drain in place of its sudden end."""

@@ -53,6 +53,9 @@ class Face(Protocol):
                 answered once more, and told to connect anew.
         """
 
+    def close(self) -> None:
+        """Close what it has opened, if it is not to serve."""
+
 
 class ServerWorker:
     """The worker that code runs in: for hooks, and for applications that accept for themselves.

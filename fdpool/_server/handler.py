@@ -70,6 +70,9 @@ class HandlerFace:
         self._worker.closed()
         self._waker.wake()
 
+    def close(self) -> None:
+        pass  # nothing is open before it serves
+
     def _start_thread(self, number: int) -> threading.Thread:
         # A daemon: a connection that outlasts the grace must not keep the process.
         thread = threading.Thread(target=self._run_thread, name=f"fdpool-server-{number}", daemon=True)
@@ -183,3 +186,6 @@ class ListenersFace:
         self._worker.closed()  # or is about to be: it is not ours to see
         if not self._takes_worker:
             os.kill(os.getpid(), signal.SIGTERM)
+
+    def close(self) -> None:
+        pass  # nothing is open before it serves

@@ -113,11 +113,14 @@ class WsgiFace:
                 self._tasks.after_turn(self._servers)
             left_s = max(0.0, self._until - time.monotonic())
             self._tasks.shutdown(timeout=left_s)
-            with self._waking:
-                self._has_ended = True
-            wasyncore.close_all(self._map, ignore_all=True)
-            for server in self._servers:
-                server.close()
+            self.close()
+
+    def close(self) -> None:
+        with self._waking:
+            self._has_ended = True
+        wasyncore.close_all(self._map, ignore_all=True)
+        for server in self._servers:
+            server.close()
 
     def drain(self, grace_s: float, leaving: bool) -> None:
         now = time.monotonic()
