@@ -8,23 +8,20 @@ there, as the client's values of that moment, but for what is the worker's own:
     a name that the initializer has assigned, which the client may have, too (`connection = None`)
     an object that it refers to and may have changed (a list, a dictionary, an instance)
 
-Runs in: a worker; but `reduced` and `cache`, where something is pickled.
+Runs in: a worker; but `reduced`, where a function is pickled.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import FunctionType, ModuleType
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 # What nobody changes in place. (In a tuple there may be a list.)
 _CONSTANT = (type(None), bool, int, float, complex, str, bytes, frozenset, type, ModuleType, FunctionType)
 
 _MAIN = ("__main__", "__mp_main__")
-
-_LruCache = type(functools.lru_cache(len))
 
 
 class _Globals:
@@ -52,11 +49,12 @@ def initializing(inherited: object = None) -> Iterator[None]:
     Args:
         inherited: the initializer itself, in a fork of the client; it may be one of the client's own `__main__`.
     """
-    names = getattr(inherited, "__globals__", None)
     came: dict[str, Any] = {}
-    if names is not None and names.get("__name__") in _MAIN:
-        _shared.names = names
-        came.update(names)
+    referred: set[str] | None = None  # of what has come, where more has come than the initializer refers to
+    if isinstance(inherited, FunctionType) and inherited.__globals__.get("__name__") in _MAIN:
+        _shared.names = inherited.__globals__
+        came.update(_shared.names)
+        referred = _names_in(inherited.__code__)
     _shared.came = came
     try:
         yield
@@ -66,61 +64,54 @@ def initializing(inherited: object = None) -> Iterator[None]:
             name
             for name, value in (_shared.names or {}).items()
             if not name.startswith("__")
-            and (value is not came.get(name, came) or not isinstance(value, _CONSTANT))
+            and (value is not came.get(name, came) or _may_have_changed(name, value, referred))
         )
+
+
+def _may_have_changed(name: str, value: object, referred: set[str] | None) -> bool:
+    return not isinstance(value, _CONSTANT) and (referred is None or name in referred)
+
+
+def _names_in(code: CodeType) -> set[str]:
+    names = set(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            names |= _names_in(constant)
+    return names
 
 
 def reduced(function: object, reduction: Any) -> Any:
     """What cloudpickle makes of a function, changed so that the worker's `__main__` is what it is made in."""
-    if not (isinstance(function, FunctionType) and isinstance(reduction, tuple) and len(reduction) == 6):
-        return reduction  # by reference, or in a way that this release of cloudpickle does not have
-    if function.__globals__.get("__name__") not in _MAIN:
+    if not isinstance(function, FunctionType) or function.__globals__.get("__name__") not in _MAIN:
         return reduction
-    make, arguments, state, items, pairs, set_state = reduction
-    return _made, (make, *arguments), (set_state, state), items, pairs, _finished
+    if not isinstance(reduction, tuple) or (reduction[0], *reduction[5:]) != _of_cloudpickle():
+        return reduction  # by reference, or in a way that this release of cloudpickle does not have
+    _, arguments, state, *rest, _ = reduction
+    return _made, arguments, state, *rest, _finished
 
 
-def cache(obj: object) -> tuple[Any, ...] | None:
-    """What a cache of the standard library becomes that belongs to something which travels by value: one of the same
-    kind, and empty. None if `obj` is none.
+def _of_cloudpickle() -> tuple[Callable[..., Any], Callable[..., object]]:
+    """What makes a function of what its reduction holds, and what finishes it."""
+    from cloudpickle import cloudpickle  # 32 ms, and loaded where it is of use
 
-    cloudpickle leaves them to pickle: that names the function, or, before Python 3.12, refuses the lock of a
-    `cached_property`.
-    """
-    if type(obj) is _LruCache:
-        wrapper: Any = obj
-        if wrapper.__module__ in _MAIN or "<locals>" in wrapper.__qualname__:
-            return _cached, (wrapper.__wrapped__, wrapper.cache_parameters())
-    elif type(obj) is functools.cached_property:
-        return _cached_property, (obj.func, obj.attrname)
-    return None
+    return cloudpickle._make_function, cloudpickle._function_setstate
 
 
-def _cached(function: Callable[..., Any], parameters: dict[str, Any]) -> Callable[..., Any]:
-    made: Callable[..., Any] = functools.lru_cache(**parameters)(function)
-    return made
-
-
-def _cached_property(function: Callable[[Any], Any], name: str | None) -> functools.cached_property[Any]:
-    made = functools.cached_property(function)
-    made.attrname = name
-    return made
-
-
-def _made(make: Callable[..., Any], code: object, names: dict[str, Any], *rest: object) -> Any:
+def _made(code: object, names: dict[str, Any], *rest: object) -> Any:
     if _shared.names is not None:
         names = _shared.names
     elif _shared.came is not None:
         _shared.names = names
+    make, _ = _of_cloudpickle()
     return make(code, names, *rest)
 
 
-def _finished(function: Any, how: tuple[Callable[..., object], Any]) -> None:
-    set_state, state = how
+def _finished(function: Any, state: Any) -> None:
     attributes, slots = state
     if function.__globals__ is _shared.names:
         came = slots["__globals__"]
         if _shared.came is not None:
             _shared.came.update(came)
         slots["__globals__"] = {name: value for name, value in came.items() if name not in _shared.own}
-    set_state(function, (attributes, slots))
+    _, finish = _of_cloudpickle()
+    finish(function, (attributes, slots))

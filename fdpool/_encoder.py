@@ -14,7 +14,7 @@ from mmap import mmap
 from types import CodeType
 from typing import TYPE_CHECKING, Any
 
-from . import _by_value, _reducers, _spill
+from . import _by_value, _caches, _reducers, _spill
 from ._placement import Outgoing, chain, current, drop_tracebacks
 from .errors import FdpoolError, PayloadTooLarge
 from .fds import SCM_MAX_FD, OwnedFds, duplicate
@@ -36,8 +36,8 @@ _OUT_OF_BAND = 4 * 1024
 _SEARCHED = 128 * 1024
 
 #: A pickler that has made more than this is not kept: its memo, a table, never shrinks, and each time that it is
-#: used all of it is cleared. After a million strings that took 11 ms.
-_KEPT_BYTES = 2 * 1024
+#: used all of it is cleared: after a million strings that took 11 ms, after these 10 µs at most.
+_KEPT_BYTES = 16 * 1024
 
 Bytes = bytes | bytearray | memoryview
 
@@ -115,7 +115,7 @@ class _Sink:
 
 
 class Encoder(Outgoing):
-    """A thread's pickler with all that it fills; kept, as making one costs nearly as much as using it."""
+    """A thread's pickler with all that it fills; kept, as making one costs nearly as much as a small payload does."""
 
     __slots__ = ("buffers", "busy", "chunks", "fresh", "in_band", "outer", "pickler", "sink", "spill_bytes")
 
@@ -141,20 +141,21 @@ class Encoder(Outgoing):
         self.busy = True
         self.spill_bytes = SPILL_BYTES
         self.fresh = False
-        simple = False
+        simple = small = False
         try:
             pickler.dump(obj)
+            small = len(chunks) == 1 and len(chunks[0]) <= _KEPT_BYTES
             if len(chunks) == 1 and not self.fds and not self.buffers:
                 body = chunks[0]
                 if type(body) is bytes and len(body) <= SPILL_BYTES and not _needs_values(body):
-                    simple = len(body) <= _KEPT_BYTES
+                    simple = True
                     return Payload(body)
             elif not any(map(_needs_values, chunks)):
                 return self.pack()
         except Exception:
             pass  # `encode` will meet it again, and explain
         finally:
-            if simple:
+            if small:
                 pickler.clear_memo()
             else:
                 self.pickler = None
@@ -318,7 +319,7 @@ def attempt(obj: object) -> Exception | None:
     except Exception as error:
         for each in chain(error):
             if each.__context__ is handled:
-                each.__context__ = None
+                BaseException.__setattr__(each, "__context__", None)  # whatever `__setattr__` its class has
         drop_tracebacks(error)
         return error
     finally:
@@ -388,7 +389,7 @@ def _cloud_pickler() -> Any:
                 return reducer(obj)
             if type(obj) is CodeType:
                 return _code_with_file_name(base.dispatch_table[CodeType], obj)
-            return _by_value.cache(obj) or _by_value.reduced(obj, base.reducer_override(self, obj))
+            return _caches.reduced(obj) or _by_value.reduced(obj, base.reducer_override(self, obj))
 
         _CloudPickler = type("_CloudPickler", (base,), {"reducer_override": reducer_override})
     return _CloudPickler

@@ -11,7 +11,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from enum import Enum
 from typing import TYPE_CHECKING
 
@@ -24,12 +25,16 @@ from ._links import Exit
 from ._pump import Pump
 from ._signals import Mask
 from .errors import ForkedPool, PoolShutDown
+from .payload import said
 
 if TYPE_CHECKING:
     from ._client import Client
     from ._supervision import Supervision
 
 _LEAVE_S = 5.0  # how long a dismissed worker may take for its exit handlers and threads
+_IMPORTING = (
+    "FDPOOL_IMPORTING"  # in the environment of workers of a pool that a module uses as it is imported
+)
 _QUIT_S = 10.0  # how long the supervisor may take to clear up
 
 
@@ -108,7 +113,6 @@ class Lifetime:
         `mask` is what signals this thread blocked before; None if they are blocked still.
         """
         self.check_usable()
-        _refuse_while_importing()
         client = self.client
         with client.critical:
             if self.phase is not Phase.NEW:
@@ -118,14 +122,14 @@ class Lifetime:
                 try:
                     client.pump = Pump(client, mask_now() if mask is None else mask)
                     client.board = Board(client.max_workers)
-                    client.supervision.start()
+                    with _marked_where_imported():
+                        client.supervision.start()
                     client.pump.start()
                     self.phase = Phase.SERVING
                     client.perform(client.dispatcher.staffed())
-                except (
-                    Exception
-                ) as error:  # user code runs in there: streams are flushed, a path is made a string
-                    self._broken = PoolBroken(f"the pool's supervisor could not be started: {error}")
+                # User code runs in there, too: streams are flushed, a path is made a string.
+                except Exception as error:
+                    self._broken = PoolBroken(f"the pool's supervisor could not be started: {said(error)}")
                     self._broken.__cause__ = error
                     client.supervision.bury(0.0)
                     self._release()
@@ -329,20 +333,41 @@ class Lifetime:
             self.client.close()
 
 
-def _refuse_while_importing() -> None:
-    """Raise where a worker imports a module, for its task, that uses a pool as it is imported.
+@contextmanager
+def _marked_where_imported() -> Iterator[None]:
+    """Around the start of a supervisor. Raise where a module uses a pool as a worker imports it for its task, if this
+    worker's own pool was used by one, too: each of that pool's workers would import it again, and so on without end.
 
-    The workers of that pool would import the module for their tasks, and start pools, and so on without end.
+    Programs and tasks may import and use what they like; and so may a module, in the workers of a pool as in
+    their client.
     """
-    if _trees.WORKER_MARK not in os.environ:
+    where = _imported_at() if _trees.WORKER_MARK in os.environ else None
+    if where is None:
+        yield
         return
+    if _IMPORTING in os.environ:
+        raise RuntimeError(
+            f"{where} uses a pool, as the module is imported in a worker of another pool, which was used by a module as"
+            " that was imported: that may go on without end. Use the pool in a function, or under"
+            " `if __name__ == '__main__':`"
+        )
+    os.environ[_IMPORTING] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(_IMPORTING, None)
+
+
+def _imported_at() -> str | None:
+    """The line of a module that this worker runs, as it imports it to load its task; None if it does not."""
+    where = None
+    is_loading = False
     frame = sys._getframe()
-    while frame is not None and frame.f_globals.get("__name__") != "fdpool._worker":
-        if frame.f_code.co_name == "<module>":
-            where = f"line {frame.f_lineno} of module {frame.f_globals.get('__name__')!r}"
-            raise RuntimeError(
-                f"{where} uses a pool, as the module is imported in a worker of another pool: the workers of that"
-                " would import it again, and so on without end. Use the pool in a function, or under"
-                " `if __name__ == '__main__':`"
-            )
-        frame = frame.f_back  # type: ignore[assignment]
+    while (module := frame.f_globals.get("__name__")) != "fdpool._worker":
+        if frame.f_code.co_name == "<module>" and where is None:
+            where = f"line {frame.f_lineno} of module {module!r}"
+        is_loading = is_loading or (module == "fdpool.payload" and where is not None)
+        if frame.f_back is None:
+            return None  # a thread, or a program, that a worker has started
+        frame = frame.f_back
+    return where if is_loading else None

@@ -183,6 +183,8 @@ class Receiver:
                         events = look(poll)
                         if not events:
                             events = self._block(deadline, mask)
+                            if not self._turn._is_owned():
+                                return False  # a handler has waited for the end, and given up
                             if not events:
                                 break
                         self._taken_at = time.monotonic()
@@ -230,7 +232,12 @@ class Receiver:
 
     def next_look(self) -> float | None:
         """Runs in: the pump. How long it may sleep at most, so that answers kept from it do not lie for long."""
-        return _KEEP_S if self._kept else None
+        if not self._kept:
+            return None
+        is_left_alone = (
+            time.monotonic() - max(self._left_at, self._taken_at) > _LONG_S
+        )  # by a handler that runs long
+        return _LONG_S if is_left_alone else _KEEP_S
 
     def reclaim(self) -> None:
         """Runs in: the pump. See answers again, if nobody has waited for one lately, or who waits leaves them."""

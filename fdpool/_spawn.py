@@ -162,6 +162,8 @@ def leave(error: BaseException | None) -> NoReturn:
             status = 0
         elif isinstance(error, SystemExit):
             status = error.code if isinstance(error.code, int) else int(error.code is not None)
+            if status and not isinstance(error.code, int):
+                print(error.code, file=sys.stderr)
         else:
             import traceback
 

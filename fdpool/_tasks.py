@@ -77,9 +77,8 @@ class TaskFuture(Future[T]):
     _result: T
     _exception: BaseException | None
     _state: str
-    _condition: (
-        threading.Condition
-    )  # a _Condition; typeshed's `as_completed` takes no future with anything else
+    # A _Condition; typeshed's `as_completed` takes no future with anything else.
+    _condition: threading.Condition
     _waiters: list[Any]
     _done_callbacks: list[Any]
     _client: Client | None = None

@@ -705,7 +705,7 @@ def test_a_pickler_that_has_made_something_large_is_not_kept(dump: Any) -> None:
     pickler = kept.pickler
     dump("small").close()
     assert kept.pickler is pickler
-    for size in (2_000, 100_000):
+    for size in (4_000, 100_000):
         dump([str(number) for number in range(size)]).close()
         assert kept.pickler is not pickler
         dump("small").close()

@@ -512,43 +512,65 @@ def test_functions_of_a_script_travel_from_a_process_that_multiprocessing_has_sp
     assert (done.stdout, done.stderr) == ("9 0 1 4\n", "")
 
 
-@pytest.mark.parametrize("method", START_METHODS)
-def test_a_module_that_uses_a_pool_as_it_is_imported_is_refused_in_workers(
-    tmp_path: Path, method: str
-) -> None:
-    """Else its workers would import it, and start pools, without end."""
-    (tmp_path / "jobs.py").write_text(
-        textwrap.dedent(
-            f"""
-            import fdpool
-
-            def square(n):
-                return n * n
-
-            def nested(n):
-                with fdpool.Pool(1, start_method={method!r}) as pool:
-                    return pool.submit(square, n).result()
-
-            with fdpool.Pool(1, start_method={method!r}) as pool:
-                try:
-                    print(pool.submit(square, 3).result())
-                    print(pool.submit(nested, 3).result())
-                except fdpool.NotLoadable as error:
-                    print(error)
-            """
-        )
-    )
+def run_as_module(folder: Path, source: str, then: str = "") -> str:
+    """Import a program as a module `jobs`, and go on so; what it printed, if it printed no error."""
+    (folder / "jobs.py").write_text(textwrap.dedent(source))
     done = subprocess.run(
-        [sys.executable, "-c", "import jobs"],
-        cwd=tmp_path,
+        [sys.executable, "-c", f"import jobs{then}"],
+        cwd=folder,
         env={**os.environ, "PYTHONPATH": str(Path(fdpool.__file__).parents[1])},
         capture_output=True,
         text=True,
         timeout=60,
         check=False,
     )
-    if method == "fork":  # it has been imported there
-        assert (done.stdout, done.stderr) == ("9\n9\n", "")
-    else:
-        assert "line 13 of module 'jobs' uses a pool, as the module is imported in a worker" in done.stdout
-        assert done.stderr == ""
+    assert (done.stderr, done.returncode) == ("", 0)
+    return done.stdout
+
+
+def test_a_module_that_uses_a_pool_as_it_is_imported_does_not_start_pools_without_end(tmp_path: Path) -> None:
+    printed = run_as_module(
+        tmp_path,
+        """
+        import fdpool
+
+        def square(n):
+            return n * n
+
+        with fdpool.Pool(1) as pool:
+            print(pool.submit(square, 3).exception(), flush=True)
+        """,
+    )
+    # Of the first pool's worker, whose pool's worker was refused; and of the client.
+    refused, fine = printed.splitlines()
+    assert "line 8 of module 'jobs' uses a pool, as the module is imported in a worker" in refused
+    assert fine == "None"
+
+
+@pytest.mark.parametrize("method", START_METHODS)
+def test_a_module_may_use_a_pool_as_it_is_imported_in_a_worker_also(tmp_path: Path, method: str) -> None:
+    (tmp_path / "script.py").write_text(
+        "import fdpool\n"
+        "if __name__ == '__main__':\n"
+        "    with fdpool.Pool(1) as pool: print(pool.submit(abs, -5).result())\n"
+    )
+    printed = run_as_module(
+        tmp_path,
+        f"""
+        import math, runpy, subprocess, sys, fdpool
+        with fdpool.Pool(1) as pool:
+            roots = list(pool.map(math.sqrt, [1, 4]))
+
+        def use(_):
+            runpy.run_path("script.py", run_name="__main__")
+            return roots
+
+        def go():
+            with fdpool.Pool(1, start_method={method!r}) as pool:
+                print(pool.submit(use, 0).result(), flush=True)
+                print(pool.run([sys.executable, "script.py"], stdout=subprocess.PIPE).result().stdout)
+        """,
+        "; jobs.go()",
+    )
+    assert "[1.0, 2.0]" in printed
+    assert r"b'5\n'" in printed
