@@ -69,11 +69,16 @@ class Channel:
         if config.pluginmanager.hasplugin("warnings"):  # otherwise they are written to standard error
             _note_warnings(self)
 
-    def note(self, kind: str, content: Any) -> None:
-        """Runs in: the worker. Have the process of the tests know of it."""
+    def note(self, kind: str, content: Any, plain: Any) -> None:
+        """Runs in: the worker. Have the process of the tests know of it; of `plain`, where the content cannot be
+        pickled here or loaded there."""
         import cloudpickle  # a warning's class may be one of the body's own
 
-        data = cloudpickle.dumps((kind, content))
+        try:
+            pickled = cloudpickle.dumps(content)
+        except Exception:  # of a __reduce__ of the body's own
+            pickled = b""
+        data = pickle.dumps((kind, pickled, plain))
         self._files["notes"].write(len(data).to_bytes(4, "little") + data)
 
     def replay(self) -> None:
@@ -95,9 +100,11 @@ class Channel:
         data = self._content("notes")
         while len(data) >= 4:
             size = int.from_bytes(data[:4], "little")
-            found, content = pickle.loads(data[4 : 4 + size])
+            found, pickled, content = pickle.loads(data[4 : 4 + size])
             data = data[4 + size :]
             if found == kind:
+                with suppress(Exception):  # of what the body's own classes do as they are loaded
+                    content = pickle.loads(pickled)
                 yield content
 
     def _content(self, name: str) -> bytes:
@@ -194,8 +201,8 @@ class _Inside:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Of a subtest. Nobody in this process is to be told: what a plugin of pytest-xdist says to its controller, or
         the terminal is told, would be said twice."""
-        to_serializable = self._config.hook.pytest_report_to_serializable
-        self._channel.note("report", to_serializable(config=self._config, report=report))
+        data = self._config.hook.pytest_report_to_serializable(config=self._config, report=report)
+        self._channel.note("report", data, {**data, "user_properties": []})
         raise _NoFurther
 
 
@@ -263,10 +270,16 @@ def _note_warnings(channel: Channel) -> None:
         file: Any = None,
         line: str | None = None,
     ) -> None:
-        channel.note("warning", (str(message), category, filename, lineno))
+        text = str(message)
+        plain = (f"{category.__name__}: {text}", Warning, filename, lineno)
+        channel.note("warning", (text, category, filename, lineno), plain)
         show(message, category, filename, lineno, file, line)
 
     warnings.showwarning = noting
+
+
+#: What every log record has. The rest is what was given as `extra`, or added by a filter.
+_FIELDS = frozenset(logging.makeLogRecord({}).__dict__)
 
 
 class _Recorder(logging.Handler):
@@ -281,7 +294,8 @@ class _Recorder(logging.Handler):
             fields = {**record.__dict__, "msg": record.getMessage(), "args": None, "exc_info": None}
             if record.exc_info:
                 fields["exc_text"] = logging.Formatter().formatException(record.exc_info)
-            self._channel.note("record", fields)
+            plain = {name: value for name, value in fields.items() if name in _FIELDS}
+            self._channel.note("record", fields, plain)
         except Exception:
             self.handleError(record)
 

@@ -268,6 +268,41 @@ def test_what_pytest_warns_of_after_a_body_is_warned_of(run_pytest: Run) -> None
     assert unrecorded.text.count("OwnWarning: of the body") == 1
 
 
+def test_what_cannot_travel_from_a_body_is_told_in_plain_words_and_costs_nothing_else(
+    run_pytest: Run,
+) -> None:
+    """What does not load here, or does not even pickle there."""
+    outcome = run_pytest(
+        """
+        import logging, sys, threading, types, warnings, pytest
+        log = logging.getLogger("mine")
+        class Stubborn(Exception):
+            def __init__(self, one, two): super().__init__(f"{one} and {two}")
+        @pytest.fixture
+        def logged(caplog):
+            yield
+            records = caplog.get_records("call")
+            assert [each.getMessage() for each in records] == ["stubborn 1", "a lock", "kept"]
+            assert records[-1].extra == {"an": "extra"}
+        @pytest.mark.run_isolated
+        def test_log(logged):
+            log.warning("stubborn %d", 1, extra={"error": Stubborn(1, 2)})
+            log.warning("a lock", extra={"lock": threading.Lock()})
+            log.warning("kept", extra={"extra": {"an": "extra"}})
+        @pytest.mark.run_isolated
+        def test_warning(tmp_path, monkeypatch):
+            (tmp_path / "only_there.py").write_text("class There(Warning): pass")
+            monkeypatch.syspath_prepend(tmp_path)
+            import only_there
+            warnings.warn("one", only_there.There)
+            warnings.warn("other")
+        """
+    )
+    outcome.assert_counts(passed=2)
+    assert outcome.counts["warning"] == 2, outcome.text
+    outcome.assert_says("Warning: There: one", "UserWarning: other")
+
+
 def test_a_fixture_sees_what_its_isolated_test_was_warned_of(run_pytest: Run) -> None:
     outcome = run_pytest(
         """
