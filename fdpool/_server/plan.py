@@ -24,8 +24,8 @@ Generation = int
 
 _FIRST_PAUSE_S = 0.1
 _LONGEST_BOOT_PAUSE_S = 10.0
-_LONGEST_DEATH_PAUSE_S = 2.0
-_YOUNG_S = 10.0  # who dies before this age dies young; twice in a row in one slot, and the slot has to wait
+_LONGEST_LOSS_PAUSE_S = 2.0
+_YOUNG_S = 10.0  # who is lost before this age was young; twice in a row in one slot, and the slot has to wait
 _DRAIN_MARGIN_S = 1.0  # how much later than it was told a draining worker may be
 
 
@@ -140,12 +140,12 @@ class Worker:
 
 
 class _Place:
-    """What is known of a slot beside its workers: deaths in a row of young workers, and the pause that follows."""
+    """What is known of a slot beside its workers: losses in a row of young workers, and the pause that follows."""
 
-    __slots__ = ("deaths", "not_before")
+    __slots__ = ("losses", "not_before")
 
     def __init__(self) -> None:
-        self.deaths = 0
+        self.losses = 0
         self.not_before = 0.0
 
 
@@ -233,7 +233,10 @@ class Plan:
         self._pause_until = 0.0
         self._proven.add(worker.generation)
         actions = self._reconcile(now)
-        return [*actions, *self.retire(number, now)] if worker.retires_early else actions
+        if not worker.retires_early:
+            return actions
+        self._lost(worker, now)
+        return [*actions, *self.retire(number, now)]
 
     def exited(self, number: WorkerNumber, now: float, why: str = "") -> Sequence[Action]:
         """The worker is dead, or has done with serving."""
@@ -246,7 +249,7 @@ class Plan:
         if before is State.BOOTING:
             actions += self._boot_failed(worker, now, why)
         elif before is State.SERVING:
-            self._died(worker, now)
+            self._lost(worker, now)
         return [*actions, *self._reconcile(now)]
 
     def retire(self, number: WorkerNumber, now: float) -> Sequence[Action]:
@@ -410,7 +413,7 @@ class Plan:
         if before is State.BOOTING and not self.stopping:
             actions += self._boot_failed(worker, now, why)
         elif before is State.SERVING:
-            self._died(worker, now)
+            self._lost(worker, now)
         return actions
 
     def _overdue(self, worker: Worker, now: float) -> list[Action]:
@@ -423,16 +426,17 @@ class Plan:
     def _place(self, slot: SlotNumber) -> _Place:
         return self._places.setdefault(slot, _Place())
 
-    def _died(self, worker: Worker, now: float) -> None:
-        """A worker that served has died, unasked: the next one comes at once, unless this happens again and again."""
+    def _lost(self, worker: Worker, now: float) -> None:
+        """A worker that served has died, unasked, or has asked as it booted to be replaced: the next one comes at once,
+        unless this happens again and again."""
         place = self._place(worker.slot)
         if now >= worker.young_until:
-            place.deaths = 0
+            place.losses = 0
             return
-        place.deaths += 1
-        if place.deaths > 1:
+        place.losses += 1
+        if place.losses > 1:
             place.not_before = now + min(
-                _FIRST_PAUSE_S * 2.0 ** min(place.deaths - 2, 16), _LONGEST_DEATH_PAUSE_S
+                _FIRST_PAUSE_S * 2.0 ** min(place.losses - 2, 16), _LONGEST_LOSS_PAUSE_S
             )
 
     def _boot_failed(self, worker: Worker, now: float, why: str) -> list[Action]:

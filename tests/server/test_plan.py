@@ -371,6 +371,27 @@ def test_who_is_to_retire_while_it_boots_serves_first_and_takes_its_place() -> N
     assert not world.booting
 
 
+def test_who_are_all_to_retire_while_they_boot_are_replaced_ever_later_and_serve_meanwhile() -> None:
+    world = started(2)
+    world.do(world.plan.retire(min(world.serving), world.now))
+    pauses = []
+    for _ in range(12):
+        [early] = world.booting
+        world.do(world.plan.retire(early, world.now))
+        world.ready()
+        world.exit(min(world.draining))
+        before = world.now
+        while not world.booting:
+            assert early in world.serving
+            moment = world.plan.next_deadline()
+            assert moment is not None
+            world.wait(moment - world.now)
+        pauses.append(world.now - before)
+    assert pauses[0] == 0
+    assert pauses == sorted(pauses)
+    assert pauses[-1] == pytest.approx(2.0)
+
+
 def test_workers_of_an_age_are_not_all_replaced_at_the_same_time() -> None:
     world = started(8, max_age_s=1000.0, jitter=0.1)
     world.wait(899)
