@@ -482,6 +482,14 @@ def test_a_check_of_listeners_apart_says_where_they_cannot_be(app_dir: Path) -> 
             "shop:asgi",
             "cannot serve shop:asgi as asgi: TypeError: Config.__init__() got an unexpected keyword argument 'bogus'",
         ),
+        (("--option", "http=nonsense"), "shop:asgi", "cannot serve shop:asgi as asgi: "),
+        (("--option", "ws=nonsense"), "shop:asgi", "cannot serve shop:asgi as asgi: "),
+        (("--option", "lifespan=bogus"), "shop:asgi", "cannot serve shop:asgi as asgi: KeyError: 'bogus'"),
+        (
+            ("--option", "ssl_certfile=/nowhere"),
+            "shop:asgi",
+            "cannot serve shop:asgi as asgi: FileNotFoundError: ",
+        ),
         (
             ("--option", "bogus=1"),
             "shop:wsgi",
@@ -505,6 +513,16 @@ def test_a_check_finds_what_would_keep_the_server_from_beginning(
     done = run("--check", "--app-dir", str(app_dir), "-b", "127.0.0.1:0", *arguments, target)
     assert done.returncode == 1
     assert done.stderr.startswith(f"fdpool serve: {reason}")
+
+
+def test_a_check_finds_that_there_is_no_such_event_loop(app_dir: Path) -> None:
+    pytest.importorskip("uvicorn", "0.36")
+    (app_dir / "shop.py").write_text("async def asgi(scope, receive, send): pass\n")
+    where = ("--app-dir", str(app_dir), "-b", "127.0.0.1:0")
+    done = run("--check", *where, "--option", "loop=nonsense", "shop:asgi")
+    assert done.returncode == 1
+    assert "fdpool serve: cannot serve shop:asgi as asgi: " in done.stderr
+    assert 'Import string "nonsense" must be in format' in done.stderr
 
 
 @pytest.mark.parametrize("target", ["shop:asgi", "shop:wsgi", "shop:Handle", "shop:serve"])

@@ -65,6 +65,9 @@ class AsgiFace:
             self._app,
             **{"log_config": None, "backlog": order.backlog, "interface": "asgi3", **order.options},
         )
+        config.load()  # here, and not as it serves: a check comes no further, and is to find what it refuses
+        if hasattr(config, "get_loop_factory"):  # since uvicorn 0.36; before, it was set at once
+            config.get_loop_factory()
         self._server = _Server(config, worker, door, order.request_timeout_s)
         self._worker = worker
         self._sockets = list(listeners)
