@@ -250,7 +250,7 @@ def test_a_pipe_that_does_not_block_gets_whole_lines_while_somebody_reads() -> N
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_who_is_killed_or_stopped_as_it_logs_keeps_nobody_else_from_it(number: int) -> None:
+def test_who_is_killed_or_stopped_as_it_logs_keeps_nobody_else_from_it(number: int, tmp_path: Path) -> None:
     script = f"""
     log._PATIENCE_S = 0.1
     other = os.fork()
@@ -259,6 +259,7 @@ def test_who_is_killed_or_stopped_as_it_logs_keeps_nobody_else_from_it(number: i
     sys.stdin.read(1)
     os.kill(other, {int(number)})
     os.waitpid(other, os.WUNTRACED)
+    os.mkdir({str(tmp_path / "done")!r})
     say("what comes upon half a line", "more")
     """
     with logging_program(script) as (order, logged):
@@ -266,6 +267,7 @@ def test_who_is_killed_or_stopped_as_it_logs_keeps_nobody_else_from_it(number: i
         wait_until(lambda: unread(logged) == room)
         order.write(b"x")
         order.close()
+        wait_until((tmp_path / "done").exists)
         assert b"what comes upon half a line" in logged.readline()
         assert message(logged.readline()) == "more"
 
