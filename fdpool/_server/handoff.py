@@ -180,6 +180,12 @@ class Handoff:
         self._acceptor.close()
         self._reserve.close()
 
+    def forget(self) -> None:
+        """Runs in a forked child: close the copies."""
+        # Kernel: a forked child has the same epoll instance (epoll(7)): what it takes from it is the parent's, too.
+        self._watching = False
+        self.close()
+
     @property
     def is_empty(self) -> bool:
         """True if every connection that was accepted has been taken by a worker."""

@@ -206,7 +206,7 @@ class Loop:
         """Runs in a forked child: close the copies."""
         self.is_forked = True
         if self.handoff is not None:
-            self.handoff.close()
+            self.handoff.forget()
         self.turns.close()
         self.crew.close()
         self._listeners.close(keep_path=True)

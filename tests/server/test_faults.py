@@ -825,8 +825,9 @@ def test_a_worker_holds_nothing_of_its_siblings_or_of_the_server() -> None:
     assert seen[0] <= 5  # the listener, its control stream, the pool's inbox, the connection
 
 
-def test_a_forked_child_of_the_server_leaves_it_alone() -> None:
-    with Server(echo_pid, ANY_PORT, workers=1) as server:
+@pytest.mark.parametrize("dispatch", DISPATCHES)
+def test_a_forked_child_of_the_server_leaves_it_alone(dispatch: Any) -> None:
+    with Server(echo_pid, ANY_PORT, workers=1, dispatch=dispatch) as server:
         orders = [server.reload, partial(server.scale, 3), server.upgrade, server.reopen_logs, server.stats]
         child = os.fork()
         if child == 0:
