@@ -5,7 +5,8 @@ requests are. What speaks HTTP and WebSocket is uvicorn.
 
 Draining without a reset: the listeners are closed (other workers have them too), each answer from then on carries
 `Connection: close`, and connections on which nothing happens are closed only after uvicorn's own keep-alive time, as
-a client may be sending on one right now. WebSockets are closed at once with code 1012, "service restart".
+a client may be sending on one right now; so are those whose TLS handshake is not over by then. When the whole server
+ends, both are closed at once. WebSockets are closed at once with code 1012, "service restart".
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may no
         self._next_beat: asyncio.TimerHandle | None = None
         self._counts = isinstance(door, HandedOver)  # whom the server hands more, by what it counts
         self._open = 0
-        self._adopting = 0
+        self._adopting: dict[socket.socket, asyncio.Task[None]] = {}  # until TLS has shaken hands
         self._has_all = False  # uvicorn knows every connection that was accepted before the drain
         self._idle_at = math.inf  # when idle connections are closed
 
@@ -174,6 +175,15 @@ class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may no
 
     def _have_all(self) -> None:
         self._has_all = True
+        assert self._order is not None
+        _, leaving = self._order
+        if leaving and self.config.ssl is not None:  # else they are uvicorn's in a moment
+            self._stop_adopting()
+
+    def _stop_adopting(self) -> None:
+        """Close connections whose clients have not finished the handshake: uvicorn has yet to hear of those."""
+        for task in self._adopting.values():
+            task.cancel()
 
     def _mark_answers(self) -> None:
         """Have every answer that has not begun end its connection, and say so: uvicorn heeds that header."""
@@ -207,6 +217,7 @@ class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may no
                 self._idle_at = math.inf
                 for connection in list(self.server_state.connections):
                     connection.shutdown()  # what is idle is closed; what runs is not kept alive
+                self._stop_adopting()
         return bool(await super().on_tick(counter))
 
     # -- connections that come by the door ----------------------------------------------------------------
@@ -222,10 +233,9 @@ class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may no
             connection = self._door.take(fileno)
             if connection is None:
                 break
-            self._adopting += 1
+            self._adopting[connection] = self._serving_loop.create_task(self._adopt(connection))
             if self._counts:
                 self._count_open()
-            self._serving_loop.create_task(self._adopt(connection))
 
     def _look_again(self, fileno: int) -> None:
         if self._door is not None and self._serving_loop is not None and fileno in self._door.filenos():
@@ -245,7 +255,7 @@ class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may no
             connection.close()
             _LOG.exception("a connection could not be taken", extra={"event": "adopt_failed"})
         finally:
-            self._adopting -= 1
+            del self._adopting[connection]
             if self._counts:
                 self._count_open()
 
@@ -261,7 +271,7 @@ class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may no
 
     def _count_open(self) -> None:
         before = self._open
-        self._open = len(self.server_state.connections) + self._adopting
+        self._open = len(self.server_state.connections) + len(self._adopting)
         self._worker.progress.has_open(self._open)
         if self._open < before and self._door is not None:
             self._door.ended()

@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import socketserver
+import ssl
 import threading
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from tests.server.helpers import (
     connect,
     echo_pid,
     get,
+    is_over,
     keep_echoing,
     pids,
     read_all,
@@ -296,6 +298,33 @@ def test_an_asgi_worker_is_handed_as_many_connections_as_it_has_descriptors_for(
                 client = clients.enter_context(connect(server))
                 client.sendall(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
                 assert client.recv(8) == b"HTTP/1.1"
+
+
+@pytest.mark.parametrize("dispatch", ["shared", "handoff"])
+def test_tls_clients_that_never_finish_the_handshake_keep_no_worker_from_its_end(dispatch: Any) -> None:
+    pytest.importorskip("uvicorn")
+    certificate = Path(__file__).with_name("certificate.pem")
+    tls = ssl.create_default_context(cafile=str(certificate))
+    # uvloop, where it accepts by itself, does not count them.
+    options = {"loop": "asyncio", "ssl_certfile": str(certificate), "timeout_keep_alive": 1}
+    with Server(asgi, ANY_PORT, workers=1, dispatch=dispatch, options=options, grace=60) as server:
+
+        def is_answered_by_tls() -> bool:
+            with tls.wrap_socket(connect(server), server_hostname="localhost") as client:
+                client.sendall(b"GET / HTTP/1.0\r\n\r\n")
+                return b"200 OK" in read_all(client)
+
+        with connect(server) as silent:
+            assert is_answered_by_tls()  # it is taken after the silent one
+            [before] = pids(server)
+            assert server.reload().result(20) == 2
+            assert is_over(silent)
+            wait_until(lambda: not psutil.pid_exists(before))
+        with connect(server) as silent:
+            assert is_answered_by_tls()
+            server.stop(wait=False)
+            assert is_over(silent)
+            assert server.wait(10)
 
 
 # -- beginning and end ---------------------------------------------------------------------------------
