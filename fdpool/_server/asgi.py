@@ -17,6 +17,7 @@ import contextlib
 import importlib
 import logging
 import math
+import os
 import socket
 import time
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping, Sequence
@@ -132,6 +133,7 @@ class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may no
         if self.should_exit or not self.started:
             return
         self._serving_loop = loop
+        os.register_at_fork(after_in_child=self._forget_in_child)
         _fix_log_level()
         self._beat()
         if self._door is not None:
@@ -219,6 +221,14 @@ class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may no
                     connection.shutdown()  # what is idle is closed; what runs is not kept alive
                 self._stop_adopting()
         return bool(await super().on_tick(counter))
+
+    def _forget_in_child(self) -> None:
+        """Runs in a child that a request has forked: what it sends before `leave_if_forked` is for nobody, as if its
+        client had gone. (To look at each message costs each request 0.3 to 0.6 µs.)"""
+        for connection in self.server_state.connections:
+            cycle = getattr(connection, "cycle", None)
+            if cycle is not None:
+                cycle.disconnected = True
 
     # -- connections that come by the door ----------------------------------------------------------------
 

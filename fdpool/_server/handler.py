@@ -143,13 +143,16 @@ class HandlerFace:
             self._door.ended()
 
 
-def handler_of(cls: type[socketserver.BaseRequestHandler], listeners: Sequence[socket.socket]) -> Handle:
+def handler_of(
+    cls: type[socketserver.BaseRequestHandler], worker: ServerWorker, listeners: Sequence[socket.socket]
+) -> Handle:
     """A function that serves a connection as `socketserver` would, with an object of the class."""
     # What handlers see as `self.server`: its address, and nothing that accepts.
     server = socketserver.BaseServer(listeners[0].getsockname(), cls)
 
     def handle(connection: socket.socket, address: Any) -> None:
         cls(connection, address, server)
+        worker.leave_if_forked()  # the connection is its parent's as well
         try:
             connection.shutdown(socket.SHUT_WR)  # as TCPServer.shutdown_request does
         except OSError:

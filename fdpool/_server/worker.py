@@ -129,7 +129,7 @@ def _face(
                 "an application that accepts for itself cannot be handed connections (dispatch='handoff')"
             )
         return handler.ListenersFace(app, worker, listeners)
-    handle = handler.handler_of(app, listeners) if interface == "socketserver" else app
+    handle = handler.handler_of(app, worker, listeners) if interface == "socketserver" else app
     return handler.HandlerFace(handle, worker, door, order.threads or 1)
 
 

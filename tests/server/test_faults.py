@@ -9,6 +9,7 @@ import resource
 import select
 import signal
 import socket
+import socketserver
 import time
 import warnings
 from collections.abc import Iterator
@@ -342,6 +343,28 @@ async def asgi_forks(scope: Any, receive: Any, send: Any) -> None:
     await send({"type": "http.response.body", "body": body})
 
 
+async def asgi_forks_and_says_so(scope: Any, receive: Any, send: Any) -> None:
+    """As frameworks do, it answers for what has failed."""
+    try:
+        await asgi_forks(scope, receive, send)
+    except OSError:
+        await send({"type": "http.response.start", "status": 500, "headers": []})
+        await send({"type": "http.response.body", "body": b"the child"})
+        raise
+
+
+class Forks(socketserver.BaseRequestHandler):
+    """Its child comes back."""
+
+    def handle(self) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # there are threads
+            child = os.fork()
+        if child:
+            code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            self.request.sendall(b"0 %d" % code)
+
+
 def wsgi_forks(environ: Any, start_response: Any) -> list[bytes]:
     body = fork_and_fail()
     start_response("200 OK", [("Content-Length", str(len(body)))])
@@ -349,14 +372,23 @@ def wsgi_forks(environ: Any, start_response: Any) -> list[bytes]:
 
 
 @pytest.mark.parametrize(
-    ("app", "threads"), [(forks, 1), (forks, 2), (wsgi_forks, 1), (wsgi_forks, 2), (asgi_forks, None)]
+    ("app", "threads"),
+    [
+        (forks, 1),
+        (forks, 2),
+        (Forks, 1),
+        (wsgi_forks, 1),
+        (wsgi_forks, 2),
+        (asgi_forks, None),
+        (asgi_forks_and_says_so, None),
+    ],
 )
 def test_a_child_that_a_request_has_forked_does_not_go_on_as_a_worker(app: Any, threads: int | None) -> None:
     """It would serve, and nobody would know of it. The request waits for its end."""
-    if app is not forks:
-        pytest.importorskip("uvicorn" if app is asgi_forks else "waitress")
+    if app not in (forks, Forks):
+        pytest.importorskip("waitress" if app is wsgi_forks else "uvicorn")
     with Server(app, ANY_PORT, workers=1, threads=threads) as server:
-        answer = ask(server, b"")[1] if app is forks else get(server)[1]
+        answer = ask(server, b"")[1] if app in (forks, Forks) else get(server)[1]
         assert answer.split()[-1] == b"1"
         wait_until(lambda: server.stats().workers[0].in_flight == 0)
         assert server.stats().workers[0].requests == 1
