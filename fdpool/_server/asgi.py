@@ -61,7 +61,6 @@ class AsgiFace:
         door: Door,
         listeners: Sequence[socket.socket],
     ) -> None:
-        self._door = door
         self._app = _Watched(app, worker, order.request_timeout_s)
         config = uvicorn.Config(
             self._app,
@@ -107,7 +106,6 @@ class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may no
         self._order: tuple[float, bool] | None = None  # a drain's end, and whether everybody leaves
         self._beat_s = min(_BEAT_S, (request_timeout_s or math.inf) / 4)
         self._next_beat: asyncio.TimerHandle | None = None
-        self._counts = isinstance(door, HandedOver)  # whom the server hands more, by what it counts
         self._open = 0
         self._adopting: dict[socket.socket, asyncio.Task[None]] = {}  # until TLS has shaken hands
         self._has_all = False  # uvicorn knows every connection that was accepted before the drain
@@ -119,15 +117,15 @@ class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may no
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         loop = asyncio.get_running_loop()
-        if self._counts:
-            self.server_state.connections = _Connections(self._one_has_gone)
-        elif not isinstance(loop, asyncio.SelectorEventLoop):
+        if not isinstance(self._door, HandedOver) and not isinstance(loop, asyncio.SelectorEventLoop):
             # uvloop, in which requests that come one by one, each on a connection of its own, would take 1.4 times the
             # CPU by way of the door. asyncio's own loop accepts as we do; but it makes a listener non-blocking that
             # was given (hazard M17), where no descriptor is left it tries and logs `backlog` times in a turn, and as
             # it stops it loses what it has just accepted (https://github.com/python/cpython/issues/109564).
             self._door = None
         if self._door is not None:
+            # The server hands more by what is counted; and as one goes, the door has a descriptor in reserve again.
+            self.server_state.connections = _Connections(self._one_has_gone)
             sockets = []
         await super().startup(sockets=sockets)
         if self.should_exit or not self.started:
@@ -244,8 +242,7 @@ class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may no
             if connection is None:
                 break
             self._adopting[connection] = self._serving_loop.create_task(self._adopt(connection))
-            if self._counts:
-                self._count_open()
+            self._count_open()
 
     def _look_again(self, fileno: int) -> None:
         if self._door is not None and self._serving_loop is not None and fileno in self._door.filenos():
@@ -266,8 +263,7 @@ class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may no
             _LOG.exception("a connection could not be taken", extra={"event": "adopt_failed"})
         finally:
             del self._adopting[connection]
-            if self._counts:
-                self._count_open()
+            self._count_open()
 
     def _protocol(self) -> Any:
         return self.config.http_protocol_class(  # type: ignore[call-arg, unused-ignore]

@@ -741,10 +741,12 @@ def test_an_asgi_worker_without_descriptors_says_so_once_and_serves_all_as_they_
         assert used.user + used.system - before.user - before.system < 0.3
         said = capfd.readouterr().err
         assert said.count("\n") == said.count("cannot accept") == 1, said
-        for client in clients:
+        for count, client in enumerate(clients, server.stats().workers[0].requests + 1):
             assert client.recv(8) == b"HTTP/1.1"
-            client.close()
-        wait_until(lambda: server.stats().workers[0].requests == 25)
+            client.close()  # which lets the next one in
+            wait_until(lambda count=count: server.stats().workers[0].requests >= min(count, 25))  # type: ignore[misc]
+        said = capfd.readouterr().err
+        assert said.count("\n") <= 2, said  # one at most, but for what happens in the same turn
 
 
 def test_a_server_without_descriptors_hands_over_all_the_same(tmp_path: Path) -> None:
