@@ -107,6 +107,7 @@ class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may no
         self._beat_s = min(_BEAT_S, (request_timeout_s or math.inf) / 4)
         self._next_beat: asyncio.TimerHandle | None = None
         self._open = 0
+        self._paused: set[int] = set()  # where nothing is taken for a while, as no descriptor is left
         self._adopting: dict[socket.socket, asyncio.Task[None]] = {}  # until TLS has shaken hands
         self._has_all = False  # uvicorn knows every connection that was accepted before the drain
         self._idle_at = math.inf  # when idle connections are closed
@@ -235,7 +236,8 @@ class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may no
         assert self._serving_loop is not None
         if (pause_s := self._door.pause_s()) > 0:
             self._serving_loop.remove_reader(fileno)
-            self._serving_loop.call_later(pause_s, self._look_again, fileno)
+            self._paused.add(fileno)
+            self._serving_loop.call_later(pause_s, self._look_again)
             return
         for _ in range(_TAKEN_AT_ONCE):
             connection = self._door.take(fileno)
@@ -244,9 +246,12 @@ class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may no
             self._adopting[connection] = self._serving_loop.create_task(self._adopt(connection))
             self._count_open()
 
-    def _look_again(self, fileno: int) -> None:
-        if self._door is not None and self._serving_loop is not None and fileno in self._door.filenos():
+    def _look_again(self) -> None:
+        assert self._door is not None
+        assert self._serving_loop is not None
+        for fileno in self._paused.intersection(self._door.filenos()):
             self._serving_loop.add_reader(fileno, self._take, fileno)
+        self._paused.clear()
 
     async def _adopt(self, connection: socket.socket) -> None:
         assert self._serving_loop is not None
@@ -281,6 +286,8 @@ class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may no
         self._worker.progress.has_open(self._open)
         if self._open < before and self._door is not None:
             self._door.ended()
+            if self._paused and not self._door.pause_s():
+                self._look_again()
 
 
 class _Connections(set[Any]):

@@ -724,7 +724,8 @@ def test_an_asgi_worker_without_descriptors_says_so_once_and_serves_all_as_they_
 ) -> None:
     """S9, T3."""
     pytest.importorskip("uvicorn")
-    options = {"loop": "asyncio"}  # uvloop turns away what there is no descriptor for
+    # uvloop turns away what there is no descriptor for.
+    options = {"loop": "asyncio", "timeout_keep_alive": 60}
     with Server(asgi, ANY_PORT, workers=1, on_worker_start=leave_room_for(14), options=options) as server:
         [pid] = pids(server)
         clients = [connect(server) for _ in range(25)]
@@ -741,10 +742,12 @@ def test_an_asgi_worker_without_descriptors_says_so_once_and_serves_all_as_they_
         assert used.user + used.system - before.user - before.system < 0.3
         said = capfd.readouterr().err
         assert said.count("\n") == said.count("cannot accept") == 1, said
+        begun = time.monotonic()
         for count, client in enumerate(clients, server.stats().workers[0].requests + 1):
             assert client.recv(8) == b"HTTP/1.1"
             client.close()  # which lets the next one in
             wait_until(lambda count=count: server.stats().workers[0].requests >= min(count, 25))  # type: ignore[misc]
+        assert time.monotonic() - begun < 5.0  # and not after a pause of up to 0.5 s
         said = capfd.readouterr().err
         assert said.count("\n") <= 2, said  # one at most, but for what happens in the same turn
 
