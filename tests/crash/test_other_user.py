@@ -165,6 +165,8 @@ def test_tasks_wait_while_too_many_descriptors_are_in_flight(as_other_uid: int) 
         with fdpool.Pool(1, start_method="fork") as pool:
             # Before there are ends of pipes that it would inherit.
             assert pool.submit(abs, -1).result(20) == 1
+            link = pool._client.links[0]
+            wait_until(lambda: link._pidfd is not None)  # it may come after the answer
             before = len(open_descriptors())
             with held_worker(pool):
                 futures = [submit_with_pipes(pool, number) for number in range(16)]
@@ -172,7 +174,7 @@ def test_tasks_wait_while_too_many_descriptors_are_in_flight(as_other_uid: int) 
                 assert not any(future.done() for future in futures)
             for number, future in enumerate(futures):
                 assert future.result(20) == [b"%d" % number] * PER_TASK
-            assert len(open_descriptors()) <= before
+            wait_until(lambda: len(open_descriptors()) <= before)
 
     as_user(as_other_uid, act)
 
