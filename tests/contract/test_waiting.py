@@ -175,14 +175,21 @@ def interrupted(pool: Pool, handle: Callable[[], object]) -> BaseException | Non
     """The error of a task that ends as soon as `handle` has begun, which a signal calls while the main thread waits."""
     read, write = os.pipe()
 
+    begun = threading.Event()
+
     def on_signal(_number: int, _frame: object) -> None:
-        os.close(write)
-        handle()
+        if not begun.is_set():
+            begun.set()
+            os.close(write)
+            handle()
 
     def interrupt(main: int) -> None:
         receiver = pool._client.receiver
         wait_until(lambda: (receiver._awaited is future or receiver._others) and future.running())
-        signal.pthread_kill(main, signal.SIGUSR1)
+        while not begun.is_set():
+            # Again, as Python heeds one that comes just before a system call only after that call.
+            signal.pthread_kill(main, signal.SIGUSR1)
+            begun.wait(0.2)
 
     before = signal.signal(signal.SIGUSR1, on_signal)
     try:
