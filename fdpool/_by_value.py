@@ -54,7 +54,7 @@ def initializing(inherited: object = None) -> Iterator[None]:
     if isinstance(inherited, FunctionType) and inherited.__globals__.get("__name__") in _MAIN:
         _shared.names = inherited.__globals__
         came.update(_shared.names)
-        referred = _names_in(inherited.__code__)
+        referred = names_in(inherited.__code__)
     _shared.came = came
     try:
         yield
@@ -72,12 +72,17 @@ def _may_have_changed(name: str, value: object, referred: set[str] | None) -> bo
     return not isinstance(value, _CONSTANT) and (referred is None or name in referred)
 
 
-def _names_in(code: CodeType) -> set[str]:
-    names = set(code.co_names)
+def names_in(code: CodeType) -> set[str]:
+    """The names that a function's code refers to, and that of those inside it."""
+    return {name for each in all_code(code) for name in each.co_names}
+
+
+def all_code(code: CodeType) -> Iterator[CodeType]:
+    """Of a function, and of those inside it."""
+    yield code
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
-            names |= _names_in(constant)
-    return names
+            yield from all_code(constant)
 
 
 def reduced(function: object, reduction: Any) -> Any:

@@ -13,6 +13,7 @@ from types import BuiltinFunctionType, CodeType, FunctionType, MethodDescriptorT
 from typing import Any, TypeVar
 
 from . import payload
+from ._by_value import all_code, names_in
 from ._chunks import Raised, is_plain
 from ._shared import Shared
 from ._tasks import ChunkFuture
@@ -49,26 +50,14 @@ def keeps_nothing(fn: Any, seen: tuple[Any, ...] = ()) -> bool:
         return False
     if fn in seen:
         return True
-    found = [fn.__globals__[name] for name in _names_in(fn.__code__) if name in fn.__globals__]
+    found = [fn.__globals__[name] for name in names_in(fn.__code__) if name in fn.__globals__]
     return all(
         isinstance(each, ModuleType) or is_plain([each]) or keeps_nothing(each, (*seen, fn)) for each in found
     )
 
 
-def _names_in(code: CodeType) -> set[str]:
-    return {name for each in _all_code(code) for name in each.co_names}
-
-
 def _rebinds_globals(code: CodeType) -> bool:
-    return any(not _REBINDING.isdisjoint(each.co_code[::2]) for each in _all_code(code))
-
-
-def _all_code(code: CodeType) -> Iterator[CodeType]:
-    """Of a function, and of those inside it."""
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _all_code(constant)
+    return any(not _REBINDING.isdisjoint(each.co_code[::2]) for each in all_code(code))
 
 
 def dumped_chunk(fn: Callable[..., Any], items: Sequence[Any], star: bool) -> payload.Payload | None:
