@@ -31,15 +31,27 @@ START_METHODS = ["forkserver", "fork"]
 
 def run_script(source: str) -> str:
     """Run a program of its own; what it printed, if it printed no error and ended well."""
+    return run_python("-c", textwrap.dedent(source))
+
+
+def run_python(*arguments: str, **options: Any) -> str:
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(source)],
+        [sys.executable, *arguments],
         capture_output=True,
         text=True,
         timeout=60,
         check=False,
+        **options,
     )
     assert (done.stderr, done.returncode) == ("", 0)
     return done.stdout
+
+
+def run_in(folder: Path, *arguments: str) -> str:
+    """`run_python` in another folder, from which fdpool is found as it is here."""
+    return run_python(
+        *arguments, cwd=folder, env={**os.environ, "PYTHONPATH": str(Path(fdpool.__file__).parents[1])}
+    )
 
 
 @pytest.mark.parametrize("context", ["spawn", "fork"])
@@ -501,31 +513,13 @@ def test_functions_of_a_script_travel_from_a_process_that_multiprocessing_has_sp
             """
         )
     )
-    done = subprocess.run(
-        [sys.executable, str(tmp_path / "script.py")],
-        env={**os.environ, "PYTHONPATH": str(Path(fdpool.__file__).parents[1])},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert (done.stdout, done.stderr) == ("9 0 1 4\n", "")
+    assert run_in(tmp_path, "script.py") == "9 0 1 4\n"
 
 
 def run_as_module(folder: Path, source: str, then: str = "") -> str:
     """Import a program as a module `jobs`, and go on so; what it printed, if it printed no error."""
     (folder / "jobs.py").write_text(textwrap.dedent(source))
-    done = subprocess.run(
-        [sys.executable, "-c", f"import jobs{then}"],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(Path(fdpool.__file__).parents[1])},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert (done.stderr, done.returncode) == ("", 0)
-    return done.stdout
+    return run_in(folder, "-c", f"import jobs{then}")
 
 
 def test_a_module_that_uses_a_pool_as_it_is_imported_does_not_start_pools_without_end(tmp_path: Path) -> None:

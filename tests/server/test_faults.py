@@ -688,6 +688,17 @@ def leave_room_for(count: int) -> Any:
     return limit
 
 
+def cpu_in_a_second(server: Server, pid: int) -> float:
+    """Seconds of processor time that the one worker takes in a second, in which it stays."""
+    process = psutil.Process(pid)
+    before = process.cpu_times()
+    begun = time.monotonic()
+    while time.monotonic() - begun < 1.0:
+        assert pids(server) == [pid]
+    used = process.cpu_times()
+    return used.user + used.system - before.user - before.system
+
+
 @pytest.mark.parametrize("dispatch", ["shared", "handoff"])
 def test_a_worker_without_descriptors_does_not_spin_and_serves_all_as_they_get_free(dispatch: Any) -> None:
     """S9, T3: the reserve lets one connection in at a time; the others wait, and none is lost or turned away."""
@@ -705,14 +716,9 @@ def test_a_worker_without_descriptors_does_not_spin_and_serves_all_as_they_get_f
         for number, client in enumerate(clients):
             client.sendall(b"%d" % number)
         wait_until(lambda: server.stats().workers[0].in_flight >= 5)
-        process = psutil.Process(pid)
-        before = process.cpu_times()
-        begun = time.monotonic()
-        while time.monotonic() - begun < 1.0:
-            assert pids(server) == [pid]
-        used = process.cpu_times()
+        used_s = cpu_in_a_second(server, pid)
         assert server.stats().workers[0].in_flight < 25
-        assert used.user + used.system - before.user - before.system < 0.3
+        assert used_s < 0.3
         for number, client in enumerate(clients):  # in their order, as they wait in it
             assert client.recv(10) == b"%d" % number
             client.close()
@@ -732,14 +738,9 @@ def test_an_asgi_worker_without_descriptors_says_so_once_and_serves_all_as_they_
         for client in clients:
             client.sendall(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
         wait_until(lambda: server.stats().workers[0].requests >= 5)
-        process = psutil.Process(pid)
-        before = process.cpu_times()
-        begun = time.monotonic()
-        while time.monotonic() - begun < 1.0:
-            assert pids(server) == [pid]
-        used = process.cpu_times()
+        used_s = cpu_in_a_second(server, pid)
         assert server.stats().workers[0].requests < 25
-        assert used.user + used.system - before.user - before.system < 0.3
+        assert used_s < 0.3
         said = capfd.readouterr().err
         assert said.count("\n") == said.count("cannot accept") == 1, said
         begun = time.monotonic()
