@@ -14,9 +14,11 @@ import signal
 import sys
 from collections.abc import Callable
 
-#: Asks a worker for its stacks. One that programs do not use: the last of the real-time signals; or SIGINFO, where
-#: there are none of these, which does nothing to who does not know it.
-ASK_SIGNAL: int | None = getattr(signal, "SIGRTMAX", None) or getattr(signal, "SIGINFO", None)
+#: Asks a worker for its stacks. One that programs do not use: the last but one of the real-time signals, as valgrind
+#: keeps the last for itself; or SIGINFO, where there are none of these, which does nothing to who does not know it.
+ASK_SIGNAL: int | None = (
+    signal.SIGRTMAX - 1 if hasattr(signal, "SIGRTMAX") else getattr(signal, "SIGINFO", None)
+)
 
 _MOST_BYTES = 32 * 1024
 

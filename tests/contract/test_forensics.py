@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -101,6 +102,16 @@ with fdpool.Pool(1, start_method="fork") as pool:
     done = subprocess.run(program, check=False, cwd=Path(__file__).parents[2], capture_output=True, text=True)
     assert "in read_nowhere" in done.stdout
     assert done.stderr == ""
+
+
+@pytest.mark.skipif(shutil.which("valgrind") is None, reason="valgrind is not installed")
+@pytest.mark.timeout(180)
+def test_a_pool_works_under_valgrind() -> None:
+    """Which keeps the last real-time signal for itself, and says EINVAL to who wants it."""
+    source = "import fdpool\nwith fdpool.Pool(1) as pool: print(pool.submit(pow, 2, 10).result())"
+    program = ["valgrind", "-q", "--tool=none", "--trace-children=yes", sys.executable, "-c", source]
+    done = subprocess.run(program, check=False, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert done.stdout == "1024\n", done.stderr
 
 
 def group(folder: Path, line: str, file: str) -> tuple[str, Path]:
