@@ -24,7 +24,7 @@ from ..fds import above_stdio, standard_numbers_taken
 STACKS_AT = mmap.PAGESIZE  # where in the file the stacks begin
 _MOST_STACKS = 256 * 1024
 
-_BEGUN, _FINISHED, _OLDEST, _BEAT, _TAKEN, _OPEN, _WAITED_FOR = range(7)
+BEGUN, FINISHED, _OLDEST, _BEAT, _TAKEN, _OPEN, _WAITED_FOR = range(7)
 
 
 class Seen(NamedTuple):
@@ -80,8 +80,8 @@ class SeenPage(_Page):
         words = self._words
         oldest, beat = words[_OLDEST], words[_BEAT]
         return Seen(
-            words[_BEGUN],
-            words[_FINISHED],
+            words[BEGUN],
+            words[FINISHED],
             oldest / 1e9 if oldest else None,
             beat / 1e9 if beat else None,
             words[_TAKEN],
@@ -134,6 +134,12 @@ class Progress(_Page):
         """True if the server wants to know when a request has ended."""
         return bool(self._words[_WAITED_FOR])
 
+    @property
+    def counts(self) -> memoryview:
+        """Where an event loop writes at `BEGUN` and `FINISHED` how many requests are: nobody asks how long each takes,
+        and it has one thread. In place of `begin` and `end`, until `close`."""
+        return self._words
+
     def took(self) -> None:
         """A connection was taken from the inbox; in one thread."""
         self._words[_TAKEN] += 1
@@ -148,20 +154,9 @@ class Progress(_Page):
             self.begun += 1
             token = self.begun
             self._running[token] = time.monotonic_ns()
-            self._words[_BEGUN] = token
+            self._words[BEGUN] = token
             self._tell_oldest()
         return token
-
-    def begin_untimed(self) -> None:
-        """A request begins in an event loop, where nobody asks how long it takes; `end_untimed` it. In one thread."""
-        self.begun += 1
-        self._words[_BEGUN] = self.begun
-
-    def end_untimed(self) -> int:
-        """Such a request is over; returns how many are."""
-        self.finished += 1
-        self._words[_FINISHED] = self.finished
-        return self.finished
 
     def touch(self, token: int) -> None:
         """The request has moved on (a part of its answer has gone, say): its time begins anew."""
@@ -175,7 +170,7 @@ class Progress(_Page):
         with self._lock:
             self._running.pop(token, None)
             self.finished += 1
-            self._words[_FINISHED] = self.finished
+            self._words[FINISHED] = self.finished
             self._tell_oldest()
             return self.finished
 

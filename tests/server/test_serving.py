@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import http.client
 import logging
 import os
 import signal
@@ -115,6 +116,38 @@ def test_an_answer_of_an_asgi_application_does_not_wait_for_its_client_to_acknow
 
     with Server(tell_nodelay, ANY_PORT, workers=1, dispatch=dispatch) as server:
         assert get(server)[1] == b"1"
+
+
+@pytest.mark.parametrize(
+    ("options", "client"),
+    [
+        ({}, b"192.0.2.7 https"),  # uvicorn trusts this machine
+        ({"forwarded_allow_ips": "192.0.2.1"}, b"127.0.0.1 http"),
+        ({"proxy_headers": False}, b"127.0.0.1 http"),
+        ({"proxy_headers": True, "forwarded_allow_ips": "*"}, b"192.0.2.7 https"),
+    ],
+)
+def test_an_asgi_application_sees_whom_a_trusted_proxy_forwards_for(
+    options: dict[str, object], client: bytes
+) -> None:
+    pytest.importorskip("uvicorn")
+
+    async def tell_client(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "lifespan":
+            await asgi(scope, receive, send)
+            return
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": f"{scope['client'][0]} {scope['scheme']}".encode()})
+
+    with Server(tell_client, ANY_PORT, workers=1, options=options) as server:
+        connection = http.client.HTTPConnection(*server.sockets[0].getsockname())
+        with contextlib.closing(connection):
+            for forwarded, seen in (
+                ({}, b"127.0.0.1 http"),
+                ({"X-Forwarded-For": "192.0.2.7", "X-Forwarded-Proto": "https"}, client),
+            ):
+                connection.request("GET", "/", headers={"Accept": "*/*", **forwarded})
+                assert connection.getresponse().read() == seen
 
 
 def test_uvicorn_puts_together_no_trace_that_nobody_reads() -> None:
