@@ -24,17 +24,13 @@ def open_answer(header: Header, body: bytes, numbers: list[int]) -> tuple[Any, B
 
     Takes its descriptors over. Never raises: user code runs in here, and what that raises is the error.
     """
-    if (
-        header.kind != _messages.FAILED
-        and header.kind != _messages.REFUSED
-        and not numbers
-        and not header.fd_count
-    ):
+    kind = header.kind
+    if kind != _messages.FAILED and kind != _messages.REFUSED and not numbers and not header.fd_count:
         try:
             return payload.loads(body, numbers, False), None
         except BaseException as error:
             return None, _marked(error)
-    if header.kind == _messages.REFUSED:
+    if kind == _messages.REFUSED:
         close_all(numbers)
         wanted, got, reason = _messages.split_refusal(body)
         return None, FdTransferError(reason, wanted, got)
@@ -43,7 +39,7 @@ def open_answer(header: Header, body: bytes, numbers: list[int]) -> tuple[Any, B
         lost = lost_descriptors(header.fd_count, len(numbers), "this process")
         lost.may_have_run = True
         return None, lost
-    if header.kind == _messages.FAILED:
+    if kind == _messages.FAILED:
         return None, payload.loads_failure(body, numbers, header.spilled)
     try:
         return payload.loads(body, numbers, header.spilled), None

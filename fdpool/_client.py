@@ -27,7 +27,7 @@ from ._control import ControlLink
 from ._critical import Critical, block_in_main, put_back
 from ._dispatch import Action, Dispatcher, Where
 from ._inboxes import RETRY_S, Inboxes
-from ._lifetime import Lifetime, Phase
+from ._lifetime import FORKED, NEW, OVER, SERVING, Lifetime
 from ._limits import Limits
 from ._links import SlotLink
 from ._news import News
@@ -137,7 +137,7 @@ class Client:
 
     def stats(self) -> PoolStats:
         """What there is now; of a pool that is over, or was forked, what can be said."""
-        if self.life.phase in (Phase.OVER, Phase.FORKED) or self.critical.is_mine:
+        if self.life.phase in (OVER, FORKED) or self.critical.is_mine:
             return self._stats(())
         with self.critical:
             self.critical.handle_posted()
@@ -182,7 +182,7 @@ class Client:
             ForkedPool, PoolShutDown, PoolBroken: the pool takes no tasks.
         """
         self.life.check_usable()
-        if self.life.phase is Phase.NEW:
+        if self.life.phase is NEW:
             mask = block_in_main()
             try:
                 self.life.begin(mask)
@@ -210,14 +210,14 @@ class Client:
             or options is not None
             or type(future) is ChunkFuture
         )
-        if dispatcher.full and options is None and self.life.phase is Phase.SERVING:
+        if dispatcher.full and options is None and self.life.phase is SERVING:
             # Nothing to decide: it can only be queued, and whoever next gets the lock will do so. Looked at
             # again afterwards, as it may just have been too late for who had the lock.
             self.tasks[task] = future
             self.critical.leave((dispatcher.submitted, task, alone))
             if not dispatcher.full:
                 self.critical.drain()
-            if self.life.phase is not Phase.SERVING and self.withdraw(task):
+            if self.life.phase is not SERVING and self.withdraw(task):
                 self.life.check_usable()
             return future
         mask = block_in_main()  # a task that Ctrl-C left entered and not posted would never end
@@ -225,7 +225,7 @@ class Client:
             # Entered first, checked second: who ends the pool sets the phase first and looks for tasks second,
             # so one of the two always sees the other.
             self.tasks[task] = future
-            if self.life.phase is not Phase.SERVING:
+            if self.life.phase is not SERVING:
                 try:
                     self.life.check_usable()
                 except BaseException:
@@ -261,7 +261,7 @@ class Client:
 
     def withdraw(self, task: int) -> bool:
         """Forget a task that no worker has begun, wherever it is; True if so, and then it will never run."""
-        if self.life.phase is Phase.FORKED or self.critical.is_mine:
+        if self.life.phase is FORKED or self.critical.is_mine:
             return False
         with self.critical:
             self.critical.handle_posted()
@@ -271,7 +271,7 @@ class Client:
         call, record.call = record.call, None
         if call is not None:
             call.close()
-        if self.life.phase is not Phase.SERVING:
+        if self.life.phase is not SERVING:
             self.wake()  # it may have been the last that the end waited for
         return True
 
@@ -294,7 +294,7 @@ class Client:
 
         Again only for a shorter grace.
         """
-        if self.life.phase is Phase.FORKED or self.critical.is_mine:
+        if self.life.phase is FORKED or self.critical.is_mine:
             return
         with self.critical:
             self.critical.handle_posted()
@@ -310,7 +310,7 @@ class Client:
 
     def stop(self, task: int) -> bool:
         """Ask the worker that runs the task to stop it, which commands know how to do; False if none runs it."""
-        if self.life.phase is Phase.FORKED or self.critical.is_mine or self.board is None:
+        if self.life.phase is FORKED or self.critical.is_mine or self.board is None:
             return False
         with self.critical:
             self.critical.handle_posted()
@@ -323,7 +323,7 @@ class Client:
 
     def has_begun(self, task: int) -> bool:
         """True if a worker runs the task now, as far as can be known from here."""
-        if self.life.phase is Phase.FORKED or self.critical.is_mine:
+        if self.life.phase is FORKED or self.critical.is_mine:
             return False
         with self.critical:
             self.critical.handle_posted()
@@ -337,7 +337,7 @@ class Client:
         Raises:
             ForkedPool: nobody would ever settle it here.
         """
-        if self.life.phase is Phase.FORKED:
+        if self.life.phase is FORKED:
             self.life.check_usable()
         pump = self.pump
         if pump is None or self.critical.is_mine or pump.is_current:
@@ -351,7 +351,7 @@ class Client:
 
     def idle(self) -> None:
         """Every task is settled: the pump must know if the end waits for that."""
-        if self.life.phase is not Phase.SERVING:
+        if self.life.phase is not SERVING:
             self.wake()
         elif self._forgotten:  # a task that was still to come may have opened them again
             tokens, self._forgotten = self._forgotten, set()
@@ -370,7 +370,7 @@ class Client:
 
     def forget(self, token: bytes) -> None:
         """Tell the workers that no task takes a shared object any more. Never waits, for finalizers."""
-        if self.life.phase is Phase.SERVING:
+        if self.life.phase is SERVING:
             if self.tasks:
                 self._forgotten.add(token)
             self.critical.post(self._tell_to_forget, token)

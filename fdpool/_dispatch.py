@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
 from typing import NamedTuple, Union
 
-from ._slots import LATER, Event, Slot, State
+from ._slots import COOLING, LATER, LEAVING, READY, STARTING, VACANT, Event, Slot, State
 
 TaskId = int
 SlotNumber = int
@@ -117,7 +117,7 @@ class _Seat:
     @property
     def waiting(self) -> int:
         """How many of the given tasks have certainly not begun, unless they end this very moment."""
-        running = 1 if self.given and self.slot.state is not State.STARTING else 0
+        running = 1 if self.given and self.slot.state is not STARTING else 0
         return len(self.given) - running
 
 
@@ -219,7 +219,7 @@ class Dispatcher:
     def has_begun(self, task: TaskId) -> bool:
         """True if the task is the oldest of a ready worker: it runs, or starts this moment."""
         seat = self._given_to.get(task)
-        if seat is None or seat.slot.state is State.STARTING:
+        if seat is None or seat.slot.state is STARTING:
             return False
         return next(iter(seat.given)) == task
 
@@ -344,7 +344,7 @@ class Dispatcher:
     def readied(self, slot: SlotNumber) -> Sequence[Action]:
         """The slot's worker takes tasks from now on."""
         seat = self._seats[slot]
-        if seat.slot.step(Event.READIED) is State.READY:
+        if seat.slot.step(Event.READIED) is READY:
             self.boot_failures = 0
         self._place(seat)
         return self._relieve()
@@ -358,7 +358,7 @@ class Dispatcher:
         unread, had begun.
         """
         seat = self._seats[slot]
-        if seat.slot.state in (State.VACANT, State.COOLING):
+        if seat.slot.state in (VACANT, COOLING):
             return NOTHING
         self._requeue(seat, [task for task in unread if task in seat.given])
         lost = list(seat.given)
@@ -366,13 +366,13 @@ class Dispatcher:
             del self._given_to[task]
         seat.given.clear()
         seat.held_until = None
-        failed_boot = seat.slot.state is State.STARTING
+        failed_boot = seat.slot.state is STARTING
         self.boot_failures += failed_boot
         state = seat.slot.exited(now, self.boot_failures)
         self._place(seat)
-        if state is State.VACANT:
+        if state is VACANT:
             self._vacant.append(slot)
-        elif state is State.COOLING:
+        elif state is COOLING:
             self._paused[slot] = seat
         actions: list[Action] = [LoseTask(slot, task) for task in lost]
         if failed_boot and self.boot_failures >= (self._kill_limit if killed else self._boot_limit):
@@ -396,14 +396,14 @@ class Dispatcher:
         """The slot's worker is being ended for the sake of the task that it runs; `back` are those given to it that
         it will not begin. It gets no other."""
         seat = self._seats[slot]
-        if seat.slot.state in (State.STARTING, State.READY):
+        if seat.slot.state in (STARTING, READY):
             seat.slot.step(Event.DISMISSED)
         return self.taken_back(slot, back)
 
     def retired(self, slot: SlotNumber, generation: int, back: Iterable[TaskId] = ()) -> Sequence[Action]:
         """The slot's worker is to leave when it has done what it runs; `back` is what was in its inbox."""
         seat = self._seats[slot]
-        if seat.slot.generation != generation or seat.slot.state is not State.READY:
+        if seat.slot.generation != generation or seat.slot.state is not READY:
             return self.taken_back(slot, back)
         seat.slot.step(Event.DISMISSED)
         return [DismissWorker(slot), *self.taken_back(slot, back)]
@@ -433,7 +433,7 @@ class Dispatcher:
                 continue
             del self._paused[number]
             seat.held_until = None
-            if seat.slot.state is State.COOLING:
+            if seat.slot.state is COOLING:
                 seat.slot.step(Event.COOLED)
                 self._vacant.append(number)
             self._place(seat)
@@ -447,7 +447,7 @@ class Dispatcher:
         self._dismissed = True
         actions: list[Action] = []
         for seat in self._seats:
-            if seat.slot.state in (State.STARTING, State.READY):
+            if seat.slot.state in (STARTING, READY):
                 seat.slot.step(Event.DISMISSED)
                 self._place(seat)
                 actions.append(DismissWorker(seat.slot.number))
@@ -478,7 +478,7 @@ class Dispatcher:
             seat = self._best_seat(next(iter(queued.values())))
             if seat is None:
                 break
-            if seat.slot.state is State.VACANT:
+            if seat.slot.state is VACANT:
                 seat.slot.step(Event.WANTED)
                 actions.append(StartWorker(seat.slot.number, seat.slot.generation))
             tasks = self._next_batch()
@@ -520,9 +520,11 @@ class Dispatcher:
     def _reckon_with(self, busy_s: float) -> None:
         """Tasks take so long: see how many may go together."""
         self._busy_s = busy_s
-        batch = LARGEST_BATCH
-        while batch > 1 and batch * self._busy_s > BATCH_S:
+        batch = self.batch
+        while batch > 1 and batch * busy_s > BATCH_S:
             batch //= 2
+        while batch < LARGEST_BATCH and 2 * batch * busy_s <= BATCH_S:
+            batch *= 2
         if batch != self.batch:
             self.batch = batch
             for seat in self._seats:
@@ -591,11 +593,12 @@ class Dispatcher:
             if rank is not None:
                 self._ranks[rank][number] = seat
             seat.rank = rank
-        works = seat.slot.state is State.READY and bool(seat.given) and seat.held_until is None
-        if works and not seat.works:
-            seat.moved_at = self._clock()
-        self._working += works - seat.works
-        seat.works = works
+        works = bool(seat.given) and seat.slot.state is READY and seat.held_until is None
+        if works != seat.works:
+            if works:
+                seat.moved_at = self._clock()
+            self._working += works - seat.works
+            seat.works = works
         if seat.held_until:
             self._paused[seat.slot.number] = seat
 
@@ -603,10 +606,10 @@ class Dispatcher:
         """0: ready and idle; 1: starting and idle; 2 + n: n full messages wait already; last: takes no more."""
         state = seat.slot.state
         given = len(seat.given)
-        if state is State.READY:
+        if state is READY:
             if seat.held_until is None and given < self._depth * self.batch:
                 return 2 + (given - 1) // self.batch if given else 0
-        elif state is State.STARTING:
+        elif state is STARTING:
             if seat.held_until is None and given < self._depth * self.batch:
                 return 2 + given // self.batch if given else 1
         else:
@@ -614,7 +617,7 @@ class Dispatcher:
         return len(self._ranks) - 1
 
     def _resumes(self, seat: _Seat) -> float | None:
-        return seat.slot.not_before if seat.slot.state is State.COOLING else seat.held_until
+        return seat.slot.not_before if seat.slot.state is COOLING else seat.held_until
 
     def _check(self) -> None:
         """Assert the invariants; for the tests."""
@@ -631,12 +634,11 @@ class Dispatcher:
             assert [i for i, rank in enumerate(self._ranks) if number in rank] == (
                 [] if seat.rank is None else [seat.rank]
             )
-            assert not seat.given or seat.slot.state in (State.STARTING, State.READY, State.LEAVING)
+            assert not seat.given or seat.slot.state in (STARTING, READY, LEAVING)
         # Invariant: as many work as are counted.
         assert self._working == sum(
-            seat.slot.state is State.READY and bool(seat.given) and seat.held_until is None
-            for seat in self._seats
+            seat.slot.state is READY and bool(seat.given) and seat.held_until is None for seat in self._seats
         )
         # Invariant: exactly the vacant slots can be filled, once each.
-        vacant = [s.slot.number for s in self._seats if s.slot.state is State.VACANT]
+        vacant = [s.slot.number for s in self._seats if s.slot.state is VACANT]
         assert sorted(self._vacant) == sorted(vacant)

@@ -50,6 +50,9 @@ class Phase(Enum):
     FORKED = "forked"  # this is a copy, in a forked child of the pool's process
 
 
+NEW, SERVING, DRAINING, LEAVING, QUITTING, OVER, FORKED = Phase  # quicker to look up, as in `_slots`
+
+
 class Lifetime:
     """Of `client`. Ends with the process at the latest (`_process.Owner`).
 
@@ -62,7 +65,7 @@ class Lifetime:
 
     def __init__(self, client: Client) -> None:
         self.client = client
-        self.phase = Phase.NEW
+        self.phase = NEW
         self._ends_at = 0.0  # when LEAVING or QUITTING has taken its time
         self.dropping = False
         self.last_death = ""
@@ -74,7 +77,7 @@ class Lifetime:
     @property
     def is_over(self) -> bool:
         """True once nothing of the pool is left."""
-        return self.phase is Phase.OVER
+        return self.phase is OVER
 
     @property
     def is_broken(self) -> bool:
@@ -84,7 +87,7 @@ class Lifetime:
     @property
     def runs_tasks(self) -> bool:
         """True as long as what was submitted is run."""
-        return self.phase in (Phase.SERVING, Phase.DRAINING)
+        return self.phase in (SERVING, DRAINING)
 
     @property
     def supervision(self) -> Supervision:
@@ -93,7 +96,9 @@ class Lifetime:
 
     def check_usable(self) -> None:
         """Raise what `submit` does of a pool that takes no tasks."""
-        if self.phase is Phase.FORKED:
+        if self.phase is SERVING and self._broken is None and not _process.exiting():
+            return
+        if self.phase is FORKED:
             raise ForkedPool(
                 "this pool belongs to the process that made it, and this is a forked child of that: "
                 "make a new Pool here"
@@ -102,7 +107,7 @@ class Lifetime:
             raise self.copy_of_broken()
         if _process.exiting():
             raise PoolShutDown("cannot schedule new futures after interpreter shutdown")
-        if self.phase not in (Phase.NEW, Phase.SERVING):
+        if self.phase not in (NEW, SERVING):
             raise PoolShutDown("cannot schedule new futures after shutdown")
 
     # -- the beginning ---------------------------------------------------------------------------------------
@@ -115,8 +120,8 @@ class Lifetime:
         self.check_usable()
         client = self.client
         with client.critical:
-            if self.phase is not Phase.NEW:
-                unusable = self.phase is not Phase.SERVING
+            if self.phase is not NEW:
+                unusable = self.phase is not SERVING
             else:
                 unusable = False
                 try:
@@ -125,7 +130,7 @@ class Lifetime:
                     with _marked_where_imported():
                         client.supervision.start()
                     client.pump.start()
-                    self.phase = Phase.SERVING
+                    self.phase = SERVING
                     client.perform(client.dispatcher.staffed())
                 # User code runs in there, too: streams are flushed, a path is made a string.
                 except Exception as error:
@@ -143,21 +148,21 @@ class Lifetime:
     def let_go(self) -> None:
         """The pool was dropped: finish what was submitted, and end. Never waits, as this is for a finalizer:
         that may run anywhere, in the middle of this very client's decisions too."""
-        if self.phase is not Phase.FORKED:
+        if self.phase is not FORKED:
             self.client.critical.post(self._close_doors)
 
     def _close_doors(self) -> Sequence[Action]:
         """Event: no more tasks are taken."""
-        if self.phase is Phase.NEW:
+        if self.phase is NEW:
             self._release()
-        elif self.phase is Phase.SERVING:
-            self.phase = Phase.DRAINING
+        elif self.phase is SERVING:
+            self.phase = DRAINING
         self.client.wake()
         return ()
 
     def shut_down(self, cancel: bool = False) -> None:
         """Take no more tasks; finish (or, with `cancel`, drop) what has not begun. Does not wait."""
-        if self.phase is Phase.FORKED:
+        if self.phase is FORKED:
             return
         with self.client.critical:
             self._close_doors()
@@ -183,24 +188,24 @@ class Lifetime:
     def join(self) -> None:
         """Wait until nothing of the pool is left; from a callback in the pump's own thread it returns at once."""
         pump = self.client.pump
-        if pump is not None and self.phase is not Phase.FORKED:
+        if pump is not None and self.phase is not FORKED:
             pump.receiver.stand_aside()
             pump.join()
 
     def forget_in_child(self) -> None:
         """Runs in: a forked child of the client, just after the fork. Close the copies, say nothing to anyone."""
-        self.phase = Phase.FORKED
+        self.phase = FORKED
         self.client.close(abandoned=True)
 
     # -- it breaks -------------------------------------------------------------------------------------------
 
     def break_pool(self, error: PoolBroken, grace_s: float = 0.0) -> Sequence[Action]:
         """Event: the pool is of no use any more. Fail every task, have the workers ended."""
-        if self.phase in (Phase.QUITTING, Phase.OVER, Phase.FORKED):
+        if self.phase in (QUITTING, OVER, FORKED):
             return ()
         self._broken = self._broken or error
         self._grace_s = grace_s
-        if self.phase is not Phase.LEAVING:
+        if self.phase is not LEAVING:
             self.client.dispatcher.closed()
             for task in list(self.client.tasks):
                 self.client.fail(task, self.copy_of_broken())
@@ -241,7 +246,7 @@ class Lifetime:
         client = self.client
         news = ""
         with client.critical:
-            if self.phase is not Phase.QUITTING:
+            if self.phase is not QUITTING:
                 pid = 0 if client.control is None else client.control.pid
                 self._kill_all()
                 status = client.supervision.bury(_QUIT_S)
@@ -277,35 +282,35 @@ class Lifetime:
     @property
     def overdue_at(self) -> float | None:
         """When the phase that the end is in has taken its time."""
-        return self._ends_at if self.phase in (Phase.LEAVING, Phase.QUITTING) else None
+        return self._ends_at if self.phase in (LEAVING, QUITTING) else None
 
     def move_on(self) -> None:
         """Runs in: the pump. Enter the next phase of the end if this one is done or has taken its time."""
-        if self.phase is Phase.SERVING:
+        if self.phase is SERVING:
             return
         client = self.client
         with client.critical:
             overdue = time.monotonic() >= self._ends_at
-            if self.phase is Phase.DRAINING and not client.tasks:
+            if self.phase is DRAINING and not client.tasks:
                 self._enter_leaving()
                 overdue = False
-            if self.phase is Phase.LEAVING and not any(link.alive for link in client.links.values()):
-                self.phase, self._ends_at = Phase.QUITTING, time.monotonic() + _QUIT_S
+            if self.phase is LEAVING and not any(link.alive for link in client.links.values()):
+                self.phase, self._ends_at = QUITTING, time.monotonic() + _QUIT_S
                 client.tell(_messages.Quit())
-            elif self.phase is Phase.LEAVING and overdue:
+            elif self.phase is LEAVING and overdue:
                 if self._grace_s == 0.0:  # the supervisor does not do as it was told (it is stopped, say)
                     self._kill_all()
                     self.bury(0.0)
                 else:
                     self._grace_s = 0.0
                     self._enter_leaving()
-            elif self.phase is Phase.QUITTING and overdue:
+            elif self.phase is QUITTING and overdue:
                 self.bury(0.0)
 
     def _enter_leaving(self) -> None:
         """Dismiss the workers, or end them if the pool is broken; they have their time. Lock held."""
         client = self.client
-        self.phase = Phase.LEAVING
+        self.phase = LEAVING
         if self._grace_s is None:
             self._ends_at = time.monotonic() + _LEAVE_S
             client.perform(client.dispatcher.dismissed())
@@ -327,7 +332,7 @@ class Lifetime:
 
     def _release(self) -> None:
         """The pool is over: close what the client owns; the pump does so itself, with the lock free. Lock held."""
-        self.phase = Phase.OVER
+        self.phase = OVER
         _process.unregister(self)
         if self.may_wait:
             self.client.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from types import FunctionType
 from typing import Any
 
 
@@ -28,6 +29,8 @@ def name_of(fn: object) -> str:
 
     Never a `repr`, which may be as long as what a partial holds, and fail.
     """
+    if type(fn) is FunctionType:
+        return fn.__qualname__
     name = attribute_of(fn, "__qualname__")
     while type(name) is not str:
         if not isinstance(fn, functools.partial):

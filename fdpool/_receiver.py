@@ -171,7 +171,7 @@ class Receiver:
         try:
             # A signal handler, or a result that is loaded, may wait in here too, in the midst of another wait.
             outer = self._awaited if self._turn._is_owned() else None
-            if not self._turn.acquire(blocking=False):
+            if not self._turn.acquire(False):
                 return False
             try:
                 self._awaited = future
@@ -243,7 +243,7 @@ class Receiver:
         """Runs in: the pump. See answers again, if nobody has waited for one lately, or who waits leaves them."""
         if not self._kept:
             return
-        if self._turn.acquire(blocking=False):
+        if self._turn.acquire(False):
             try:
                 if time.monotonic() - self._left_at > _KEEP_S / 2:
                     self._show()
@@ -326,7 +326,7 @@ class Receiver:
             link = self._links.get(fd)
             if link is not None:
                 self.take_from(link)
-            elif self._turn.acquire(blocking=False):  # else it is for who waits
+            elif self._turn.acquire(False):  # else it is for who waits
                 self._waker.clear()
                 self._turn.release()
 
@@ -365,44 +365,48 @@ class Receiver:
     def _take_answer(self, slot: int, received: wire.Received) -> None:
         """Post what a datagram means. One that answers no task of this slot is closed and passed over."""
         client = self._client
+        data, numbers, _, _ = received
         try:
-            header = _messages.unpack_header(received.data)
+            header = _messages.unpack_header(data)
         except WireError:
-            close_all(received.fds)
+            close_all(numbers)
             return
-        if header.kind == _messages.READY:
-            close_all(received.fds)
-            client.critical.post_blocked(client.readied, slot)
-        elif header.kind in (_messages.LEFT, _messages.LOG):
-            close_all(received.fds)
-            client.news.put(header.kind, received.data[HEADER_BYTES:])
-            client.wake()
-        elif header.kind == _messages.GOING:
-            close_all(received.fds)
-            client.critical.post_blocked(client.staffing.going, slot)
-        elif header.kind == _messages.BOOT_FAILED and client.dispatcher.state(slot) is State.STARTING:
-            cause = payload.loads_failure(received.data[HEADER_BYTES:], received.fds, header.spilled)
+        kind, _, _, task, micros, _, waited = header
+        if kind not in _OF_ONE_TASK:
+            self._take_word(slot, header, data, numbers)
+        elif client.dispatcher.slot_of(task) != slot:
+            close_all(numbers)
+        elif type(future := client.tasks.get(task)) is ChunkFuture:
+            self._take_piece(slot, future, (header, data[HEADER_BYTES:], numbers))
+        else:
+            self._to_settle.append((task, (header, data[HEADER_BYTES:], numbers), None))
+            client.critical.post_blocked(client.dispatcher.finished, slot, (task,), micros / 1e6, waited)
+
+    def _take_word(self, slot: int, header: Header, data: bytes, numbers: list[int]) -> None:
+        """Post what a worker says that is no answer to one task."""
+        client = self._client
+        kind = header.kind
+        if kind == _messages.BOOT_FAILED and client.dispatcher.state(slot) is State.STARTING:
+            cause = payload.loads_failure(data[HEADER_BYTES:], numbers, header.spilled)
             broken = PoolBroken(f"the pool's initializer failed: {payload.said(cause)}")
             broken.__cause__ = cause
             client.critical.post_blocked(client.life.break_pool, broken)
-        elif header.kind == _messages.ANSWERS:
-            close_all(received.fds)
-            self._take_answers(slot, received.data, HEADER_BYTES, header.task / 1e9, header.waited)
-        elif header.kind not in _OF_ONE_TASK or client.dispatcher.slot_of(header.task) != slot:
-            close_all(received.fds)
-        elif type(future := client.tasks.get(header.task)) is ChunkFuture:
-            self._take_piece(slot, future, header, received)
-        else:
-            answer = (header, received.data[HEADER_BYTES:], received.fds)
-            self._to_settle.append((header.task, answer, None))
-            client.critical.post_blocked(
-                client.dispatcher.finished, slot, (header.task,), header.micros / 1e6, header.waited
-            )
+            return
+        close_all(numbers)
+        if kind == _messages.ANSWERS:
+            self._take_answers(slot, data, HEADER_BYTES, header.task / 1e9, header.waited)
+        elif kind == _messages.READY:
+            client.critical.post_blocked(client.readied, slot)
+        elif kind == _messages.GOING:
+            client.critical.post_blocked(client.staffing.going, slot)
+        elif kind in (_messages.LEFT, _messages.LOG):
+            client.news.put(kind, data[HEADER_BYTES:])
+            client.wake()
 
-    def _take_piece(self, slot: int, future: ChunkFuture, header: Header, received: wire.Received) -> None:
+    def _take_piece(self, slot: int, future: ChunkFuture, answer: Answer) -> None:
         """Keep the results of a chunk; post its end, and what is left of it."""
         client = self._client
-        answer = (header, received.data[HEADER_BYTES:], received.fds)
+        header = answer[0]
         if header.kind in (_messages.FAILED, _messages.REFUSED):
             self._to_settle.append((header.task, answer, None))
             client.critical.post_blocked(client.dispatcher.finished, slot, (header.task,))

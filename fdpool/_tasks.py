@@ -19,7 +19,7 @@ from ._trees import GRACE_S
 from .errors import TaskTerminated
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Callable, Generator
 
     from ._answers import Answer
     from ._client import Client
@@ -32,28 +32,41 @@ T = TypeVar("T")
 UNDONE = (PENDING, RUNNING)
 
 
+class _Lazily:
+    """An attribute that is made as it is first asked for, which is hardly ever; its object is `observed` from then on.
+
+    Not a `__getattr__` of the object's class: with one, CPython looks up each of its other attributes the slow way.
+    """
+
+    def __init__(self, make: Callable[[], Any]) -> None:
+        self._make = make
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, obj: Any, owner: type) -> Any:
+        if obj is None:
+            return self
+        obj.observed = True
+        return obj.__dict__.setdefault(self._name, self._make())
+
+
 class _Condition(_thread.RLock, threading.Condition):  # type: ignore[misc]  # final to typeshed, not to CPython
     """A condition that is its own lock, so that `with` enters and leaves it inside C.
 
     The methods of `threading.Condition` that do so are Python: a Ctrl-C in them, with the lock already or still
     taken, would leave a future whose settling hangs the pump.
 
-    All that those methods need besides the lock is made when it is asked for, which is hardly ever: a future
-    costs 0.7 microseconds, with `Future.__init__` and a Condition of its own 1.7.
+    All that those methods need besides the lock is made when it is asked for: a future costs 0.7 microseconds, with
+    `Future.__init__` and a Condition of its own 1.7.
+
+    Attributes:
+        observed: somebody has waited for it.
     """
 
     __init__ = object.__init__  # in C, unlike Condition's
-
-    @property
-    def awaited(self) -> bool:
-        """True if somebody has ever waited for it."""
-        return "_waiters" in self.__dict__
-
-    def __getattr__(self, name: str) -> Any:
-        if name != "_waiters":
-            raise AttributeError(name)
-        self._waiters: deque[Any] = deque()
-        return self._waiters
+    observed = False
+    _waiters = _Lazily(deque)
 
 
 class CutShort(Enum):
@@ -79,8 +92,10 @@ class TaskFuture(Future[T]):
     _state: str
     # A _Condition; typeshed's `as_completed` takes no future with anything else.
     _condition: threading.Condition
-    _waiters: list[Any]
-    _done_callbacks: list[Any]
+    # Lists that are hardly ever used, of 100 bytes each, which the garbage collector has to look through.
+    _waiters: list[Any] = _Lazily(list)  # type: ignore[assignment]
+    _done_callbacks: list[Any] = _Lazily(list)  # type: ignore[assignment]
+    observed = False  # somebody wants to be told of its end
     _client: Client | None = None
     _task = 0
     #: For the pool: the payload, as long as the task may have to be sent (again), and what errors call the task.
@@ -98,12 +113,6 @@ class TaskFuture(Future[T]):
         self._state = PENDING
         self._result = None  # type: ignore[assignment]
         self._exception = None
-
-    def __getattr__(self, name: str) -> Any:
-        # These two are lists, hardly ever used, and 100 bytes each, which the garbage collector has to look through.
-        if name not in ("_waiters", "_done_callbacks"):
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        return self.__dict__.setdefault(name, [])
 
     def cancel(self) -> bool:
         return self.withdraw(running=False)
@@ -174,6 +183,10 @@ class TaskFuture(Future[T]):
                     self._invoke_callbacks()  # user code: signals let through
         return self.cancelled()
 
+    if TYPE_CHECKING:
+
+        def _invoke_callbacks(self) -> None: ...
+
     def _stop(self, client: Client) -> bool:
         """End a program; True if it runs. It may have ended, for that, before this returns."""
         before, self.cut_short = self.cut_short, self.cut_short or CutShort.TERMINATED
@@ -229,21 +242,25 @@ class TaskFuture(Future[T]):
             self._result = result
             self._exception = error
             self._state = FINISHED
-            if self.cut_short is CutShort.TERMINATED and isinstance(error, (TaskTerminated, WorkerLost)):
+            if (
+                error is not None
+                and self.cut_short is CutShort.TERMINATED
+                and isinstance(error, (TaskTerminated, WorkerLost))
+            ):
                 self._exception = None
                 self._state = CANCELLED_AND_NOTIFIED
-            used = self.__dict__
-            if "_waiters" in used:
-                for waiter in self._waiters:
-                    if self._state != FINISHED:
-                        waiter.add_cancelled(self)
-                    elif error is None:
-                        waiter.add_result(self)
-                    else:
-                        waiter.add_exception(self)
-            if self._condition.awaited:  # type: ignore[attr-defined]
+            if self._condition.observed:  # type: ignore[attr-defined]
                 self._condition.notify_all()
-            return "_done_callbacks" in used
+            if not self.observed:
+                return False
+            for waiter in self._waiters:
+                if self._state != FINISHED:
+                    waiter.add_cancelled(self)
+                elif error is None:
+                    waiter.add_result(self)
+                else:
+                    waiter.add_exception(self)
+            return bool(self._done_callbacks)
 
     def call_back(self) -> None:
         """For the pool: call what was added before `settle`. Never raises."""
