@@ -527,7 +527,7 @@ class Dispatcher:
             batch *= 2
         if batch != self.batch:
             self.batch = batch
-            for seat in self._seats:
+            for seat in [seat for rank in self._ranks[2:] for seat in rank.values()]:  # who has none stays
                 self._place(seat)
 
     def _best_seat(self, alone: bool, start: bool = True) -> _Seat | None:

@@ -49,6 +49,8 @@ class Inboxes:
         # had begun (the task, and the item of a chunk) when last looked at.
         self._batched: dict[int, tuple[int, int]] = {}
         self.looks_at: float | None = None
+        # Slots that may have been given descriptors of which no copy was kept.
+        self._carrying: set[int] = set()
         # What the workers of slots will say that they have not begun, as is known already.
         self._recalled: dict[int, set[int]] = {}
 
@@ -114,6 +116,7 @@ class Inboxes:
             # A copy kept here would hide from a reader that the task has closed its end.
             record.call = None
             record.carried = len(numbers)
+            self._carrying.add(slot)
             call.close()
         return ()
 
@@ -186,14 +189,18 @@ class Inboxes:
 
     def has_room_for(self, slot: int) -> bool:
         """True if `receive` would not lose descriptors."""
-        tasks, begun = self._tasks, self._board.begun(slot)  # that one is in there no more
-        given = self._dispatcher.given(slot)
-        carried = [
-            record.carried
-            for task in given
-            if task != begun and (record := tasks.get(task)) is not None  # who waits may just have settled it
-        ]
-        return not any(carried) or _budget.has_room_for(sum(carried))
+        if slot not in self._carrying:
+            return True
+        carried = {
+            task: record.carried
+            for task in self._dispatcher.given(slot)
+            if (record := self._tasks.get(task)) is not None
+            and record.carried  # who waits may just have settled it
+        }
+        if not carried:
+            self._carrying.discard(slot)
+        carried.pop(self._board.begun(slot), None)  # that one is in there no more
+        return not carried or _budget.has_room_for(sum(carried.values()))
 
     def received_not_begun(self, slot: int, unread: list[int]) -> list[int]:
         """What a dead worker had received, but not begun, and can be sent again."""
