@@ -29,8 +29,8 @@ def name_of(fn: object) -> str:
 
     Never a `repr`, which may be as long as what a partial holds, and fail.
     """
-    if type(fn) is FunctionType:
-        return fn.__qualname__
+    if type(fn) is FunctionType and type(name := fn.__qualname__) is str:
+        return name
     name = attribute_of(fn, "__qualname__")
     while type(name) is not str:
         if not isinstance(fn, functools.partial):

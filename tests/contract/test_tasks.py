@@ -292,6 +292,22 @@ def test_a_callable_that_raises_when_it_is_looked_into_is_run() -> None:
         assert list(pool.map(Evasive(), range(2))) == [5, 5]
 
 
+class EvasiveName(str):
+    def __format__(self, spec: str) -> str:
+        raise RuntimeError("it is not to be written")
+
+
+def test_a_function_with_a_name_of_its_own_kind_is_called_a_function() -> None:
+    def leave() -> None:
+        os._exit(3)
+
+    leave.__qualname__ = EvasiveName("leave")
+    with Pool(1) as pool:
+        with pytest.raises(fdpool.WorkerLost, match="while it ran function"):
+            pool.submit(leave).result()
+        assert pool.submit(abs, -5).result() == 5
+
+
 def leave_at_once(_items: list[int]) -> None:
     os._exit(3)
 
