@@ -391,7 +391,7 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
         return (yield)
     except (Exception, pytest.fail.Exception) as error:
         servers = item.stash.get(_SERVE, None)
-        died = servers.died(patience_s=0.1) if servers is not None else []
+        died = servers.died(_patience_s(error)) if servers is not None else []
         if died:
             from ._fixtures.errors import ServerDied
 
@@ -399,6 +399,13 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
             if not isinstance(error, ServerDied):
                 raise ServerDied(died[0].end_in_words(), died[0].logs) from error
         raise
+
+
+def _patience_s(error: BaseException) -> float:
+    """How long to wait for the word that a server has died; a client that it leaves sees that earlier than we."""
+    from ._placement import chain
+
+    return 2.0 if any(isinstance(each, (ConnectionError, EOFError)) for each in chain(error)) else 0.1
 
 
 def _death(served: Any) -> str:

@@ -288,6 +288,24 @@ def test_the_failure_of_a_test_is_that_its_server_died(run_pytest: Run) -> None:
     )
 
 
+def test_a_server_that_dies_some_time_after_its_client_has_noticed_is_the_cause(run_pytest: Run) -> None:
+    outcome = run_pytest(
+        """
+        import time, urllib.request
+        def crashes(listening):
+            connection, _ = listening.accept()
+            connection.recv(3)
+            connection.close()
+            time.sleep(0.4)
+            raise LookupError("no such table")
+        def test_client(serve):
+            urllib.request.urlopen(serve(crashes).url, timeout=50)
+        """
+    )
+    outcome.assert_counts(failed=1)
+    outcome.assert_says("ServerDied: the server crashes raised LookupError: no such table")
+
+
 def test_what_servers_wrote_is_shown_however_the_test_has_failed(run_pytest: Run) -> None:
     outcome = run_pytest(
         """
