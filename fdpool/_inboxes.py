@@ -194,8 +194,8 @@ class Inboxes:
         carried = {
             task: record.carried
             for task in self._dispatcher.given(slot)
-            if (record := self._tasks.get(task)) is not None
-            and record.carried  # who waits may just have settled it
+            # Who waits may just have settled it.
+            if (record := self._tasks.get(task)) is not None and record.carried
         }
         if not carried:
             self._carrying.discard(slot)

@@ -363,13 +363,13 @@ class _Watched:
             await self._app(scope, receive, self._hearing(send))
             return
         self._counts[BEGUN] = self._begun = self._begun + 1
-        app = self._app
-        if self._forwarded_app is not None:
-            for name, _ in scope["headers"]:
-                if name in _FORWARDED:
-                    app = self._forwarded_app
-                    break
         try:
+            app = self._app
+            if self._forwarded_app is not None:
+                for name, _ in scope["headers"]:
+                    if name in _FORWARDED:
+                        app = self._forwarded_app
+                        break
             if self._timeout_s is None or scope["type"] != "http":
                 await app(scope, receive, send)
             else:
@@ -415,10 +415,11 @@ def _waits_at(awaited: Any) -> list[str]:
     """
     where: list[str] = []
     while (frame := getattr(awaited, "cr_frame", None) or getattr(awaited, "gi_frame", None)) is not None:
-        if frame.f_code.co_filename in (__file__, proxy_headers.__file__):
-            where.clear()  # what is before, and this, is not the application
-        else:
-            where.insert(0, f"{frame.f_code.co_filename}:{frame.f_lineno}")
+        file = frame.f_code.co_filename
+        if file == __file__:
+            where.clear()  # what is before, and this, is not the application; nor is what heeds proxies, next
+        elif where or file != proxy_headers.__file__:
+            where.insert(0, f"{file}:{frame.f_lineno}")
         awaited = getattr(awaited, "cr_await", None) or getattr(awaited, "gi_yieldfrom", None)
     return where
 

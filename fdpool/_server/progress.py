@@ -126,7 +126,7 @@ class Progress(_Page):
 
     @property
     def in_flight(self) -> int:
-        """Requests begun and not finished."""
+        """Requests begun and not finished, by `begin` and `end`."""
         return self.begun - self.finished
 
     @property

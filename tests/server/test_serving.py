@@ -150,6 +150,16 @@ def test_an_asgi_application_sees_whom_a_trusted_proxy_forwards_for(
                 assert connection.getresponse().read() == seen
 
 
+def test_uvicorn_looks_at_no_other_headers_of_proxies_than_it_is_asked_for() -> None:
+    pytest.importorskip("uvicorn")
+    from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
+
+    from fdpool._server import asgi as face
+
+    constants = ProxyHeadersMiddleware.__call__.__code__.co_consts
+    assert {each for each in constants if isinstance(each, bytes) and b"forwarded" in each} == face._FORWARDED
+
+
 def test_uvicorn_puts_together_no_trace_that_nobody_reads() -> None:
     async def tell_level(scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "lifespan":
