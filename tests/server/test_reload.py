@@ -54,10 +54,11 @@ def test_reloading_under_load_loses_no_connection(dispatch: Any) -> None:
     """S1."""
     with Server(echo_pid, ANY_PORT, workers=2, dispatch=dispatch) as server:
         with Load(lambda: ask(server)[0]) as load:
-            for generation in (2, 3):
-                load.go_on()
-                assert server.reload().result(60) == generation
-            load.go_on()
+            for generation in (1, 2, 3):
+                if generation > 1:
+                    assert server.reload().result(60) == generation
+                # Whoever is quicker takes a connection: on a busy machine that may be one of them many times in a row.
+                wait_until(lambda: load.answered.keys() >= set(pids(server)) or load.failed, 60)
         assert load.failed == []
         assert len(load.answered) == 6
 
