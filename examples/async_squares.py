@@ -1,4 +1,4 @@
-"""The pool under asyncio: `run_in_executor`, and `wrap_future` for what needs keywords or descriptors."""
+"""The pool under asyncio: its futures can be awaited, and `run_in_executor` takes it as any executor."""
 
 import asyncio
 import tempfile
@@ -16,18 +16,18 @@ def first_line(file, *, upper):
     return line.upper() if upper else line
 
 
-async def main():
+async def main(pool):
     loop = asyncio.get_running_loop()
-    with fdpool.Pool(2) as pool:
-        # Any executor can be used this way; this one takes lambdas and open files too.
-        squares = await asyncio.gather(*(loop.run_in_executor(pool, square, n) for n in range(8)))
-        print("squares:", squares)
+    squares = await asyncio.gather(*(loop.run_in_executor(pool, square, n) for n in range(8)))
+    print("squares:", squares)
 
-        with tempfile.TemporaryFile("w+") as notes:
-            notes.write("buy milk\n")
-            notes.seek(0)
-            future = pool.submit(first_line, notes, upper=True)
-        print("first line:", await asyncio.wrap_future(future))
+    # For keywords, open files and cancelling: a cancelled await of a future ends its task.
+    with tempfile.TemporaryFile("w+") as notes:
+        notes.write("buy milk\n")
+        notes.seek(0)
+        future = pool.submit(first_line, notes, upper=True)
+    print("first line:", await future)
 
 
-asyncio.run(main())
+with fdpool.Pool(2) as pool:  # around the loop: to leave it waits, which would hold the loop up
+    asyncio.run(main(pool))

@@ -524,7 +524,7 @@ class Pool(Executor):
             stdout: of the last.
             stderr: of each; with PIPE each is captured by itself, and STDOUT joins a stage's to its output.
             timeout, grace: of the whole.
-            check: fail with `PipelineFailed` if a stage fails. A stage that is ended by SIGPIPE has not,
+            check: fail with `CommandFailed` if a stage fails. A stage that is ended by SIGPIPE has not,
                 if another comes after it.
 
         The other arguments, and the errors, are those of `run`; `cancel()` of the future ends all stages.
