@@ -496,7 +496,8 @@ class Client:
 
     def worker_exited(self, slot: int) -> Sequence[Action]:
         """Event: the slot's worker is dead, and every answer that it had sent has been posted before."""
-        if not self.inboxes.has_room_for(slot):
+        unread = self.inboxes.emptied(slot)
+        if unread is None:
             # What it has not received is safe where it is. Others will let go of descriptors.
             self.limits.at(time.monotonic() + RETRY_S, self.worker_exited, slot)
             return ()
@@ -505,7 +506,6 @@ class Client:
         killed = status is not None and os.WIFSIGNALED(status) and os.WTERMSIG(status) in _OUTSIDE
         self.wake()  # the slot may be paused now, and the pump must know until when
         self.inboxes.forget(slot)
-        unread = self.inboxes.receive(slot)
         unread = self.inboxes.received_not_begun(slot, unread) + unread
         return self.dispatcher.exited(slot, unread, time.monotonic(), killed)
 

@@ -70,7 +70,7 @@ class Inboxes:
 
         Then it is forgotten by the dispatcher; its future has its payload again.
         """
-        found = self._emptied(slot)
+        found = self.emptied(slot)
         if found is None:
             return ()
         if task not in found:
@@ -154,10 +154,10 @@ class Inboxes:
 
         Nothing, if there may be no room for the descriptors that are in there: the kernel would drop them.
         """
-        return self._emptied(slot) or []
+        return self.emptied(slot) or []
 
-    def _emptied(self, slot: int) -> list[int] | None:
-        """As `receive`; None if there may be no room, so that the inbox may hold anything."""
+    def emptied(self, slot: int) -> list[int] | None:
+        """As `receive`; None if there may be no room, and the inbox is as it was."""
         if not self.has_room_for(slot):
             return None
         found = []
@@ -235,7 +235,7 @@ class Inboxes:
             else:
                 self._client.receiver.take_log(slot, self._board)
                 if self._dispatcher.has_idle:
-                    inbox = self._emptied(slot)
+                    inbox = self.emptied(slot)
                     if inbox is not None:  # else nobody can tell what lies in there from what was received
                         actions += self._dispatcher.stalled(slot, self._recall(slot, inbox) + inbox)
         self.looks_at = time.monotonic() + _LOOK_S if self._batched else None
@@ -279,7 +279,7 @@ class Inboxes:
         Returns whether it does, and what it has not begun of what it was given, to be told to the dispatcher; None if
         that cannot be now, as there may be no room for the descriptors in its inbox.
         """
-        others = self._emptied(slot)
+        others = self.emptied(slot)
         if others is None:
             return None
         self._board.recall(slot, task)

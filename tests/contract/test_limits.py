@@ -384,6 +384,25 @@ def test_nothing_behind_a_late_task_is_lost_or_run_twice_where_descriptors_are_s
     assert sorted(noted.read_text().split()) == ["1", "2"]
 
 
+def test_what_a_dead_worker_has_not_received_is_run_once_where_descriptors_get_short_in_that_moment(
+    ledger: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Pool(1) as pool, open(os.devnull) as null:
+        noted = ledger.with_name("noted")
+        noted.touch()
+        running = pool.submit(helpers.stuck, str(ledger))
+        wait_until(lambda: pids(ledger))
+        behind = [pool.submit(helpers.read_all, null), pool.submit(helpers.note, str(noted), 1)]
+        wait_until(lambda: pool.stats().workers[0].waiting == 2)
+        answers = iter([True, False, False])  # another thread opens files, and closes them again
+        monkeypatch.setattr("fdpool._budget.has_room_for", lambda _count: next(answers, True))
+        os.kill(pool.worker_pids()[0], signal.SIGKILL)
+        for future in behind:
+            future.result(timeout=20)
+        assert isinstance(running.exception(timeout=20), WorkerLost)
+    assert noted.read_text().split() == ["1"]
+
+
 def test_who_submits_at_the_limit_of_descriptors_waits_for_any_task_to_let_go_of_some(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
