@@ -41,7 +41,7 @@ class Board:
         self.fd = fds.above_stdio(_platform.anonymous_file("fdpool-board"))
         try:
             os.ftruncate(self.fd, slots * AREA_BYTES)
-            _platform.fix_size(self.fd)
+            _platform.seal(self.fd, _platform.SEAL_SHRINK | _platform.SEAL_GROW | _platform.SEAL_SEAL)
             with fds.standard_numbers_taken():  # the mapping has a duplicate of its own
                 self._areas = mmap.mmap(self.fd, slots * AREA_BYTES, mmap.MAP_SHARED, mmap.PROT_READ)
         except BaseException:

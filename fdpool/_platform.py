@@ -13,7 +13,7 @@ from typing import Any
 
 # fcntl(2); the names are in Python's fcntl module only where it was built against new enough headers.
 _F_ADD_SEALS = 1033
-_F_SEAL_SEAL, _F_SEAL_SHRINK, _F_SEAL_GROW = 1, 2, 4
+SEAL_SEAL, SEAL_SHRINK, SEAL_GROW, SEAL_WRITE = 1, 2, 4, 8
 
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 _PR_SET_CHILD_SUBREAPER = 36
@@ -41,11 +41,14 @@ def anonymous_file(name: str) -> int:
     return fd
 
 
-def fix_size(fd: int) -> None:
-    """Let nobody change the size of an `anonymous_file` any more, where the kernel can: who cuts it would have
-    those who map it die of SIGBUS (F_ADD_SEALS in fcntl(2))."""
+def seal(fd: int, seals: int) -> None:
+    """Let nobody do any more to an `anonymous_file` what `seals` name (F_ADD_SEALS in fcntl(2)), where the kernel can.
+
+    `SEAL_SHRINK` is for all that are mapped: who cuts one would have those who map it die of SIGBUS. With `SEAL_SEAL`
+    there will be no other seals, ever.
+    """
     try:
-        fcntl.fcntl(fd, _F_ADD_SEALS, _F_SEAL_SEAL | _F_SEAL_SHRINK | _F_SEAL_GROW)
+        fcntl.fcntl(fd, _F_ADD_SEALS, seals)
     except OSError:
         pass  # EINVAL: a plain file
 

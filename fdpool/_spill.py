@@ -29,9 +29,7 @@ HEAD = struct.Struct("<QQ")
 _PAGE = mmap.PAGESIZE
 _NOTHING = bytes(_PAGE)
 _IOV_MAX = 1024  # Linux's UIO_MAXIOV, and POSIX's largest _XOPEN_IOV_MAX in use
-# fcntl(2); the names are in Python's fcntl module only where it was built against new enough headers.
-_F_ADD_SEALS, _F_GET_SEALS = 1033, 1034
-_F_SEAL_SEAL, _F_SEAL_SHRINK, _F_SEAL_GROW, _F_SEAL_WRITE = 1, 2, 4, 8
+_F_GET_SEALS = 1034  # fcntl(2), as in _platform
 
 Bytes = bytes | bytearray | memoryview
 
@@ -74,7 +72,7 @@ def write(
         else:
             _write_all(fd, pieces)
             if kept is None:
-                _seal(fd)
+                _platform.seal(fd, _platform.SEAL_SHRINK | _platform.SEAL_GROW)
     except OSError as error:
         _release(fd)
         raise OSError(
@@ -144,14 +142,6 @@ def _acquire() -> int:
 
 def _release(fd: int) -> None:
     os.close(fd)
-
-
-def _seal(fd: int) -> None:
-    """Fix the size, so that no holder can cut the file under a mapping (SIGBUS); F_ADD_SEALS in fcntl(2)."""
-    try:
-        fcntl.fcntl(fd, _F_ADD_SEALS, _F_SEAL_SHRINK | _F_SEAL_GROW)
-    except OSError:
-        pass  # EINVAL: the fallback of `anonymous_file` is a plain file, which has no seals
 
 
 def _write_all(fd: int, pieces: Sequence[Bytes]) -> None:
@@ -327,7 +317,7 @@ def _map_to_fill(fd: int) -> mmap.mmap | None:
     if len(_mapped_to_fill) >= _MOST_KEPT:
         return None
     try:
-        if not fcntl.fcntl(fd, _F_GET_SEALS) & _F_SEAL_SHRINK:
+        if not fcntl.fcntl(fd, _F_GET_SEALS) & _platform.SEAL_SHRINK:
             return None
         flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
         mapping = _mapped(fd, os.fstat(fd).st_size, flags)
@@ -369,7 +359,4 @@ os.register_at_fork(after_in_parent=_count_fork, after_in_child=_forget_in_child
 
 def seal_for_good(fd: int) -> None:
     """Let nobody write to the file any more, nor lift that."""
-    try:
-        fcntl.fcntl(fd, _F_ADD_SEALS, _F_SEAL_SEAL | _F_SEAL_WRITE)
-    except OSError:
-        pass  # as in _seal
+    _platform.seal(fd, _platform.SEAL_WRITE | _platform.SEAL_SEAL)
