@@ -69,6 +69,8 @@ class SeenPage(_Page):
         self._read_to = STACKS_AT
         try:
             os.ftruncate(self.fd, mmap.PAGESIZE)
+            # Its worker has the descriptor. Not against growing: faulthandler writes behind the page.
+            _platform.seal(self.fd, _platform.SEAL_SHRINK | _platform.SEAL_SEAL)
             with standard_numbers_taken():  # mmap keeps a duplicate of its own
                 super().__init__(self.fd)
         except BaseException:

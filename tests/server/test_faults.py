@@ -863,6 +863,34 @@ def test_a_worker_holds_nothing_of_its_siblings_or_of_the_server() -> None:
     assert seen[0] <= 5  # the listener, its control stream, the pool's inbox, the connection
 
 
+def test_a_worker_cannot_cut_the_memory_that_the_server_looks_at(tmp_path: Path) -> None:
+    """A shrunk file under a mapping is SIGBUS for who reads it; here, for the server's whole process."""
+    body = """
+    def cut_all(connection, address):
+        connection.recv(100)
+        refused = []
+        for number in map(int, os.listdir("/proc/self/fd")):
+            try:
+                what = os.readlink(f"/proc/self/fd/{number}")
+                if "fdpool-" in what:
+                    os.ftruncate(number, 0)
+            except PermissionError:
+                refused.append(what)
+            except FileNotFoundError:
+                pass  # what listed the folder
+        connection.sendall(b"%d" % (os.getpid() if any("fdpool-server" in what for what in refused) else 0))
+
+    sys.exit(fdpool.Server(cut_all, "127.0.0.1:0", workers=1).run())
+    """
+    with program(tmp_path, body) as server:
+        port = port_in(server.expect("started"))
+        worker = ask_port(port)
+        assert worker > 0
+        assert ask_port(port) == worker  # both go on
+        server.signal(signal.SIGTERM)
+        assert server.wait() == 0
+
+
 @pytest.mark.parametrize("dispatch", DISPATCHES)
 def test_a_forked_child_of_the_server_leaves_it_alone(dispatch: Any) -> None:
     with Server(echo_pid, ANY_PORT, workers=1, dispatch=dispatch) as server:
