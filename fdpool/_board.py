@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import mmap
 import os
+import sys
 import time
 from struct import Struct
+from typing import Any
 
 from . import _platform, fds
 
@@ -119,7 +121,7 @@ here: Page | None = None
 
 
 class Page:
-    """The worker's side: its own area and no other.
+    """The worker's side: its own area and no other. To be made while the process has one thread.
 
     Args:
         fd: the board's file; borrowed.
@@ -131,7 +133,7 @@ class Page:
 
     def __init__(self, fd: int, slot: int) -> None:
         global here
-        self._area = mmap.mmap(fd, AREA_BYTES, mmap.MAP_SHARED, offset=slot * AREA_BYTES)
+        self._area = _map_area(fd, slot)
         self._words = memoryview(self._area)[:_TAIL_AT].cast("Q")
         self._used = 0
         self.slot = slot
@@ -196,3 +198,22 @@ class Page:
         """True if the client has asked for the end of the task that runs now."""
         task = self._words[_STOP]
         return task != 0 and task == self._words[_BEGUN]
+
+
+def _map_area(fd: int, slot: int) -> mmap.mmap:
+    """A slot's area, to be written to. No descriptor of the board is left beside `fd`: by that one could write to the
+    areas of all others."""
+    options: dict[str, Any] = {"flags": mmap.MAP_SHARED, "offset": slot * AREA_BYTES}
+    if sys.version_info >= (3, 13):
+        return mmap.mmap(fd, AREA_BYTES, trackfd=False, **options)
+    with fds.standard_numbers_taken():
+        # The mapping duplicates `fd`, and says nowhere to what number. As any duplicate, that is the lowest free one.
+        number = os.dup(fd)
+        os.close(number)
+        area = mmap.mmap(fd, AREA_BYTES, **options)
+    if os.path.sameopenfile(number, fd):
+        # Not closed, but replaced: the mapping closes this number when it goes.
+        null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        os.dup2(null, number, inheritable=False)
+        os.close(null)
+    return area

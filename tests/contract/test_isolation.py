@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from fdpool import Pool, _messages
+from fdpool import Pool, _board, _messages
 from tests.fuzz.targets import send
 from tests.process_state import open_descriptors, wait_until
 
@@ -97,12 +97,45 @@ def test_a_worker_has_its_own_end_and_nobody_elses_and_a_program_has_neither(poo
     assert len(sockets) == 1
     assert sockets[0] in mine
     assert not [what for what, _ in above.values() if "pidfd" in what or "eventpoll" in what]
+    assert [what.split()[0] for what, _ in above.values() if "fdpool" in what] == ["/memfd:fdpool-stacks"]
     program = pool.submit(
         lambda: (
             subprocess.run(["ls", "/proc/self/fd"], check=False, close_fds=False, capture_output=True).stdout
         )
     ).result(20)
     assert len(program.split()) == 4  # 0 to 2, and what lists the folder
+
+
+def of_boards() -> tuple[list[str], list[int]]:
+    """The descriptors of any, and where in it the part of one begins that is mapped."""
+    with open("/proc/self/maps") as lines:
+        mapped = [int(line.split()[2], 16) for line in lines if "fdpool-board" in line]
+    return [what for what in open_descriptors().values() if "fdpool-board" in what], mapped
+
+
+def of_boards_here_and_in_a_child() -> Any:
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.write(writer, pickle.dumps(of_boards()))
+        finally:
+            os._exit(0)
+    os.close(writer)
+    with open(reader, "rb") as pipe:
+        in_child = pickle.load(pipe)
+    os.waitpid(child, 0)
+    assert _board.here is not None
+    return _board.here.slot, of_boards(), in_child
+
+
+@pytest.mark.parametrize("start_method", ["forkserver", "fork"])
+def test_a_worker_can_reach_its_own_part_of_the_board_only(pool: Pool, start_method: Any) -> None:
+    """Not those of others of its pool, nor (in a fork of the program) what is of the program's other pools."""
+    assert pool._client.board is not None
+    with Pool(3, start_method=start_method) as another:
+        slot, *found = another.submit(of_boards_here_and_in_a_child).result(20)
+    assert found == [([], [slot * _board.AREA_BYTES])] * 2
 
 
 def test_everything_that_a_pool_opens_in_its_program_is_close_on_exec_and_has_no_name() -> None:

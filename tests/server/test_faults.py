@@ -853,6 +853,7 @@ def test_a_worker_holds_nothing_of_its_siblings_or_of_the_server() -> None:
         worker = current_worker()
         assert worker is not None
         held = sorted(os.readlink(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd")[:-1])
+        assert not any("fdpool-board" in each for each in held)
         kinds = [each.partition(":")[0] for each in held]
         connection.sendall(b"%d %d" % (worker.slot, kinds.count("socket")))
 
