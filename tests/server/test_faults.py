@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import http.client
 import os
 import resource
@@ -159,6 +160,41 @@ def test_connections_handed_to_a_stopped_worker_go_to_another() -> None:
         os.kill(stopped, signal.SIGSTOP)
         assert {ask(server)[0] for _ in range(4)} == {other}
         os.kill(stopped, signal.SIGCONT)
+
+
+def pid_and_stay(connection: socket.socket, _: object) -> None:
+    """Answer with this worker's pid, and serve until the client goes."""
+    connection.sendall(b"%d" % os.getpid())
+    connection.recv(1)
+
+
+def test_a_connection_is_handed_to_the_worker_that_has_the_fewest_open(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # On a busy machine a worker may be late for its inbox: what is taken back from there is another promise.
+    monkeypatch.setattr("fdpool._server.handoff._LOOK_S", 600.0)
+    with Server(pid_and_stay, ANY_PORT, workers=2, threads=4, dispatch="handoff") as server:
+        loop = server._loop
+        assert loop is not None
+        assert loop.handoff is not None
+        links = list(loop.crew.links.values())
+
+        def open_at(pid: int) -> int:
+            return sum(link.load()[1] for link in links if link.pid == pid)
+
+        with contextlib.ExitStack() as clients:
+            held: dict[int, list[socket.socket]] = {pid: [] for pid in pids(server)}
+            for _ in range(4):
+                client = clients.enter_context(connect(server))
+                held[int(client.recv(20))].append(client)
+            busy, idle = held
+            assert len(held[busy]) == len(held[idle]) == 2
+            for client in held[idle]:
+                client.close()
+            wait_until(lambda: open_at(idle) == 0)
+            assert open_at(busy) == 2
+            assert [int(clients.enter_context(connect(server)).recv(20)) for _ in range(2)] == [idle, idle]
+        assert (loop.handoff.handed, loop.handoff.taken_back) == (6, 0)
 
 
 def test_a_worker_that_was_stopped_is_handed_connections_again_if_nobody_else_is_left() -> None:
