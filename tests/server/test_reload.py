@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import http.client
 import os
 import signal
 import socket
+from collections.abc import Iterator
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import requests
 
 from fdpool import ReloadFailed
 from fdpool._server.states import State
-from fdpool.server import Server
+from fdpool.server import Server, ServerWorker
 from tests.process_state import wait_until
 from tests.server.helpers import (
     ANY_PORT,
@@ -25,7 +28,9 @@ from tests.server.helpers import (
     Load,
     asgi,
     ask,
+    connect,
     echo_pid,
+    is_over,
     pids,
     port_of,
     read_all,
@@ -98,6 +103,69 @@ def test_a_kept_connection_is_answered_once_more_and_told_to_close(app: Any, thr
         client.request("GET", "/")  # http.client connects anew
         assert int(client.getresponse().read()) in pids(server)
         client.close()
+
+
+@contextlib.contextmanager
+def idle_connections(server: Server) -> Iterator[list[socket.socket]]:
+    """One that was answered and is kept, and one on which nothing was sent; the server has taken both."""
+    kept = http.client.HTTPConnection("127.0.0.1", port_of(server), timeout=20)
+    with connect(server) as silent, contextlib.closing(kept):
+        kept.request("GET", "/")
+        kept.getresponse().read()
+        yield [silent, kept.sock]
+
+
+@pytest.mark.parametrize("dispatch", ["shared", "handoff"])
+@pytest.mark.parametrize(("app", "threads"), APPS)
+def test_the_end_of_the_server_does_not_wait_for_idle_connections(
+    app: Any, threads: int | None, dispatch: Any
+) -> None:
+    """Nobody else would answer on them."""
+    need(app)
+    with Server(
+        app, ANY_PORT, workers=1, threads=threads, dispatch=dispatch, options=patient(app), grace=60
+    ) as server:
+        with idle_connections(server) as clients:
+            server.stop(wait=False)
+            has_ended = server.wait(15)
+            server.stop(0)  # a test that fails need not take the minute
+            assert has_ended
+            assert all(map(is_over, clients))
+
+
+@pytest.mark.parametrize("dispatch", ["shared", "handoff"])
+@pytest.mark.parametrize(("app", "threads"), APPS)
+def test_a_worker_that_drains_closes_idle_connections_after_their_time(
+    app: Any, threads: int | None, dispatch: Any
+) -> None:
+    """Also one on which nobody has ever sent anything, which uvicorn itself would keep for good."""
+    need(app)
+
+    def be_quick(_: ServerWorker) -> None:
+        if app is wsgi:
+            from fdpool._server import wsgi as face
+
+            face._IDLE_S = 0.3
+
+    options = {"timeout_keep_alive": 0.3} if app is asgi else {}
+    with Server(
+        app,
+        ANY_PORT,
+        workers=1,
+        threads=threads,
+        dispatch=dispatch,
+        options=options,
+        grace=60,
+        on_worker_start=be_quick,
+    ) as server:
+        [old] = pids(server)
+        with idle_connections(server) as clients:
+            server.reload().result(60)
+            try:
+                wait_until(lambda: not psutil.pid_exists(old), 15)
+            finally:
+                server.stop(0)
+            assert all(map(is_over, clients))
 
 
 @pytest.mark.parametrize(("app", "threads"), APPS)
