@@ -12,6 +12,7 @@ import socket
 import socketserver
 import ssl
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -395,6 +396,37 @@ def test_once_it_has_ended_nobody_is_kept_waiting_at_its_addresses(tmp_path: Pat
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(address)
     assert not path.exists()
+
+
+def sleep_and_tell(connection: socket.socket, _: object) -> None:
+    """Take as many seconds as the client says, and answer."""
+    time.sleep(float(connection.recv(100)))
+    connection.sendall(b"done")
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_stop_with_a_grace_of_its_own_lets_what_is_shorter_finish(threads: int) -> None:
+    """However little the server's own is."""
+    with Server(sleep_and_tell, ANY_PORT, workers=1, threads=threads, grace=0) as server:
+        with connect(server) as client:
+            client.sendall(b"0.5")
+            wait_until(lambda: server.stats().workers[0].in_flight)
+            server.stop(60)
+            assert read_all(client) == b"done"
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_stop_with_a_grace_of_its_own_cuts_off_what_is_longer(threads: int) -> None:
+    """However much the server's own is."""
+    with Server(sleep_and_tell, ANY_PORT, workers=1, threads=threads, grace=600) as server:
+        with connect(server) as client:
+            client.sendall(b"600")
+            wait_until(lambda: server.stats().workers[0].in_flight)
+            server.stop(0.1, wait=False)
+            has_ended = server.wait(15)
+            server.stop(0)
+            assert has_ended
+            assert is_over(client)
 
 
 def test_more_workers_than_a_server_can_have_are_refused() -> None:
