@@ -18,6 +18,7 @@ import textwrap
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -80,6 +81,57 @@ def test_options_of_what_speaks_http_are_read_as_json_or_else_as_text() -> None:
         "h11": "",
         "eq": "a=b",
     }
+
+
+def settings_of(given: str) -> dict[str, object]:
+    """All that a server goes by which is asked for with these options."""
+    server = options.server_of(parse(*given.split(), "shop:app"), None)
+    _, on_worker_start, _ = server._pickled
+    assert isinstance(on_worker_start, partial)
+    seen = {f"order.{name}": value for name, value in server._order._asdict().items()}
+    seen |= {f"settings.{name}": value for name, value in server._settings._asdict().items()}
+    seen |= {
+        name: value for name, value in vars(server).items() if not name.startswith(("_order", "_settings"))
+    }
+    seen["log"] = on_worker_start.args
+    seen["_watch_for.request_timeout"], seen["_watch_for.max_memory"] = seen.pop("_watch_for")
+    del seen["_pickled"], seen["_lock"]
+    return seen
+
+
+#: What each option changes; nothing else is to be another.
+CHANGES: dict[str, dict[str, object]] = {
+    "--interface handler": {"interface": "handler", "order.interface": "handler"},
+    "--option a=1 --option b=x": {"order.options": {"a": 1, "b": "x"}},
+    "--preload json --preload shop": {"_preload": ["fdpool._serve.log", "json", "shop"]},
+    "--bind :80 -b unix:/x": {"_bind": [":80", "unix:/x"]},
+    "--backlog 7": {"_backlog": 7, "order.backlog": 7},
+    "--dispatch handoff": {"_dispatch": "handoff"},
+    "--workers 77": {"_workers": 77},
+    "--threads 7": {"order.threads": 7},
+    "--max-requests 7": {"order.max_requests": 7},
+    "--max-age 7": {"settings.max_age_s": 7.0},
+    "--max-memory 7K": {"_watch_for.max_memory": 7 * 1024},
+    "--grace 7": {"_grace_s": 7.0, "settings.grace_s": 7.0},
+    "--boot-timeout 7": {"settings.boot_timeout_s": 7.0},
+    "--request-timeout 7": {"_watch_for.request_timeout": 7.0, "order.request_timeout_s": 7.0},
+    "--reload-batch 7": {"settings.batch": 7},
+    "--log-json": {"log": (True, "INFO")},
+    "--log-level debug": {"log": (False, "DEBUG")},
+}
+#: Those that are the command's own.
+NOT_OF_THE_SERVER = {"--help", "--check", "--app-dir", "--reload-on-change", "--reload-dir", "--pid-file"}
+
+
+@pytest.mark.parametrize("given", CHANGES)
+def test_each_option_changes_what_it_is_for_in_the_server_and_nothing_else(given: str) -> None:
+    usual, seen = settings_of(""), settings_of(given)
+    assert {name: value for name, value in seen.items() if value != usual[name]} == CHANGES[given]
+
+
+def test_every_option_is_known_to_change_something_in_the_server_or_not_to() -> None:
+    every = {action.option_strings[-1] for action in options.parser()._actions if action.option_strings}
+    assert every == {given.split()[0] for given in CHANGES} | NOT_OF_THE_SERVER
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import http.client
 import os
 import signal
 import socket
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from functools import partial
@@ -324,6 +325,40 @@ def let_time_pass(server: Server) -> None:
                 worker.deadline = 0.0
 
     loop.turns.post(expire)
+
+
+def test_a_reload_has_as_many_workers_boot_at_a_time_as_it_was_told_and_no_more(tmp_path: Path) -> None:
+    """In one step of the plan all are started that may be, so nobody is late."""
+
+    def wait_to_be_let(worker: ServerWorker) -> None:
+        (tmp_path / f"boots-{worker.pid}").touch()
+        while worker.generation > 1 and not (tmp_path / f"go-{worker.pid}").exists():
+            time.sleep(0.01)
+
+    def held() -> set[str]:
+        """Those that have come to the hook and were not let go."""
+        names = [path.name.split("-") for path in tmp_path.iterdir()]
+        return {pid for what, pid in names if what == "boots"} - {pid for what, pid in names if what == "go"}
+
+    def in_state(state: str) -> int:
+        return sum(each.state == state for each in server.stats().workers)
+
+    with Server(echo_pid, ANY_PORT, workers=4, reload_batch=2, on_worker_start=wait_to_be_let) as server:
+        for pid in held():
+            (tmp_path / f"go-{pid}").touch()
+        reload = server.reload()
+        for left in (4, 3, 2, 1):
+            boot = min(2, left)
+            wait_until(lambda boot=boot: len(held()) == boot == in_state("booting"))  # type: ignore[misc]
+            assert len(pids(server)) == 4
+            (tmp_path / f"go-{min(held())}").touch()
+            wait_until(lambda left=left: newer(server) == 5 - left)  # type: ignore[misc]
+        assert reload.result(60) == 2
+
+
+def newer(server: Server) -> int:
+    """How many of the second generation serve."""
+    return sum(each.generation == 2 and each.state == "serving" for each in server.stats().workers)
 
 
 def test_a_hook_can_call_a_reload_off() -> None:
