@@ -245,6 +245,21 @@ def test_systemd_is_told_of_a_start_when_all_serve_also_after_a_reload_that_was_
         assert server.wait() == 0
 
 
+def test_systemd_is_told_again_and_again_that_the_server_is_alive(
+    tmp_path: Path, manager: socket.socket
+) -> None:
+    """sd_watchdog_enabled(3)."""
+    body = 'sys.exit(fdpool.Server(pid, "127.0.0.1:0", workers=1).run())'
+    variables = {"NOTIFY_SOCKET": manager.getsockname(), "WATCHDOG_USEC": "200000"}
+    with program(tmp_path, body, **variables) as server:
+        server.expect("started")
+        said = [manager.recv(10_000)]
+        while said.count(b"WATCHDOG=1") < 3:
+            said.append(manager.recv(10_000))
+        server.signal(signal.SIGTERM)
+        assert server.wait() == 0
+
+
 # -- upgrades ------------------------------------------------------------------------------------------
 
 
