@@ -20,6 +20,7 @@ import fdpool
 from fdpool import MemoryLimitExceeded, PoisonTask, Pool, PoolShutDown, TaskTimeout, WorkerLost, wire
 from fdpool._board import Board, Page
 from fdpool._links import SlotLink
+from fdpool._options import TaskOptions, changed
 from tests.contract import helpers
 from tests.process_state import seconds_until_gone, wait_until
 
@@ -201,6 +202,34 @@ def test_descriptors_are_there_again_for_the_next_attempt(tmp_path: Path) -> Non
     path.write_text("content")
     with Pool(1) as pool, path.open() as file:
         assert pool.with_options(retries=1).submit(read_or_die, file).result(timeout=20) == "content"
+
+
+@pytest.mark.parametrize(
+    ("changes", "delays"),
+    [
+        ({}, [0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 25.6, 30, 30]),
+        ({"retry_delay": 5}, [5, 10, 20, 30, 30]),
+        ({"retry_delay": 100}, [100, 100, 100]),  # as long as it was told, but no longer
+        ({"retry_delay": 0}, [0, 0, 0]),
+    ],
+)
+def test_each_further_attempt_waits_twice_as_long_and_thirty_seconds_at_most(
+    changes: dict[str, float], delays: list[float]
+) -> None:
+    options = changed(None, changes)
+    assert [options.delay_s(attempts) for attempts in range(1, len(delays) + 1)] == pytest.approx(delays)
+    assert options.delay_s(1_000_000) == delays[-1]
+
+
+def test_a_task_is_postponed_for_longer_after_each_attempt(
+    ledger: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(TaskOptions, "delay_s", lambda _, attempts: asked.append(attempts) or 0.0)
+    with Pool(1) as pool:
+        view = pool.with_options(retries=3)
+        assert view.submit(helpers.count_and_die_before, str(ledger), 4).result(timeout=20)
+    assert asked == [1, 2, 3]
 
 
 def test_a_task_that_waits_for_its_next_attempt_can_be_cancelled(ledger: Path) -> None:
