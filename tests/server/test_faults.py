@@ -257,6 +257,37 @@ def test_a_wsgi_application_that_raises_fails_its_own_request_only(
     assert f"{error.__name__}: of the application" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("request_timeout", [None, 60])
+@pytest.mark.parametrize("error", [ValueError, SystemExit, KeyboardInterrupt])
+def test_an_asgi_application_that_raises_fails_its_own_request_only(
+    error: type[BaseException], request_timeout: float | None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """P1, for requests: none of them ends the event loop."""
+    pytest.importorskip("uvicorn")
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        path = scope.get("path")
+        if path == "/raise":
+            raise error("of the application")
+        if path == "/late":
+            length = [(b"content-length", b"1000")]
+            await send({"type": "http.response.start", "status": 200, "headers": length})
+            await send({"type": "http.response.body", "body": b"begun", "more_body": True})
+            raise error("of the application")
+        await asgi(scope, receive, send)
+
+    with Server(app, ANY_PORT, workers=1, request_timeout=request_timeout) as server:
+        [before] = pids(server)
+        for _ in range(2):
+            assert get(server, "/raise")[0] == 500
+            with pytest.raises(http.client.IncompleteRead) as cut:
+                get(server, "/late")
+            assert cut.value.partial == b"begun"
+            assert int(get(server)[1]) == before
+        wait_until(lambda: server.stats().workers[0].requests == 6)
+    assert f"{error.__name__}: of the application" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("dispatch", DISPATCHES)
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_request_that_waitress_cannot_parse_costs_its_connection_only(
