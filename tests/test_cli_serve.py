@@ -400,12 +400,16 @@ def test_what_cannot_be_preloaded_is_told_once_with_its_traceback(app_dir: Path)
     assert done.stderr.count("(as the one before)") == 4
 
 
-def test_what_serves_http_is_named_where_it_is_not_installed(app_dir: Path) -> None:
-    (app_dir / "sitecustomize.py").write_text("import sys\nsys.modules['uvicorn'] = None\n")
+@pytest.mark.parametrize(("interface", "library"), [("asgi", "uvicorn"), ("wsgi", "waitress")])
+def test_what_serves_http_is_named_where_it_is_not_installed(
+    interface: str, library: str, app_dir: Path
+) -> None:
+    (app_dir / "sitecustomize.py").write_text(f"import sys\nsys.modules['{library}'] = None\n")
     env = {"PYTHONPATH": f"{app_dir}:{ROOT}"}
-    done = run("-b", "127.0.0.1:0", "-w", "1", "--interface", "asgi", "shop:handle", env=env)
+    done = run("-b", "127.0.0.1:0", "-w", "1", "--interface", interface, "shop:handle", env=env)
     assert done.returncode == 1
-    assert "fdpool[asgi]" in done.stderr
+    assert f"is served by {library}, which is not installed: pip install 'fdpool[{interface}]'" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 # -- --check ---------------------------------------------------------------------------------------
