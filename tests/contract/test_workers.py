@@ -184,6 +184,14 @@ def test_a_worker_collects_garbage_as_any_process_does() -> None:
         assert pool.submit(gc.isenabled).result()
 
 
+@pytest.mark.parametrize("preload", [[], ["json"]])
+def test_the_collector_leaves_alone_what_workers_share_with_their_supervisor(preload: list[str]) -> None:
+    """It would write to each object that it looks at, and so have each worker copy all of them."""
+    with Pool(2, preload=preload, max_tasks_per_child=1) as pool:
+        frozen = [future.result() for future in [pool.submit(gc.get_freeze_count) for _ in range(4)]]
+    assert min(frozen) > 1000
+
+
 def test_preloaded_modules_are_there_when_a_worker_starts() -> None:
     def loaded() -> bool:
         import sys

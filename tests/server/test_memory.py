@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import resource
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +18,8 @@ import pytest
 from fdpool import Pool, Server
 from fdpool._server import checks
 from tests.memory_group import memory_group
-from tests.server.helpers import ANY_PORT, get, read_all
+from tests.process_state import wait_until
+from tests.server.helpers import ANY_PORT, ask, get, read_all
 from tests.server.programs import ask_port, port_in, program
 
 
@@ -89,6 +94,48 @@ def test_a_worker_loads_nothing_but_the_application(
     with Server(f"telling:{kind}", ANY_PORT, workers=1, interface=kind) as server:
         loaded = set(get(server)[1].decode().split(","))
     assert loaded - forked == {"telling"}
+
+
+@pytest.mark.parametrize("preload", [(), ["json"]])
+def test_the_collector_leaves_alone_what_workers_share_with_their_supervisor(preload: Any) -> None:
+    """It would write to each object that it looks at, and so have each worker copy all of them."""
+
+    def tell(connection: socket.socket, _: object) -> None:
+        connection.sendall(b"%d %d" % (gc.get_freeze_count(), len(gc.get_objects())))
+
+    with Server(tell, ANY_PORT, workers=2, preload=preload) as server:
+        for generation in (1, 2):
+            frozen, tracked = ask(server, b"")
+            assert frozen > int(tracked)
+            if generation == 1:
+                server.reload().result(60)
+
+
+def test_stats_have_each_workers_memory_and_age() -> None:
+    def hold(connection: socket.socket, _: object) -> None:
+        held.append(bytes(range(256)) * 400_000)
+        connection.sendall(b"0 ")
+
+    held: list[bytes] = []
+    begun = time.monotonic()
+    with Server(hold, ANY_PORT, workers=1) as server:
+        [first] = server.stats().workers
+        served_s = time.monotonic() - begun
+        assert 0 < first.age_s <= served_s
+        assert first.rss_bytes is not None
+        pages = int(Path(f"/proc/{first.pid}/statm").read_text().split()[1])  # proc(5): resident
+        assert abs(first.rss_bytes - pages * resource.getpagesize()) < 2 * 2**20
+        ask(server, b"")
+        [second] = server.stats().workers
+        assert second.rss_bytes is not None
+        assert 150_000_000 > second.rss_bytes - first.rss_bytes > 90_000_000
+        assert first.age_s < second.age_s
+        os.kill(second.pid or 0, signal.SIGKILL)
+        killed_at = time.monotonic()
+        wait_until(
+            lambda: [each.state for each in server.stats().workers if each.pid != first.pid] == ["serving"]
+        )
+        assert server.stats().workers[0].age_s <= time.monotonic() - killed_at
 
 
 def test_the_process_of_a_server_loads_no_event_loop() -> None:
