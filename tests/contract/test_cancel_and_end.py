@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import concurrent.futures as cf
+import contextlib
 import gc
 import os
+import pty
 import signal
 import subprocess
 import sys
 import textwrap
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -19,7 +22,8 @@ import pytest
 
 import fdpool
 from fdpool import Pool
-from tests.process_state import wait_until
+from fdpool.fds import is_readable
+from tests.process_state import seconds_until_gone, wait_until
 
 from . import helpers
 
@@ -268,6 +272,151 @@ def test_ctrl_c_ends_everything_at_once_with_one_traceback(block: bool, tmp_path
     assert errors.count("Traceback") == 1, errors
     assert errors.rstrip().endswith("KeyboardInterrupt")
     assert not any(process.is_running() for process in tree)
+
+
+PROMPT = b">>> "
+INTERPRETER = """
+import fcntl, os, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+os.execv(sys.executable, [sys.executable, "-q", "-i", "-W", "error"])
+"""
+
+
+HOLDING = """
+import pathlib, time
+
+def hold():
+    pathlib.Path("runs").touch()
+    try:
+        time.sleep(1000)
+    finally:
+        pathlib.Path("interrupted").touch()
+"""
+
+
+class Terminal:
+    """An interactive interpreter on a terminal of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self._own, end = pty.openpty()
+        # The prompt is the interpreter's own, also where a newer one would draw it.
+        env = {**os.environ, "PYTHONPATH": os.getcwd(), "TERM": "dumb", "PYTHON_BASIC_REPL": "1"}
+        self.program = subprocess.Popen(
+            [sys.executable, "-c", INTERPRETER],
+            stdin=end,
+            stdout=end,
+            stderr=end,
+            start_new_session=True,
+            cwd=folder,
+            env=env,
+        )
+        os.close(end)
+
+    def type(self, text: str) -> None:
+        os.write(self._own, text.encode())
+
+    def read_until(self, wanted: bytes, limit_s: float = 20.0) -> bytes:
+        """What is on the terminal up to there."""
+        seen = b""
+        deadline = time.monotonic() + limit_s
+        while not seen.endswith(wanted):
+            assert is_readable(self._own, max(0.0, deadline - time.monotonic())), seen
+            seen += os.read(self._own, 1)
+        return seen
+
+    def close(self) -> None:
+        self.program.kill()
+        self.program.wait()
+        os.close(self._own)
+
+
+@pytest.mark.usefixtures("heeding_the_terminal")
+def test_ctrl_c_at_a_prompt_brings_it_back_with_one_traceback_and_the_pool_goes_on(tmp_path: Path) -> None:
+    """Its workers are no part of the terminal's foreground: what they run is not interrupted."""
+    (tmp_path / "holding.py").write_text(HOLDING)
+    terminal = Terminal(tmp_path)
+    try:
+        terminal.read_until(PROMPT)
+        terminal.type("import fdpool, holding; pool = fdpool.Pool(2)\n")
+        terminal.read_until(PROMPT)
+        terminal.type("pool.submit(holding.hold).result()\n")
+        wait_until((tmp_path / "runs").exists)
+        terminal.type("\x03")
+        seen = terminal.read_until(PROMPT)
+        assert seen.count(b"Traceback") == 1, seen
+        assert seen.rstrip(b" >\r\n").endswith(b"KeyboardInterrupt"), seen
+        terminal.type("[pool.submit(pow, n, 2).result() for n in range(5)]\n")
+        assert b"[0, 1, 4, 9, 16]" in terminal.read_until(PROMPT)
+        tree = psutil.Process(terminal.program.pid).children(recursive=True)
+        terminal.type("pool.kill_workers(); exit()\n")
+        assert terminal.program.wait(20) == 0
+        seconds_until_gone(tree)
+        assert not (tmp_path / "interrupted").exists()
+    finally:
+        terminal.close()
+
+
+ASYNCIO = """
+import asyncio, os, signal, subprocess, sys, time, fdpool
+
+def hold():
+    sleeper = subprocess.Popen(["sleep", "1000"], start_new_session=True)
+    print("holds", flush=True)
+    sleeper.wait()
+
+async def main(pool):
+    await asyncio.gather(*(pool.submit(hold) for _ in range(4)))
+
+with fdpool.Pool(2) as pool:
+    asyncio.run(main(pool))
+"""
+
+BLOCKING = (
+    ASYNCIO.partition("async def")[0]
+    + """
+with fdpool.Pool(2) as pool:
+    pool.submit(hold)
+    pool.submit(hold).result()
+"""
+)
+
+
+@contextlib.contextmanager
+def holding(source: str) -> Iterator[tuple[subprocess.Popen[str], list[psutil.Process]]]:
+    """A program whose two workers run something, and all that descends from it."""
+    with subprocess.Popen(
+        [sys.executable, "-c", source],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as program:
+        try:
+            assert program.stdout is not None
+            assert [program.stdout.readline() for _ in range(2)] == ["holds\n"] * 2
+            tree = psutil.Process(program.pid).children(recursive=True)
+            assert len(tree) == 5  # the supervisor, two workers, and what each has started
+            yield program, tree
+        finally:
+            program.kill()
+
+
+@pytest.mark.usefixtures("heeding_the_terminal")
+def test_ctrl_c_in_an_event_loop_ends_everything_at_once() -> None:
+    with holding(ASYNCIO) as (program, tree):
+        os.killpg(program.pid, signal.SIGINT)
+        _, errors = program.communicate(timeout=10)
+        seconds_until_gone(tree)
+    assert errors.rstrip().endswith("KeyboardInterrupt")
+
+
+@pytest.mark.parametrize("source", [ASYNCIO, BLOCKING], ids=["asyncio", "blocking"])
+def test_a_program_ended_by_sigterm_takes_everything_along(source: str) -> None:
+    """Python does not handle it, so none of the program's own code gets to see to that."""
+    with holding(source) as (program, tree):
+        program.terminate()
+        assert program.wait(10) == -signal.SIGTERM
+        seconds_until_gone(tree)
 
 
 def test_used_in_a_forked_child_the_pool_refuses_and_the_parent_does_not_notice() -> None:

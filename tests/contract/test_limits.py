@@ -225,7 +225,7 @@ def test_a_task_is_postponed_for_longer_after_each_attempt(
     ledger: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[int] = []
-    monkeypatch.setattr(TaskOptions, "delay_s", lambda _, attempts: asked.append(attempts) or 0.0)
+    monkeypatch.setattr(TaskOptions, "delay_s", lambda _, attempts: [asked.append(attempts), 0.0][1])
     with Pool(1) as pool:
         view = pool.with_options(retries=3)
         assert view.submit(helpers.count_and_die_before, str(ledger), 4).result(timeout=20)
