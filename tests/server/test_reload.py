@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future
 from functools import partial
@@ -21,7 +22,7 @@ import requests
 
 from fdpool import ReloadFailed
 from fdpool._server.states import State
-from fdpool.server import Server, ServerWorker
+from fdpool.server import Server, ServerWorker, current_worker
 from tests.process_state import wait_until
 from tests.server.helpers import (
     ANY_PORT,
@@ -216,6 +217,37 @@ def test_a_stream_that_outlasts_the_grace_is_cut_off() -> None:
             response.read()
         client.close()
         wait_until(lambda: len(server.stats().workers) == 1)
+
+
+@pytest.mark.parametrize("dispatch", ["shared", "handoff", "reuseport"])
+def test_a_reload_loses_no_connection_that_waits_behind_busy_workers(dispatch: Any, tmp_path: Path) -> None:
+    """S1: nor the request that was sent with it. Of two bare listeners with SO_REUSEPORT, one that is closed takes what
+    waits at it along."""
+
+    def wait_to_be_let(connection: socket.socket, address: object) -> None:
+        worker = current_worker()
+        assert worker is not None
+        while not (tmp_path / f"go-{worker.generation}").exists():
+            time.sleep(0.01)
+        echo_pid(connection, address)
+
+    with Server(wait_to_be_let, ANY_PORT, workers=2, dispatch=dispatch, grace=60) as server:
+        old = pids(server)
+        with contextlib.ExitStack() as opened:
+            clients = [opened.enter_context(connect(server)) for _ in range(40)]
+            for number, client in enumerate(clients):
+                client.sendall(b"%d" % number)
+            wait_until(lambda: [each.in_flight for each in server.stats().workers] == [1, 1])
+            assert server.reload().result(60) == 2
+            (tmp_path / "go-1").touch()
+            wait_until(
+                lambda: not any(map(psutil.pid_exists, old))
+            )  # and with them all that was theirs alone
+            (tmp_path / "go-2").touch()
+            answers = [read_all(client).split() for client in clients]
+        assert [int(said) for _, said in answers] == list(range(40))
+        answered_by = Counter(int(pid) for pid, _ in answers)
+        assert [answered_by[pid] for pid in old] == [1, 1]
 
 
 # -- new code ------------------------------------------------------------------------------------------
