@@ -115,6 +115,115 @@ def test_a_worker_that_is_sent_sigterm_finishes_and_has_a_successor_first() -> N
             assert int(read_all(client)) == before
 
 
+ENDING = [signal.SIGQUIT, signal.SIGINT, signal.SIGHUP, signal.SIGKILL]
+
+
+@pytest.mark.parametrize("number", [*ENDING, signal.SIGTERM])
+def test_a_worker_that_is_sent_a_signal_while_it_boots_is_replaced(number: int, tmp_path: Path) -> None:
+    """W1: at once, or after SIGTERM when it has come to serve and its successor does."""
+
+    def hold_the_first_but_one(worker: ServerWorker) -> None:
+        if worker.slot == 1 and not (tmp_path / "boots").exists():
+            (tmp_path / "pid").write_text(str(worker.pid))
+            (tmp_path / "pid").rename(tmp_path / "boots")
+            while not (tmp_path / "go").exists():
+                time.sleep(0.01)
+
+    with Server(echo_pid, ANY_PORT, workers=1, on_worker_start=hold_the_first_but_one) as server:
+        [other] = pids(server)
+        server.scale(2)
+        wait_until((tmp_path / "boots").exists)
+        booting = int((tmp_path / "boots").read_text())
+        os.kill(booting, number)
+        if number == signal.SIGTERM:
+            assert psutil.pid_exists(booting)
+            (tmp_path / "go").touch()
+        wait_until(lambda: not psutil.pid_exists(booting))
+        wait_until(lambda: len(pids(server)) == len(server.stats().workers) == 2)
+        assert other in pids(server)
+        assert booting not in pids(server)
+
+
+def waiting_for(gate: Path, kind: str) -> Any:
+    """An application that answers with its worker's pid when the file `gate` is there."""
+
+    def wait_for_gate() -> None:
+        while not gate.exists():
+            time.sleep(0.01)
+
+    def serve_connection(connection: socket.socket, _: object) -> None:
+        connection.recv(100)
+        wait_for_gate()
+        connection.sendall(b"%d" % os.getpid())
+
+    async def serve_asgi(scope: Any, receive: Any, send: Any) -> None:
+        while scope["type"] == "http" and not gate.exists():  # noqa: ASYNC110, ASYNC240 - it is the test's
+            await asyncio.sleep(0.01)
+        await asgi(scope, receive, send)
+
+    def serve_wsgi(environ: Any, start_response: Any) -> list[bytes]:
+        wait_for_gate()
+        return wsgi(environ, start_response)
+
+    return {"handler": serve_connection, "asgi": serve_asgi, "wsgi": serve_wsgi}[kind]
+
+
+@contextlib.contextmanager
+def draining(app: Any, threads: int | None) -> Iterator[tuple[Server, int, socket.socket]]:
+    """A server with a worker that drains, and the client of the request that this one runs."""
+    with Server(app, ANY_PORT, workers=1, threads=threads, grace=60) as server:
+        [old] = pids(server)
+        with connect(server) as client:
+            client.sendall(b"GET / HTTP/1.0\r\n\r\n")
+            wait_until(lambda: server.stats().workers[0].in_flight)
+            assert server.reload().result(60) == 2
+            after = pids(server)
+            yield server, old, client
+            wait_until(lambda: len(server.stats().workers) == 1)
+            assert pids(server) == after
+            assert server.stats().started == 2
+        server.stop(0)
+
+
+KINDS = [("handler", 1), ("handler", 2), ("asgi", None), ("wsgi", 1), ("wsgi", 2)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "threads", "number"),
+    [*(("handler", 1, number) for number in ENDING), *((*kind, signal.SIGINT) for kind in KINDS[1:])],
+)
+def test_a_worker_that_is_ended_by_a_signal_while_it_drains_is_gone_with_what_it_ran(
+    kind: str, threads: int | None, number: int, tmp_path: Path
+) -> None:
+    """W1: and its successor is there already. SIGINT is told the application as Python does, so that HTTP may have an
+    answer of that: 500."""
+    need(kind)
+    with draining(waiting_for(tmp_path / "never", kind), threads) as (_, old, client):
+        os.kill(old, number)
+        wait_until(lambda: not psutil.pid_exists(old))
+        answer = b""
+        with contextlib.suppress(ConnectionResetError):
+            answer = read_all(client)
+        assert answer == b"" or (number == signal.SIGINT and b" 500 " in answer)
+
+
+@pytest.mark.parametrize(("kind", "threads"), KINDS)
+def test_a_worker_that_is_sent_sigterm_while_it_drains_finishes(
+    kind: str, threads: int | None, tmp_path: Path
+) -> None:
+    """W1: it is about to go."""
+    need(kind)
+    with draining(waiting_for(tmp_path / "gate", kind), threads) as (_, old, client):
+        os.kill(old, signal.SIGTERM)
+        (tmp_path / "gate").touch()
+        assert b"%d" % old in read_all(client)
+
+
+def need(kind: str) -> None:
+    if kind in ("asgi", "wsgi"):
+        pytest.importorskip("uvicorn" if kind == "asgi" else "waitress")
+
+
 def test_a_worker_that_is_to_be_replaced_before_it_serves_is(tmp_path: Path) -> None:
     def retire(worker: ServerWorker) -> None:
         if not (tmp_path / "first").exists():

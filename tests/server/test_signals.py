@@ -156,6 +156,29 @@ def test_usr1_opens_log_files_anew_here_and_in_the_workers(tmp_path: Path) -> No
         wait_until(lambda: "anew" in (tmp_path / "server.log").read_text())
 
 
+def test_usr1_to_a_worker_opens_its_log_files_anew_and_nobody_elses(tmp_path: Path) -> None:
+    body = """
+    def start(worker):
+        logging.basicConfig(filename=f"{worker.slot}.log", level="INFO", format="%(message)s")
+        logging.info("begun")
+
+    logging.getLogger().addHandler(logging.FileHandler("server.log"))
+    sys.exit(fdpool.Server(pid, "127.0.0.1:0", workers=2, on_worker_start=start).run())
+    """
+    with program(tmp_path, body) as server:
+        port = port_in(server.expect("started"))
+        ready = {each["slot"]: each["worker_pid"] for each in server.heard if each["event"] == "worker_ready"}
+        for name in ("0", "1", "server"):
+            (tmp_path / f"{name}.log").rename(tmp_path / f"{name}.old")
+        os.kill(ready[1], signal.SIGUSR1)
+        wait_until((tmp_path / "1.log").exists)
+        assert not (tmp_path / "0.log").exists()
+        assert not (tmp_path / "server.log").exists()
+        assert ask_port(port) in ready.values()
+        server.signal(signal.SIGTERM)
+        assert server.wait() == 0
+
+
 def test_a_log_file_that_cannot_be_opened_anew_is_told_and_tried_again_the_next_time(tmp_path: Path) -> None:
     """Nobody ends of it or goes deaf, here or in the workers, and what is logged meanwhile is in the file before."""
     body = """
