@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from . import _lending, _messages, _platform, _process, _spawn, _trees, fds
+from . import _children, _lending, _messages, _platform, _process, _spawn, _trees, fds
 from .errors import FdTransferError
 from .payload import Payload
 from .sockets import StreamSocket
@@ -131,6 +131,8 @@ class ControlLink:
                 self._kill()
                 killed = True
             self._await_death(deadline)
+        if self._is_child:
+            _children.forget(self.pid)
         self.close()
         return status
 
@@ -187,7 +189,9 @@ def _start(fork: bool, inherited: Callable[[], object] | None) -> _Started:
         _supervisor.main(theirs.into_inner().detach(), inherited)
 
     try:
-        pid = _spawn.fork_supervisor(main) if fork else _spawn.spawn_supervisor(theirs.fileno())
+        pid = _children.start(
+            lambda: _spawn.fork_supervisor(main) if fork else _spawn.spawn_supervisor(theirs.fileno())
+        )
     except BaseException:
         mine.close()
         raise

@@ -391,7 +391,8 @@ class Server:
     def upgrade(self) -> None:
         """Have a new process take the place of this one, by the command that started this: new code of everything, even
         a new Python. It takes over the listeners; when its workers serve, this server drains and ends. If it
-        fails, or does not serve in time, this one goes on. Does not wait."""
+        fails, or does not serve in time, this one goes on. Refused, and logged, where this process is process 1: its
+        end would be the successor's. Does not wait."""
         self._running().upgrade()
 
     def reopen_logs(self) -> None:

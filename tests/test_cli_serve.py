@@ -45,9 +45,10 @@ def app_dir(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def serve(app_dir: Path, *arguments: str, target: str = "shop:handle") -> Any:
+def serve(app_dir: Path, *arguments: str, target: str = "shop:handle", **options: Any) -> Any:
     """A server of `target` on a free port with two workers, as a context."""
-    return served("--app-dir", str(app_dir), "-b", "127.0.0.1:0", "-w", "2", *arguments, target)
+    given = ("--app-dir", str(app_dir), "-b", "127.0.0.1:0", "-w", "2", *arguments, target)
+    return served(*given, **options)
 
 
 def answer(address: str) -> str:
@@ -241,6 +242,62 @@ def test_an_upgrade_that_does_not_come_to_serve_changes_nothing(app_dir: Path) -
         assert int(pid_file.read_text()) == server.pid
         assert server.stop() == 0
     assert not pid_file.exists()
+
+
+# -- as process 1 of a container ------------------------------------------------------------------
+
+CONTAINER = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--kill-child", "--mount-proc"]
+# Becomes the server, with a child that it has not started: as from `sh -c "helper & exec fdpool serve"`.
+WITH_A_STRANGER = ["sh", "-c", 'sleep 600 & exec "$@"', "sh"]
+# The same of a process that adopts orphans (PR_SET_CHILD_SUBREAPER), whose stranger comes later.
+SUBREAPER = """
+import ctypes, os, sys
+ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
+if os.fork() == 0:
+    os.execvp("sh", ["sh", "-c", "sleep 600 & wait", "sh"])
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+
+def children_named(pid: int, name: str) -> list[psutil.Process]:
+    return [each for each in psutil.Process(pid).children(recursive=True) if each.name() == name]
+
+
+def test_as_process_1_it_reaps_strangers_and_is_not_upgraded(app_dir: Path) -> None:
+    """S12: a successor would be killed with the container, which ends with its process 1."""
+    if subprocess.run([*CONTAINER, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("no namespaces here")
+    with serve(app_dir, under=[*CONTAINER, *WITH_A_STRANGER]) as server:
+        (server.pid,) = [each.pid for each in psutil.Process(server.process.pid).children()]
+        (stranger,) = children_named(server.pid, "sleep")
+        assert stranger.ppid() == server.pid
+        stranger.kill()
+        wait_until(lambda: not psutil.pid_exists(stranger.pid))
+        server.wait_for("upgrade_refused", server.tell(signal.SIGUSR2))
+        server.wait_for("reloaded", server.tell(signal.SIGHUP))
+        assert answer(server.address).startswith("first ")
+        server.stop()
+        assert server.process.returncode == 0
+
+
+def test_as_a_parent_of_orphans_it_reaps_them_and_takes_no_status_that_it_waits_for(app_dir: Path) -> None:
+    """S12: they come to a subreaper as they come to process 1."""
+    with serve(app_dir, under=[sys.executable, "-c", SUBREAPER]) as server:
+        (stranger,) = children_named(server.pid, "sleep")
+        (parent,) = [each for each in psutil.Process(server.pid).children() if each.pid == stranger.ppid()]
+        parent.kill()
+        wait_until(lambda: stranger.ppid() == server.pid)
+        assert stranger.is_running()
+        wait_until(lambda: not psutil.pid_exists(parent.pid))
+        stranger.kill()
+        wait_until(lambda: not psutil.pid_exists(stranger.pid))
+        (app_dir / "shop.py").write_text("this is no Python")
+        failed = server.wait_for("upgrade_failed", server.tell(signal.SIGUSR2))
+        assert failed["reason"] == "it exited with code 3"
+        assert server.stop() == 0
+
+
+# -- the pid file of a successor -----------------------------------------------------------------------
 
 
 def test_a_successor_that_cannot_write_the_pid_file_leaves_it_to_the_server_that_there_is(

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from .. import _children
 from .._links import Waker
 from .._systemd import Notifier
 
@@ -31,7 +32,8 @@ class Signals:
 
     Args:
         ends_process: nothing comes afterwards but the end of this process, so the signals are ignored then: to
-            somebody who asks twice, a server that has ended well must not seem to have been killed.
+            somebody who asks twice, a server that has ended well must not seem to have been killed. And nobody but
+            fdpool starts children in it: those that it adopts, as process 1 does, are reaped as they die.
 
     Raises:
         RuntimeError: this is not the main thread.
@@ -48,6 +50,7 @@ class Signals:
         self._early: list[int] = []
         self._quick_ends = itertools.count()
         self._before: dict[int, Handler] = {}
+        self._sigchld_before: Handler = signal.SIG_DFL
         self._waker = Waker()
         self._wakeup_before = -1
 
@@ -63,6 +66,8 @@ class Signals:
             signal.SIGUSR2,
         ):
             self._before[number] = signal.signal(number, self._on_signal)
+        if self._ends_process:
+            self._sigchld_before = signal.signal(signal.SIGCHLD, self._on_signal)
         # The kernel gives a signal to any thread that does not block it, and then nothing wakes the main thread, which
         # alone runs handlers: unless it waits for this descriptor.
         self._wakeup_before = signal.set_wakeup_fd(self._waker.write_fileno(), warn_on_full_buffer=False)
@@ -72,6 +77,9 @@ class Signals:
         for number, handler in self._before.items():
             afterwards = signal.SIG_IGN if self._ends_process else handler
             signal.signal(number, afterwards if afterwards is not None else signal.SIG_DFL)
+        if self._ends_process:
+            # Not ignored: the kernel would reap a supervisor that somebody still waits for.
+            signal.signal(signal.SIGCHLD, self._sigchld_before or signal.SIG_DFL)
         signal.set_wakeup_fd(self._wakeup_before)
         self._waker.close()
 
@@ -81,6 +89,9 @@ class Signals:
         if self._notifier.watchdog_interval_s is not None:
             pause_s = self._notifier.watchdog_interval_s
             loop.turns.post(lambda: loop.turns.every(pause_s, self._notifier.watchdog))
+        if self._ends_process:
+            # Some may have died before their death was heard of: what a shell has started and then become this.
+            self._early.append(signal.SIGCHLD)
         while self._early:
             self._do(loop, self._early.pop(0))
 
@@ -132,3 +143,5 @@ class Signals:
             loop.reopen_logs()
         elif number == signal.SIGUSR2:
             loop.upgrade()
+        elif number == signal.SIGCHLD:
+            loop.turns.post(_children.reap_adopted)

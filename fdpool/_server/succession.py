@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,10 @@ if TYPE_CHECKING:
     from .turns import Turns
 
 _LOOKS, _LOOK_S = 10, 0.05
+_IS_PROCESS_1 = (
+    "no upgrade: this is process 1, whose end would be its container's and the successor's. "
+    "Replace the container, or have an init in it (docker run --init)"
+)
 
 
 class Succession:
@@ -42,6 +47,10 @@ class Succession:
         """Start a successor, if none is coming or there already."""
         if self._coming is not None or self.pid is not None:
             say("upgrade_refused", "a successor is on its way already", level=logging.WARNING)
+            return
+        if os.getpid() == 1:
+            # Kernel: with process 1 of a pid namespace every other one in it is killed (pid_namespaces(7)).
+            say("upgrade_refused", _IS_PROCESS_1, level=logging.WARNING)
             return
         try:
             coming = self._coming = Successor(self._listeners.all())

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Collection, Iterable, Mapping, MutableMapping
 from typing import Any
 
+from .. import _children
 from .._bind import Listener
 from .._systemd import successor_environment
 from ..errors import ServerFailed
@@ -140,15 +141,7 @@ class Successor:
         text = json.dumps({"of": os.getpid(), "control": theirs.fileno(), "listeners": said})
         environment = {**successor_environment(os.environ), VARIABLE: text}
         try:
-            self.pid = os.posix_spawn(
-                sys.executable,
-                [sys.executable, *sys.orig_argv[1:]],
-                environment,
-                # Onto itself: all that this does is to clear close-on-exec (posix_spawn(3)).
-                file_actions=[(os.POSIX_SPAWN_DUP2, fd, fd) for fd in passed],
-                setsigmask=(),
-                setsigdef=sorted(signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}),
-            )
+            self.pid = _children.start(lambda: _spawn(environment, passed))
         except BaseException:
             self.control.close()
             raise
@@ -172,8 +165,12 @@ class Successor:
         try:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
         except ChildProcessError:
+            _children.forget(self.pid)
             return None
-        return status if pid else None
+        if not pid:
+            return None
+        _children.forget(self.pid)
+        return status
 
     def kill(self) -> None:
         """End it with SIGKILL, and wait until it is gone; its workers die with it."""
@@ -182,10 +179,24 @@ class Successor:
             os.waitpid(self.pid, 0)
         except (ProcessLookupError, ChildProcessError):
             pass  # it has ended by itself
+        _children.forget(self.pid)
 
     def close(self) -> None:
         """Close the stream to it."""
         self.control.close()
+
+
+def _spawn(environment: Mapping[str, str], passed: Iterable[int]) -> int:
+    """The pid of this command, started again with these descriptors."""
+    return os.posix_spawn(
+        sys.executable,
+        [sys.executable, *sys.orig_argv[1:]],
+        environment,
+        # Onto itself: all that this does is to clear close-on-exec (posix_spawn(3)).
+        file_actions=[(os.POSIX_SPAWN_DUP2, fd, fd) for fd in passed],
+        setsigmask=(),
+        setsigdef=sorted(signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}),
+    )
 
 
 def _number_in(bind: str) -> int:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,13 +33,16 @@ class Served:
         events: the log so far, a dictionary for each line; `text` holds what is no JSON.
         address: of its first listener, once `started`.
         pid: of the process that serves now; another one after an upgrade.
+
+    Args:
+        under: a command that runs the server's, which comes after it.
     """
 
-    def __init__(self, *arguments: str, env: dict[str, str] | None = None) -> None:
+    def __init__(self, *arguments: str, env: dict[str, str] | None = None, under: Sequence[str] = ()) -> None:
         self.events: list[Event] = []
         self.text: list[str] = []
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "fdpool", "serve", "--log-json", *arguments],
+            [*under, sys.executable, "-m", "fdpool", "serve", "--log-json", *arguments],
             cwd=ROOT,
             env={**os.environ, "PYTHONPATH": str(ROOT), **(env or {})},
             stdin=subprocess.DEVNULL,
@@ -132,9 +135,9 @@ def is_alive(pid: int) -> bool:
 
 
 @contextmanager
-def served(*arguments: str, env: dict[str, str] | None = None) -> Iterator[Served]:
+def served(*arguments: str, env: dict[str, str] | None = None, under: Sequence[str] = ()) -> Iterator[Served]:
     """A server for a `with` block, which begins when it serves."""
-    server = Served(*arguments, env=env)
+    server = Served(*arguments, env=env, under=under)
     try:
         yield server.started()
     finally:

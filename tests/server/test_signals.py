@@ -508,7 +508,7 @@ def test_nothing_outlives_a_killed_server_and_a_killed_supervisor_is_replaced(
 
 
 def test_it_serves_as_a_process_that_adopts_strangers_and_reaps_its_own_only(tmp_path: Path) -> None:
-    """S12: orphans come to it as they come to pid 1, and it leaves them alone; S13: somebody else reaps everything."""
+    """S12: orphans are not harmed; S13: another thread of the program reaps everything, the server's own included."""
     body = """
     import ctypes, subprocess, threading
     ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
