@@ -14,7 +14,6 @@ Runs in: the main thread of a server worker.
 
 from __future__ import annotations
 
-import math
 import select
 import signal
 import time
@@ -108,16 +107,14 @@ class InlineTasks:
     task_class = InlineTask
 
     def __init__(self) -> None:
-        self._cleanup_at = 0.0
         self._waiting: deque[Any] = deque()
         self._left = 0  # of the round
         self._interrupted = False
 
     def prepare(self, server: Any) -> None:
-        """Leave out what is done beside a loop that waits, or before its turn (see `_close_idle`)."""
+        """Leave out what is done beside a loop that waits."""
         # None waits while a request runs in its thread; the next turn sees it all.
         server.pull_trigger = lambda: None
-        server.next_channel_cleanup = math.inf
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -153,32 +150,16 @@ class InlineTasks:
         self._waiting.append(task)
 
     def after_turn(self, servers: Sequence[Any]) -> None:
-        """Close what is idle, and run requests.
+        """Run requests.
 
         Raises:
             KeyboardInterrupt: the worker was sent SIGINT meanwhile. One that an application raises is no reason.
         """
-        self._close_idle(servers)
+        del servers
         self._run()
         # Also where nothing waited: it may have come, and been swallowed, in the loop's turn.
         if self._interrupted:
             raise KeyboardInterrupt
-
-    def _close_idle(self, servers: Sequence[Any]) -> None:
-        """Close connections that have been idle for too long, after a turn in which each was read and written to.
-
-        waitress does it before a turn, which is after requests here: all that a client had sent or taken
-        while they ran would count as nothing, and the time as its own.
-        """
-        now = time.time()
-        if now < self._cleanup_at:
-            return
-        self._cleanup_at = now + servers[0].adj.cleanup_interval
-        for server in servers:
-            server.maintenance(now)
-            for channel in list(server.active_channels.values()):
-                if channel.will_close:
-                    channel.handle_close()
 
     def _run(self) -> None:
         """Run requests for a moment: in a round, one of each connection that has one. A connection's next one comes

@@ -6,7 +6,9 @@ What is ours: the loop is woken once for several answers, and closes connections
 from __future__ import annotations
 
 import logging
+import math
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -56,6 +58,15 @@ class Threads(ThreadedTaskDispatcher):  # type: ignore[misc]  # waitress has no 
         """Start the threads; who serves has them end."""
         self.set_thread_count(self._count)
         yield
+
+    def shutdown(self, cancel_pending: bool = True, timeout: float = 5.0) -> bool:
+        """As waitress does, but that `timeout` is not of the wall clock, which may be set meanwhile."""
+        until = time.monotonic() + timeout
+        self.set_thread_count(0)
+        with self.lock:
+            while self.threads and (left_s := until - time.monotonic()) > 0:
+                self.thread_exit_cv.wait(left_s)
+        return bool(super().shutdown(cancel_pending, timeout=-math.inf))  # no more waiting
 
     def after_turn(self, servers: Sequence[Any]) -> None:
         """Close connections whose last answer has gone; by itself waitress would take another turn of its loop."""

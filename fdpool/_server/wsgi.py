@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import encodings.idna  # noqa: F401 - getaddrinfo(3) of waitress's default address: so each worker need not (0.6 MiB)
 import logging
+import math
 import os
 import socket
 import threading
@@ -79,6 +80,7 @@ class WsgiFace:
         self._drains: deque[Callable[[], None]] = deque()  # told, and not begun
         self._until: float | None = None  # a drain's end
         self._idle_at = 0.0
+        self._cleanup_at = 0.0
         options = {"threads": order.threads or 4, "backlog": order.backlog, "ident": None, **order.options}
         threads = int(options["threads"])
         self._tasks: Tasks = InlineTasks() if threads == 1 else Threads(threads)
@@ -93,6 +95,7 @@ class WsgiFace:
         for server in self._servers:
             server.channel_class = channel
             self._tasks.prepare(server)
+            server.next_channel_cleanup = math.inf  # `_close_idle` does it
             if accepts:
                 _accept_by(server, door, self._takes)
             else:
@@ -110,6 +113,7 @@ class WsgiFace:
                 while self._drains:  # asked again without the lock: one may have come that did not get it
                     with self._turning:
                         self._begin_drains()
+                self._close_idle()
                 self._tasks.after_turn(self._servers)
             left_s = max(0.0, self._until - time.monotonic())
             self._tasks.shutdown(timeout=left_s)
@@ -155,6 +159,22 @@ class WsgiFace:
         """With `_turning` held, as the loop goes through what is closed here."""
         while self._drains:
             self._drains.popleft()()
+
+    def _close_idle(self) -> None:
+        """Close connections that have been idle for too long, after a turn in which each was read and written to.
+
+        waitress does it before a turn, which with one thread is after requests: all that a client had sent or taken
+        while they ran would count as nothing, and the time as its own. And it looks at a clock that may be set.
+        """
+        now = time.monotonic()
+        if now < self._cleanup_at:
+            return
+        self._cleanup_at = now + self._servers[0].adj.cleanup_interval
+        for server in self._servers:
+            server.maintenance(now)
+            for channel in list(server.active_channels.values()):
+                if channel.will_close:
+                    channel.handle_close()
 
     def _takes(self) -> bool:
         """True if a connection that comes now would be taken."""
@@ -221,8 +241,6 @@ class _Intake:
         self._takes = takes
 
     def readable(self) -> bool:
-        for server in self._servers:
-            server.readable()  # which, but for one thread, also closes connections that are idle for too long
         return self._takes()
 
     def writable(self) -> bool:
@@ -285,6 +303,16 @@ def _channel_class(worker: ServerWorker, door: Door, tasks: Tasks) -> type[Any]:
     class Channel(channel_base):  # type: ignore[misc]
         task_class = Task
         token = 0
+        _active_at = 0.0
+
+        @property
+        def last_activity(self) -> float:
+            """By the clock that nobody sets: when waitress last took note of the time, by the other one."""
+            return self._active_at
+
+        @last_activity.setter
+        def last_activity(self, _moment: float) -> None:
+            self._active_at = time.monotonic()
 
         def read_at_once(self) -> None:
             """Most clients send with the connection: that is read here, a turn of the loop earlier."""

@@ -1,4 +1,4 @@
-"""A server as a program: signals, upgrades, exit codes, and its end (S1, S3, S4, S11, S12, S13, W1, W4)."""
+"""A server as a program: signals, upgrades, exit codes, and its end (S1, S3, S4, S12, S13, W1, W4)."""
 
 from __future__ import annotations
 
@@ -550,21 +550,6 @@ def test_the_interpreters_exit_ends_a_server_that_nobody_has_stopped(tmp_path: P
         server.expect("started")
         assert server.wait() == 0
         server.expect("stopped")
-
-
-def test_the_wall_clock_may_jump(tmp_path: Path) -> None:
-    """S11: nothing that is timed here looks at it."""
-    body = """
-    real = time.time
-    time.time = lambda: real() + 1e9
-    sys.exit(fdpool.Server(pid, "127.0.0.1:0", workers=1, max_age=3600, request_timeout=60, boot_timeout=60).run())
-    """
-    with program(tmp_path, body) as server:
-        port = port_in(server.expect("started"))
-        first = ask_port(port)
-        assert ask_port(port) == first
-        server.signal(signal.SIGTERM)
-        assert server.wait() == 0
 
 
 def test_signals_come_as_they_like_from_several_threads(tmp_path: Path) -> None:
