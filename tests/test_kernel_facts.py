@@ -565,7 +565,7 @@ def test_a_closed_number_is_refused_at_send(pair: Pair) -> None:
 
 
 def test_epoll_goes_on_reporting_a_number_closed_while_another_holder_exists() -> None:
-    """M27: the ghost can neither be read nor unregistered."""
+    """H11, M27: the ghost can neither be read nor unregistered."""
     read_end, write_end = os.pipe()
     holder = os.dup(read_end)
     with select.epoll() as epoll:

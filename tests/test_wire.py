@@ -411,7 +411,7 @@ def test_a_raising_handler_cannot_rob_an_inbox(
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="3.10 also runs handlers as a function returns")
 @shooting
 def test_a_raising_handler_cannot_rob_a_datagram_socket(pair: tuple[DatagramSocket, DatagramSocket]) -> None:
-    """T11"""
+    """T12, T11"""
     survives_alarms(pair[0].send, pair[1].receive, NUMBERED, 50)
 
 

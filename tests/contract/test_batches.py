@@ -56,6 +56,7 @@ def flood(pool: Pool, count: int) -> list[Future[int]]:
 
 
 def test_a_flood_is_sent_in_batches_and_every_result_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    """P13."""
     with Pool(2) as pool:
         warm(pool)
         sizes: list[int] = []
@@ -73,7 +74,7 @@ def test_a_flood_is_sent_in_batches_and_every_result_is_right(monkeypatch: pytes
 
 
 def test_a_long_task_holds_up_none_that_travelled_with_it(gate: Gate, tmp_path: Path) -> None:
-    """Neither those before it, whose answers lie on the board, nor those behind it, which another worker runs."""
+    """P13: neither those before it, whose answers lie on the board, nor those behind it, which another worker runs."""
     ledger = tmp_path / "ledger"
     ledger.touch()
     with Pool(2) as pool:

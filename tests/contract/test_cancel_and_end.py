@@ -96,6 +96,7 @@ def test_tasks_behind_a_cancelled_one_keep_their_order(gate: Gate) -> None:
 
 
 def test_a_cancelled_task_gives_its_descriptors_back(gate: Gate) -> None:
+    """P9."""
     with Pool(1) as pool:
         gate.hold(pool)
         read, write = os.pipe()
@@ -189,6 +190,7 @@ pathlib.Path({str(mark)!r}).write_text("bye\\n")
 
 
 def test_shutdown_leaves_nothing_that_a_task_started() -> None:
+    """P8."""
     with Pool(1) as pool:
         one = pool.submit(lambda: subprocess.Popen(["sleep", "1000"]).pid).result()
         other = pool.submit(lambda: subprocess.Popen(["sleep", "1000"], start_new_session=True).pid).result()

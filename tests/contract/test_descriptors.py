@@ -312,6 +312,7 @@ def test_no_epoll_goes_on_reporting_what_was_handed_over_once_the_task_has_close
 
 
 def test_a_pipe_end_handed_to_a_task_is_held_by_nobody_else(pool: Pool) -> None:
+    """H10."""
     read, write = os.pipe()
     with open(write, "wb") as end:
         pool.submit(lambda f: f.close(), end)

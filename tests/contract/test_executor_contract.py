@@ -185,6 +185,7 @@ def test_an_initializer_whose_threads_never_end_still_breaks_the_pool_when_it_fa
 
 
 def test_with_fork_an_initializer_may_take_what_cannot_be_pickled() -> None:
+    """W6."""
     lock = threading.Lock()
 
     def begin(held: Any) -> None:

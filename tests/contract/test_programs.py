@@ -99,6 +99,7 @@ def test_a_program_has_its_three_descriptors_and_no_other(pool: Pool) -> None:
 
 
 def test_a_program_starts_with_default_signals(pool: Pool) -> None:
+    """W2."""
     done = pool.run(["cat", "/proc/self/status"], capture_output=True).result()
     masks = dict(line.split(b":\t") for line in done.stdout.splitlines() if line.startswith(b"Sig"))
     assert int(masks[b"SigBlk"], 16) == 0

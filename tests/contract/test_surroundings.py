@@ -196,7 +196,7 @@ def test_what_a_program_ignores_or_blocks_its_workers_and_their_programs_do_not(
 
 
 def test_somebody_else_may_reap_the_supervisor(tmp_path: Path) -> None:
-    """S13: a library that waits for any child, and SIGCHLD ignored, which has the kernel reap."""
+    """W2, S13: a library that waits for any child, and SIGCHLD ignored, which has the kernel reap."""
     source = """
         import os, signal, sys, threading, time, fdpool
 

@@ -197,6 +197,7 @@ def test_a_task_may_have_a_pool_of_its_own(pool: Pool) -> None:
 
 
 def test_a_callback_may_submit_and_the_pool_still_ends(pool: Pool) -> None:
+    """P14."""
     more: list[cf.Future[int]] = []
     first = pool.submit(helpers.square, 3)
     first.add_done_callback(lambda _: more.append(pool.submit(helpers.square, 4)))
@@ -205,6 +206,7 @@ def test_a_callback_may_submit_and_the_pool_still_ends(pool: Pool) -> None:
 
 
 def test_sigint_sent_to_a_worker_interrupts_its_task_and_not_the_worker(pool: Pool, tmp_path: Path) -> None:
+    """W1."""
     read, write = os.pipe()
     pid = pool.submit(os.getpid).result()
     with open(write, "wb"):

@@ -38,6 +38,7 @@ def switches(pids: list[int]) -> int:
 
 
 def test_an_idle_pool_does_not_wake_up(pool: Pool) -> None:
+    """H11."""
     for _ in range(50):
         pool.submit(helpers.square, 3).result()
     for future in [pool.submit(helpers.square, n) for n in range(2000)]:
@@ -153,6 +154,7 @@ def test_all_of_it_works_without_epoll(without: str, monkeypatch: pytest.MonkeyP
 
 
 def test_a_signal_handler_may_wait_in_the_midst_of_another_wait(pool: Pool) -> None:
+    """P14."""
     inner: list[int] = []
 
     def handle(_number: int, _frame: object) -> None:

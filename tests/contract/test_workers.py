@@ -96,6 +96,7 @@ def test_a_worker_dies_of_any_signal_that_is_not_ignored_and_its_task_alone_with
 
 
 def test_a_worker_killed_while_idle_is_noticed_by_nobody() -> None:
+    """T20."""
     with Pool(2) as pool:
         for _ in range(50):
             cf.wait([pool.submit(helpers.spin, 0.001) for _ in range(2)])
@@ -236,6 +237,7 @@ def test_by_default_nothing_is_forked_beside_threads_nor_with_a_lock_that_one_ho
 
 
 def test_start_method_fork_inherits_memory_and_the_default_does_not() -> None:
+    """W6."""
     inherited["value"] = 42
 
     def look() -> int:
@@ -526,6 +528,7 @@ def test_what_a_killed_worker_had_started_is_killed_too() -> None:
 
 
 def test_recovery_from_a_killed_worker_takes_no_noticeable_time() -> None:
+    """T20."""
     with Pool(1) as pool:
         pool.submit(helpers.square, 1).result()
         silent = pool.submit(time.sleep, 1000)
@@ -567,6 +570,7 @@ def test_killing_workers_from_outside_loses_no_more_tasks_than_workers() -> None
     "without", ["memfd", "pidfd", "subreaper", "pdeathsig", "memfd,pidfd,subreaper,pdeathsig"]
 )
 def test_the_pool_works_without_what_only_linux_has(without: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """R1."""
     monkeypatch.setenv("FDPOOL_WITHOUT", without)
     with Pool(2) as pool:
         assert list(pool.map(helpers.square, range(20))) == [n * n for n in range(20)]

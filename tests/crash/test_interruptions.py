@@ -79,6 +79,7 @@ assert hits, "the storm hit nothing"
 
 
 def test_a_storm_of_ctrl_c_loses_no_future_and_leaves_no_lock_taken() -> None:
+    """T11, T12."""
     root = Path(__file__).parents[2]
     environment = {**os.environ, "PYTHONPATH": str(root)}
     done = subprocess.run(
@@ -93,6 +94,8 @@ def test_a_storm_of_ctrl_c_loses_no_future_and_leaves_no_lock_taken() -> None:
 
 
 def test_a_pool_that_is_collected_in_the_middle_of_its_own_decision_ends() -> None:
+    """P14."""
+
     class Holder:
         pool: fdpool.Pool
         me: Any

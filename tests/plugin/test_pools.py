@@ -72,6 +72,7 @@ def _leave_file() -> None:
     ],
 )
 def test_a_worker_that_is_left_changed_is_replaced_and_named(task, text: str) -> None:  # type: ignore[no-untyped-def]
+    """F4."""
     shared = SharedPool(lambda: fdpool.Pool(1))
     try:
         pool = shared.begin()

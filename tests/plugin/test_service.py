@@ -58,6 +58,7 @@ def test_all_holders_have_one_server_and_it_ends_with_the_last() -> None:
 
 
 def test_a_holder_that_is_killed_lets_go(tmp_path: Path) -> None:
+    """F3."""
     program = (
         "import os, sys, time\n"
         "from fdpool._fixtures.service import Services\n"
