@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import random
 import resource
@@ -10,6 +11,8 @@ import socket
 import socketserver
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -426,3 +429,36 @@ def test_waitress_is_woken_once_for_many_and_never_too_few_times() -> None:
     assert trigger.recv(100)
     trigger._physical_pull()
     assert trigger.bytes == 1
+
+
+@pytest.mark.parametrize("step_s", [1e6, -1e6])
+def test_the_wait_for_waitress_threads_heeds_no_clock_that_is_set(
+    step_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """S11."""
+    pytest.importorskip("waitress")
+    from fdpool._server.threads import Threads
+
+    class Task:
+        begun, may_end = threading.Event(), threading.Event()
+
+        def service(self) -> None:
+            self.begun.set()
+            self.may_end.wait()
+
+    tasks, task = Threads(1), Task()
+    with tasks.running():
+        tasks.add_task(task)
+        assert task.begun.wait(20)
+    now = itertools.count(time.time(), step_s)
+    monkeypatch.setattr(time, "time", lambda: next(now))
+    tasks.shutdown(timeout=0.05)
+    assert tasks.threads, "it is not waited for beyond the time"
+    waiter = threading.Thread(target=tasks.shutdown, kwargs={"timeout": 60})
+    waiter.start()
+    waiter.join(0.3)
+    assert waiter.is_alive(), "it is waited for until the time"
+    task.may_end.set()
+    waiter.join(20)
+    assert not waiter.is_alive()
+    assert not tasks.threads
