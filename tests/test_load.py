@@ -7,9 +7,11 @@ import socket
 import struct
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
+from tests.load.__main__ import TAKEN
 from tests.load._client import Client
 from tests.load._scenarios import Verdict, play
 from tests.load._served import served
@@ -117,6 +119,17 @@ def test_a_kept_connection_that_is_closed_as_it_is_used_is_told_apart_and_the_re
     with behaving(once) as address:
         tally = Client(address, rps=200, keep_alive=1.0).run(0.2)
     assert counted(tally) == (True, False, False, True)
+    assert tally.cut >= tally.raced  # none had been idle for long
+
+
+def test_a_kept_connection_that_is_closed_early_is_counted_though_nobody_used_it() -> None:
+    def once(connection: socket.socket, token: str) -> bool:
+        reply(connection, token)
+        return False
+
+    with behaving(once) as address:
+        tally = Client(address, rps=20, keep_alive=1.0).run(0.3)
+    assert tally.cut == tally.opened > 0
 
 
 def test_latency_counts_from_when_a_request_was_due() -> None:
@@ -137,9 +150,16 @@ def test_a_verdict_allows_what_the_scenario_does_and_no_more() -> None:
     assert Verdict("x", 1, Tally(ok=5, reset=1)).is_good
     assert not Verdict("x", 1, Tally(ok=5, reset=1, failed=1)).is_good
     assert not Verdict("x", 0, Tally()).is_good
+    assert not Verdict("x", 0, Tally(ok=5), wanted=6).is_good
+    assert Verdict("x", 0, Tally(ok=5, raced=1)).is_good
+    assert not Verdict("x", 0, Tally(ok=5, raced=1, cut=1)).is_good
+    assert Verdict("x", 0, Tally(ok=5, raced=1, cut=1), may_cut=True).is_good
 
 
 # -- the server ------------------------------------------------------------------------------------
+
+
+ENOUGH = 0.4  # of what was due: this machine may be busy with other tests
 
 
 def assert_good(verdict: Verdict, log: Callable[[], str]) -> None:
@@ -150,7 +170,7 @@ def assert_good(verdict: Verdict, log: Callable[[], str]) -> None:
     ("dispatch", "scenarios"),
     [
         ("shared", ("reload", "scale", "kill", "upgrade")),
-        ("handoff", ("kill",)),
+        ("handoff", ("reload", "scale", "kill", "upgrade")),
         ("reuseport", ("scale",)),
     ],
 )
@@ -161,14 +181,47 @@ def test_no_reload_no_scaling_and_no_upgrade_costs_a_request_and_a_killed_worker
     arguments = ["-b", "127.0.0.1:0", "-w", "2", "--threads", "1", "--dispatch", dispatch]
     with served(*arguments, "tests.load.app:handler") as server:
         for name in scenarios:
-            verdict = play(name, server, rps=300, seconds=0.5, seed=1, times=3, work_ms=2)
+            verdict = play(name, server, rps=300, seconds=0.5, seed=1, times=3, work_ms=2, enough=ENOUGH)
             assert_good(verdict, server.tail)
 
 
+@pytest.mark.parametrize("dispatch", ["shared", "handoff"])
 @pytest.mark.parametrize(("form", "needs"), [("asgi", "uvicorn"), ("wsgi", "waitress")])
-def test_clients_that_keep_their_connections_lose_nothing_by_a_reload(form: str, needs: str) -> None:
-    """S1, S7: they are told to connect anew."""
+def test_clients_that_keep_their_connections_lose_nothing_by_a_reload(
+    form: str, needs: str, dispatch: str
+) -> None:
+    """S1, S7: they are told to connect anew, and no connection is closed as they use it."""
     pytest.importorskip(needs)
-    with served("-b", "127.0.0.1:0", "-w", "2", "--threads", "4", f"tests.load.app:{form}") as server:
-        verdict = play("reload", server, rps=300, seconds=0.5, seed=1, times=2, keep_alive=0.9)
+    arguments = ["-b", "127.0.0.1:0", "-w", "2", "--threads", "4", "--dispatch", dispatch]
+    with served(*arguments, f"tests.load.app:{form}") as server:
+        verdict = play("reload", server, rps=300, seconds=0.5, seed=1, times=2, keep_alive=0.9, enough=ENOUGH)
         assert_good(verdict, server.tail)
+
+
+@pytest.mark.parametrize("dispatch", ["shared", "handoff"])
+@pytest.mark.parametrize(
+    ("form", "needs", "rps"), [("handler", "socket", 85), ("asgi", "uvicorn", 300), ("wsgi", "waitress", 85)]
+)
+def test_a_killed_worker_costs_what_had_begun_there_and_nothing_that_waits(
+    form: str, needs: str, rps: float, dispatch: str, tmp_path: Path
+) -> None:
+    """S8: a ledger has what begins. The rate is such that some run, and others wait, most of the time."""
+    pytest.importorskip(needs)
+    ledger = tmp_path / "begun"
+    arguments = ["-b", "127.0.0.1:0", "-w", "2", "--threads", "1", "--dispatch", dispatch]
+    with served(*arguments, f"tests.load.app:{form}", env={"TEST_LOAD_LEDGER": str(ledger)}) as server:
+        verdict = play(
+            "kill",
+            server,
+            rps=rps,
+            seconds=0.5,
+            seed=1,
+            times=9,
+            keep_alive=0.0,
+            work_ms=20,
+            enough=ENOUGH,
+            ledger=None if form == "handler" else ledger,
+            taken=TAKEN[form],
+        )
+        assert_good(verdict, server.tail)
+    assert set(verdict.tally.lost) & set(ledger.read_text().split()), "nothing that had begun was killed"

@@ -1,7 +1,7 @@
 """Loads a real `fdpool serve` and does things to it meanwhile, counting what becomes of every request.
 
 Each scenario is told whether it has cost more than it may: nothing for a reload, a change of the number of workers and
-an upgrade; for a killed worker the one request that it ran.
+an upgrade; for a killed worker what it had begun, and what it had just taken.
 """
 
 from __future__ import annotations
@@ -9,9 +9,16 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
 
 from ._scenarios import SCENARIOS, play
 from ._served import served
+
+#: How many connections a worker has taken at most, and not begun: one that runs one request at a time takes one, and an
+#: event loop may take some in one turn. One with threads takes all that come, and has them wait for a thread.
+TAKEN = {"handler": 1, "wsgi": 1, "asgi": 3}
 
 
 def options() -> argparse.Namespace:
@@ -28,6 +35,7 @@ def options() -> argparse.Namespace:
         "--dispatch", choices=("shared", "handoff", "reuseport"), default="shared", help="(shared)"
     )
     parser.add_argument("--workers", type=int, default=2, metavar="N", help="(2)")
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="of each worker (1)")
     parser.add_argument("--rps", type=float, default=300.0, metavar="R", help="requests a second (300)")
     parser.add_argument(
         "--seconds", type=float, default=10.0, metavar="S", help="of each scenario, about (10)"
@@ -48,13 +56,14 @@ def options() -> argparse.Namespace:
 def main() -> int:
     given = options()
     arguments = ["--bind", "127.0.0.1:0", "--workers", str(given.workers), "--dispatch", given.dispatch]
-    if given.app == "handler":
-        arguments += ["--threads", "1"]
+    arguments += ["--threads", str(given.threads), f"tests.load.app:{given.app}"]
     good = True
-    with served(*arguments, f"tests.load.app:{given.app}") as server:
+    with ExitStack() as stack:
+        ledger = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "begun"
+        server = stack.enter_context(served(*arguments, env={"TEST_LOAD_LEDGER": str(ledger)}))
         for name in given.scenario or SCENARIOS:
-            if name == "kill" and given.app != "handler":
-                continue  # others run many requests at a time, so there is no telling what one may cost
+            if name == "kill" and given.threads > 1 and given.app != "asgi":
+                continue  # what waits for a thread has not begun, and there is no telling how much that is
             verdict = play(
                 name,
                 server,
@@ -64,6 +73,8 @@ def main() -> int:
                 times=given.times,
                 keep_alive=given.keep_alive,
                 work_ms=given.work_ms,
+                ledger=None if given.app == "handler" else ledger,
+                taken=TAKEN[given.app],
             )
             good = good and verdict.is_good
             said = verdict.as_json()

@@ -18,6 +18,7 @@ from collections import deque
 from ._tally import Tally
 
 _LOOK_AT_LEAST_EVERY_S = 0.05
+_KEPT_S = 4.0  # a connection that is idle for less is not to be closed; servers that drain promise 5 s
 _TRY_AGAIN_S = 0.001  # a Unix socket whose queue is full does not let one wait for it
 
 
@@ -35,7 +36,7 @@ class _Request:
 class _Connection:
     """A socket, and the request on its way there."""
 
-    __slots__ = ("connected", "keep", "received", "request", "served", "sock")
+    __slots__ = ("connected", "keep", "keeps_until", "received", "request", "served", "sock")
 
     def __init__(self, sock: socket.socket, keep: bool) -> None:
         self.sock = sock
@@ -44,6 +45,7 @@ class _Connection:
         self.request: _Request | None = None
         self.received = b""
         self.served = 0
+        self.keeps_until = 0.0  # once it was answered: when the server may close it, unless it is used before
 
 
 class Client:
@@ -221,6 +223,7 @@ class Client:
         request, connection.request = connection.request, None
         connection.received = b""
         connection.served += 1
+        connection.keeps_until = time.perf_counter() + _KEPT_S
         if request is None:  # an answer that nobody asked for
             self._close(connection)
             return
@@ -242,7 +245,9 @@ class Client:
     def _gone(self, connection: _Connection, how: str) -> None:
         """The server has closed the connection, or the kernel says that it is broken."""
         request = connection.request
-        if request is not None and connection.served and not connection.received and request.attempts == 1:
+        is_kept = connection.served > 0 and not connection.received
+        self.tally.cut += is_kept and time.perf_counter() < connection.keeps_until
+        if request is not None and is_kept and request.attempts == 1:
             self.tally.raced += 1
             connection.request = None
             self._close(connection)

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ._client import Client
@@ -90,7 +91,7 @@ def _is_start_of_another(event: dict[str, Any], pid: int) -> bool:
 
 
 def kills(situation: Situation) -> int:
-    """Workers are killed with SIGKILL, one by one. Each runs one request at a time, so that is what each may cost."""
+    """Workers are killed with SIGKILL, one by one. One that runs one request at a time may cost that one."""
     count = max(1, situation.times // 3)
     for _ in range(count):
         situation.pause(0.8 / count)
@@ -116,11 +117,18 @@ SCENARIOS: dict[str, Scenario] = {
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What a scenario cost, and what it may."""
+    """What a scenario cost, and what it may.
+
+    allowed: how many requests it may cost.
+    wanted: how many must have been answered well: far fewer than were asked means that the load was none.
+    may_cut: kept connections may be cut off, as they may where a worker is killed.
+    """
 
     scenario: str
     allowed: int
     tally: Tally
+    wanted: float = 1
+    may_cut: bool = False
 
     @property
     def lost(self) -> int:
@@ -129,8 +137,9 @@ class Verdict:
 
     @property
     def is_good(self) -> bool:
-        """True if no more was lost than may be, and something was asked at all."""
-        return self.lost <= self.allowed and self.tally.ok > 0
+        """True if no more was lost or cut off than may be, and enough was answered."""
+        enough = self.tally.ok >= max(1, self.wanted)
+        return self.lost <= self.allowed and enough and (self.may_cut or self.tally.cut == 0)
 
     def as_json(self) -> dict[str, Any]:
         """For a report."""
@@ -138,6 +147,7 @@ class Verdict:
             "scenario": self.scenario,
             "good": self.is_good,
             "allowed": self.allowed,
+            "wanted": round(self.wanted),
             **self.tally.as_json(),
         }
 
@@ -152,8 +162,19 @@ def play(
     times: int = 10,
     keep_alive: float = 0.5,
     work_ms: int = 0,
+    enough: float = 0.8,
+    ledger: Path | None = None,
+    taken: int = 1,
 ) -> Verdict:
-    """Load the server from the scenario's beginning to its end."""
+    """Load the server from the scenario's beginning to its end.
+
+    Args:
+        enough: the share of what was due that must be answered.
+        ledger: the file that its TEST_LOAD_LEDGER names. With it a killed worker may cost what had begun, however much
+            that was, and `taken` beside; without, one request.
+        taken: how many connections a worker may have whose request it has not begun: between the two lies the time that
+            a client takes to send.
+    """
     path = f"/{work_ms}" if work_ms else ""
     client = Client(server.address, rps=rps, keep_alive=keep_alive, path=path, seed=seed)
     thread = threading.Thread(target=client.run, args=(3600.0,))
@@ -163,4 +184,9 @@ def play(
     finally:
         client.stop()
         thread.join()
-    return Verdict(name, allowed, client.tally)
+    tally = client.tally
+    killed = name == "kill"
+    if killed and ledger is not None:
+        begun = set(ledger.read_text().split())
+        allowed = allowed * taken + sum(token in begun for token in tally.lost)
+    return Verdict(name, allowed, tally, enough * rps * tally.seconds, may_cut=killed)

@@ -16,6 +16,8 @@ class Tally:
     raced: not counted among those above: sent on a kept connection in the moment in which the server closed it
         for being idle. Nothing of an answer had come, and the request was sent once more on a new connection
         (RFC 9112, 9.3.1); what became of that is counted above.
+    cut: kept connections that were closed, without having been told so, while they had been idle for less than 4 s. A
+        worker that drains keeps idle ones for 5 s: this is how a request comes to be raced, whether or not one was.
     opened: connections.
     seconds: how long requests were sent.
     latencies: seconds from when a request was due to its answer, of the ok ones.
@@ -27,6 +29,7 @@ class Tally:
     failed: int = 0
     reset: int = 0
     raced: int = 0
+    cut: int = 0
     opened: int = 0
     seconds: float = 0.0
     latencies: list[float] = field(default_factory=list)
@@ -45,6 +48,7 @@ class Tally:
             "failed": self.failed,
             "reset": self.reset,
             "raced": self.raced,
+            "cut": self.cut,
             "connections": self.opened,
             "requests_per_s": round(self.ok / self.seconds, 1) if self.seconds else 0.0,
             "p50_ms": round(self.percentile_s(50) * 1e3, 2),

@@ -1,7 +1,7 @@
 """The application that is loaded, in each form that a server takes. `GET /TOKEN` is answered with pid and token.
 
 `GET /TOKEN/20` takes 20 ms of sleep first. While the file that TEST_LOAD_BROKEN names is there, the import fails: a
-bad deploy.
+bad deploy. The file that TEST_LOAD_LEDGER names gets a line with the token of each request that has begun.
 """
 
 from __future__ import annotations
@@ -17,10 +17,15 @@ _BROKEN = os.environ.get("TEST_LOAD_BROKEN")
 if _BROKEN and os.path.exists(_BROKEN):
     raise RuntimeError("this code is broken")
 
+_LEDGER = os.environ.get("TEST_LOAD_LEDGER")
+_ledger_fd = os.open(_LEDGER, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC) if _LEDGER else None
 
-def _asked(path: str) -> tuple[str, float]:
-    """Token, and seconds to take."""
+
+def _begun(path: str) -> tuple[str, float]:
+    """Token, and seconds to take. From here on the request may be lost with its worker."""
     _, token, *rest = path.split("/")
+    if _ledger_fd is not None:
+        os.write(_ledger_fd, f"{token}\n".encode())  # one write, so that lines of several workers do not mix
     return token, int(rest[0]) / 1000 if rest and rest[0].isdigit() else 0.0
 
 
@@ -30,7 +35,7 @@ def _body(token: str) -> bytes:
 
 def wsgi(environ: dict[str, Any], start_response: Callable[..., object]) -> Iterable[bytes]:
     """As a WSGI application (PEP 3333)."""
-    token, seconds = _asked(environ["PATH_INFO"])
+    token, seconds = _begun(environ["PATH_INFO"])
     if seconds:
         time.sleep(seconds)
     body = _body(token)
@@ -50,7 +55,7 @@ async def asgi(
             await send({"type": f"{message['type']}.complete"})
             if message["type"] == "lifespan.shutdown":
                 return
-    token, seconds = _asked(scope["path"])
+    token, seconds = _begun(scope["path"])
     if seconds:
         import asyncio  # 3 MiB, which a server of the other forms need not have
 
@@ -70,7 +75,7 @@ def handler(connection: socket.socket, _address: object) -> None:
             if not data:
                 return
             received += data
-        token, seconds = _asked(received.split()[1].decode())
+        token, seconds = _begun(received.split()[1].decode())
         if seconds:
             time.sleep(seconds)
         body = _body(token)
