@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import pickle
 import random
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -45,6 +49,23 @@ def test_bytes_can_be_the_dice() -> None:
     assert {dice.randrange(7) for _ in range(100)} <= set(range(7))
     assert FromBytes(b"").random() == 0.0
     targets.Session().feed(FromBytes(b"\xff" * 40))
+
+
+def test_coverage_guides_the_inputs_where_atheris_is_there() -> None:
+    pytest.importorskip("atheris")
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.fuzz", "--atheris", "--target", "session", "--inputs", "5000"],
+        cwd=Path(__file__).parents[1],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Done 5000 runs" in done.stderr
+    covered = [int(count) for count in re.findall(r"cov: (\d+)", done.stderr)]
+    assert covered[-1] > covered[0], "of fdpool nothing is instrumented"
 
 
 @pytest.mark.parametrize(
