@@ -6,6 +6,7 @@ import argparse
 import random
 import sys
 import time
+from collections import Counter
 
 from .run import Chaos
 
@@ -31,11 +32,15 @@ def main() -> int:
     wrong = chaos.run()
     print(
         f"seed {options.seed}: {sum(chaos.done.values())} tasks in {time.monotonic() - begun:.1f} s, "
-        f"{chaos.kills} workers killed, lost {dict(chaos.failed)}, {len(wrong)} wrong; {dict(chaos.done)}"
+        f"{_words(chaos.disturbed)}; lost {dict(chaos.failed)}, {len(wrong)} wrong; {dict(chaos.done)}"
     )
     for line in wrong[:20]:
         print("  " + line)
     return 1 if wrong else 0
+
+
+def _words(disturbed: Counter[tuple[str, str]]) -> str:
+    return ", ".join(f"{what} {whom}: {count}" for (what, whom), count in sorted(disturbed.items()))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Who disturbs a chaos: one kills and stops workers and their programs, one takes the client's descriptors away."""
+"""Who disturbs a chaos: one kills and stops workers and what they start, one takes the client's descriptors."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import resource
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import psutil
@@ -25,11 +26,11 @@ class Assassin:
     """Kills, stops and continues.
 
     Attributes:
-        kills: of workers.
+        done: how often each was done, and to whom, as in ("stop", "descendant").
     """
 
     def __init__(self, pool: fdpool.Pool, dice: random.Random, pauses: tuple[float, float]) -> None:
-        self.kills = 0
+        self.done: Counter[tuple[str, str]] = Counter()
         self._pool = pool
         self._dice = dice
         self._pauses = pauses
@@ -41,9 +42,11 @@ class Assassin:
             pids = self._pids(booting)
             if not pids:
                 continue
-            pid = self._dice.choice(pids)
             try:
-                self._disturb(pid, self._dice.random(), _FROM_OUTSIDE if booting else _FATAL)
+                if self._dice.random() < 0.7:
+                    self._disturb_worker(self._dice.choice(pids), _FROM_OUTSIDE if booting else _FATAL)
+                else:
+                    self._disturb_descendant(pids)
             except (ProcessLookupError, psutil.NoSuchProcess):
                 continue
             except OSError as error:
@@ -57,18 +60,32 @@ class Assassin:
         ready = [link for link in links if booting or client.dispatcher.state(link.slot) is State.READY]
         return [pid for link in ready if (pid := link.pid) is not None]
 
-    def _disturb(self, pid: int, what: float, signals: Sequence[int]) -> None:
-        if what < 0.6:
+    def _disturb_worker(self, pid: int, signals: Sequence[int]) -> None:
+        if self._dice.random() < 0.7:
             os.kill(pid, self._dice.choice(signals))
-            self.kills += 1
-        elif what < 0.85:
-            os.kill(pid, signal.SIGSTOP)
-            time.sleep(self._dice.uniform(0.001, 0.05))
-            os.kill(pid, signal.SIGCONT)
+            self.done["kill", "worker"] += 1
         else:
-            below = psutil.Process(pid).children(recursive=True)
-            if below:
-                below[self._dice.randrange(len(below))].send_signal(signal.SIGKILL)
+            self._pause(pid)
+            self.done["stop", "worker"] += 1
+
+    def _disturb_descendant(self, pids: Sequence[int]) -> None:
+        """One of all that the tasks of these workers have started."""
+        below = [each.pid for pid in pids for each in psutil.Process(pid).children(recursive=True)]
+        if not below:
+            return
+        victim = self._dice.choice(below)
+        if self._dice.random() < 0.5:
+            os.kill(victim, signal.SIGKILL)
+            self.done["kill", "descendant"] += 1
+        else:
+            self._pause(victim)
+            self.done["stop", "descendant"] += 1
+
+    def _pause(self, pid: int) -> None:
+        """Stop a process, and let it go on. It may be killed meanwhile, as all that a dead worker leaves must be."""
+        os.kill(pid, signal.SIGSTOP)
+        time.sleep(self._dice.uniform(0.001, 0.05))
+        os.kill(pid, signal.SIGCONT)
 
 
 class Thief:

@@ -35,6 +35,7 @@ class Chaos:
     Attributes:
         done: how often each kind was tried.
         failed: how often tasks were lost to a disturbance, by the error's type.
+        disturbed: how often each was done, and to whom: ("kill", "worker"), ("stop", "descendant") ...
     """
 
     def __init__(
@@ -50,11 +51,16 @@ class Chaos:
         self.tasks, self.seconds, self.workers, self.threads = tasks, seconds, workers, threads
         self.pauses, self.thief = pauses, thief
         self.dice = random.Random(seed)
-        self.kills = 0
+        self.disturbed: Counter[tuple[str, str]] = Counter()
         self.done: Counter[str] = Counter()
         self.failed: Counter[str] = Counter()
         self.wrong: list[str] = []
         self._lock = threading.Lock()
+
+    @property
+    def kills(self) -> int:
+        """How many workers were killed."""
+        return self.disturbed["kill", "worker"]
 
     def run(self) -> list[str]:
         """The whole run; returns what was wrong."""
@@ -102,7 +108,7 @@ class Chaos:
             stop.set()
             for thread in disturbers:
                 thread.join()
-        self.kills = assassin.kills
+        self.disturbed = assassin.done
 
     def _client(self, world: World, numbers: range, seed: int, ends: float) -> None:
         """Runs in: each of the threads that submit."""

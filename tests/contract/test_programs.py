@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from fdpool import Fd, Pool
@@ -59,6 +60,33 @@ def test_output_is_captured_and_input_given(pool: Pool) -> None:
     assert done.stdout == "ä"
     done = pool.run("echo $0; echo two >&2", stdout=subprocess.PIPE, stderr=subprocess.STDOUT).result()
     assert done.stdout.endswith(b"two\n")
+
+
+def run_program(argv: list[str]) -> tuple[int, bytes]:
+    done = subprocess.run(argv, stdout=subprocess.PIPE, check=False)
+    return done.returncode, done.stdout
+
+
+def test_a_program_that_is_stopped_and_continued_has_not_ended(pool: Pool) -> None:
+    """Neither one of the pool's nor one of a task's: a stopped child is news to whoever waits for it, and no death."""
+    argv = ["sh", "-c", "kill -STOP $$; echo on; exit 3"]
+    ours = pool.run(argv, stdout=subprocess.PIPE)
+    theirs = pool.submit(run_program, argv)
+
+    def stopped() -> list[psutil.Process]:
+        below = [
+            child for pid in pool.worker_pids() for child in psutil.Process(pid).children(recursive=True)
+        ]
+        return [each for each in below if each.status() == psutil.STATUS_STOPPED]
+
+    wait_until(lambda: len(stopped()) == 2)
+    assert not ours.done()
+    assert not theirs.done()
+    for process in stopped():
+        process.resume()
+    done = ours.result(timeout=20)
+    assert (done.returncode, done.stdout) == (3, b"on\n")
+    assert theirs.result(timeout=20) == (3, b"on\n")
 
 
 def test_without_stdin_a_program_reads_nothing(pool: Pool) -> None:

@@ -16,3 +16,12 @@ def test_every_task_has_one_right_outcome_whatever_is_killed_and_stopped() -> No
     assert sum(chaos.done.values()) == 500
     assert len(chaos.done) > len(KINDS) // 2
     assert chaos.kills > 0
+
+
+def test_the_same_holds_while_the_client_lacks_descriptors_now_and_then() -> None:
+    """T3, T26, W1."""
+    pytest.importorskip("numpy")
+    chaos = Chaos(seed=21, tasks=300, thief=True)
+    assert chaos.run() == []
+    assert sum(chaos.done.values()) == 300
+    assert chaos.disturbed
