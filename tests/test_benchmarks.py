@@ -13,6 +13,7 @@ import pytest
 
 from tests.benchmarks import _cpu, _http_load, measures, servers
 from tests.benchmarks._measure import ahead_of, at_most
+from tests.benchmarks._report import goals_table, table
 from tests.benchmarks._results import MeasureResult, SideResult
 
 ROOT = Path(__file__).parents[1]
@@ -67,6 +68,24 @@ def test_a_ratio_is_of_one_round_and_a_goal_is_held_against_their_median() -> No
     others = [ahead_of("ppe", 3), ahead_of("ppe", 3.2), at_most(1), at_most(0.8)]
     assert [result.reached(goal)[1] for goal in others] == ["level", "no", "level", "no"]
     assert MeasureResult.from_json(json.loads(json.dumps(result.as_json()))) == result
+
+
+def test_what_few_rounds_lose_is_not_hidden_by_a_median() -> None:
+    def result(mean: bool) -> MeasureResult:
+        found = MeasureResult("x", "X", "x", "requests", 1, 1, [at_most(0)], {}, mean=mean)
+        found.sides = {
+            "fdpool": SideResult([0.4, 0, 0, 0, 0], [0] * 5),
+            "gunicorn": SideResult([0, 1], [0] * 2),
+        }
+        return found
+
+    assert "| fdpool | 0.08 |  | ≤ 0 requests **no** |" in table(result(True))
+    assert "| gunicorn | 0.5 |" in table(result(True))
+    assert "| 0.08 requests | **no** |" in goals_table([result(True)])
+    assert "| 0 requests | yes |" in goals_table([result(False)])
+    lost = [measure for measure in measures.every() if measure.unit == "requests"]
+    assert lost
+    assert all(measure.mean for measure in lost)
 
 
 def test_the_measures_have_names_of_their_own_and_each_has_fdpool() -> None:

@@ -68,9 +68,13 @@ def measured(given: argparse.Namespace) -> Iterator[MeasureResult]:
 
 
 def load(file: Path) -> dict[str, MeasureResult]:
-    """What --json saved, by name."""
+    """What --json saved, by name. How it is summed up is no part of that: it is as the measure says now."""
     saved = json.loads(file.read_text())
-    return {each["name"]: MeasureResult.from_json(each) for each in saved["measures"]}
+    results = {each["name"]: MeasureResult.from_json(each) for each in saved["measures"]}
+    for measure in measures.every():
+        if measure.name in results:
+            results[measure.name].mean = measure.mean
+    return results
 
 
 def save(file: Path, about: dict[str, Any], results: Iterable[MeasureResult]) -> None:

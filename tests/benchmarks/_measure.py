@@ -72,6 +72,7 @@ class Measure:
     unit, scale: in what one unit's cost is shown, and how much of it is 1 (a second, a byte).
     sides: contestant -> how it sets up, and what it does in a round. "fdpool" is there always.
     size, rounds: of a full run; the quick ones of `--quick`.
+    mean: report the mean of all rounds, not their median: for what is 0 in most rounds, and matters in the others.
     needs: an attribute of `fdpool.Pool` without which there is nothing to measure.
     """
 
@@ -87,6 +88,7 @@ class Measure:
     rounds: int = 15
     quick_rounds: int = 2
     warm_up: bool = True
+    mean: bool = False
     needs: str | None = None
     labels: Mapping[str, str] = field(default_factory=dict)
 

@@ -95,9 +95,8 @@ def _column(axis: Any, results: Sequence[MeasureResult], lines: int) -> None:
     y = 0.0
     for result in results:
         text = f"{result.title.replace('`', '')}"
-        own = result.sides["fdpool"]
         limits = [f"goal ≤ {figure(goal.limit)}" for goal in result.goals if goal.limit is not None]
-        text += f"   [fdpool {figure(own.value * result.scale)} {result.unit}{''.join(', ' + each for each in limits)}]"
+        text += f"   [fdpool {figure(result.value('fdpool'))} {result.unit}{''.join(', ' + each for each in limits)}]"
         axis.text(
             0,
             -y,

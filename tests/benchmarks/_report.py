@@ -100,7 +100,7 @@ def table(result: MeasureResult) -> str:
     head += ["fdpool is ahead by", *(["and in CPU by"] if uses_cpu else []), "goal"]
     rows = []
     for name, side in result.sides.items():
-        row = [label(result, name), figure(side.value * result.scale)]
+        row = [label(result, name), figure(result.value(name))]
         if latency:
             row += ["" if point is None else figure(point * result.scale) for point in (side.p50, side.p99)]
         row += [figure(side.cpu * (result.scale if timed else 1e6))] if uses_cpu else []
@@ -131,7 +131,7 @@ def goals_table(results: Iterable[MeasureResult]) -> str:
             if goal.rival:
                 reached = times(spread)
             else:
-                reached = "–" if spread is None else f"{figure(spread.median)} {result.unit}"
+                reached = "–" if spread is None else f"{figure(result.value('fdpool'))} {result.unit}"
             mark = _mark(result, goal)
             lines.append(
                 _line([f"[{result.name}](#{result.name})", against, goal_text(result, goal), reached, mark])

@@ -83,6 +83,7 @@ class MeasureResult:
     skipped: dict[str, str] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
     machine: str = ""
+    mean: bool = False
 
     @classmethod
     def of(cls, measure: Measure, size: int) -> MeasureResult:
@@ -95,7 +96,13 @@ class MeasureResult:
             size,
             list(measure.goals),
             dict(measure.labels),
+            mean=measure.mean,
         )
+
+    def value(self, side: str) -> float:
+        """What a side's rounds gave, in the measure's unit: their median, or their mean."""
+        found = self.sides[side]
+        return (statistics.fmean(found.values) if self.mean else found.value) * self.scale
 
     def ratio(self, rival: str, cost: str = "values") -> Spread | None:
         """How many times as much `rival` took as fdpool in the same round; None if either is missing or 0."""
@@ -108,14 +115,18 @@ class MeasureResult:
 
     def reached(self, goal: Goal) -> tuple[Spread | None, str]:
         """What was reached (a ratio, or fdpool's value in the measure's unit), and whether that is enough: "yes", "no",
-        or "level" if the goal is missed by less than twice the median's standard error."""
+        or "level" if the goal is missed by less than twice the median's standard error. Of a mean that is "no": a
+        round that is above the limit is enough to tell."""
         if goal.limit is not None:
             if "fdpool" not in self.sides:
                 return None, "–"
             spread = Spread.of([value * self.scale for value in self.sides["fdpool"].values])
             if spread is None:
                 return None, "–"
-            return spread, _verdict(spread.median - goal.limit, spread)
+            missed_by = self.value("fdpool") - goal.limit
+            if self.mean:
+                return spread, "yes" if missed_by <= 0 else "no"
+            return spread, _verdict(missed_by, spread)
         assert goal.rival is not None
         assert goal.ratio is not None
         spread = self.ratio(goal.rival)

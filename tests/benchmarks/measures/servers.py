@@ -151,6 +151,7 @@ _RELOADS: dict[str, Any] = {
     "unit": "requests",
     "scale": 1,
     "goals": (at_most(0),),
+    "mean": True,
 }
 _RECOVERIES: dict[str, Any] = {
     "size": 1,
