@@ -296,6 +296,14 @@ def test_a_full_queue_that_poll_cannot_see_is_waited_out_with_growing_pauses(
     assert (min(pauses), max(pauses)) == (0.001, 0.05)
 
 
+def test_waiting_for_a_queue_that_poll_cannot_see_takes_next_to_no_cpu() -> None:
+    """T9."""
+    full = [OSError(errno.ENOBUFS, "no room")] * 20
+    begun, cpu_s = time.monotonic(), time.thread_time()
+    wire.send(FakeSocket(*full, 1).as_socket(), (b"x",))
+    assert time.thread_time() - cpu_s < 0.05 * (time.monotonic() - begun)
+
+
 @linux_only
 def test_a_receiver_that_refuses_descriptors_is_a_transfer_error(
     ends: tuple[socket.socket, socket.socket], pipes: list[int]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
+import sys
 import time
 from concurrent.futures import Future, wait
 from pathlib import Path
@@ -71,6 +73,32 @@ def test_a_flood_is_sent_in_batches_and_every_result_is_right(monkeypatch: pytes
         assert [future.result() for future in futures] == [n * n for n in range(3000)]
     assert sizes
     assert max(sizes) >= 4
+
+
+def test_memory_does_not_grow_with_the_number_of_tasks() -> None:
+    """P13: neither here nor in the worker is anything kept of a task that is done, be it a byte."""
+
+    def blocks() -> tuple[int, int]:
+        gc.collect()
+        return sys.getallocatedblocks(), pool.submit(allocated_blocks).result(timeout=20)
+
+    def run(waves: int) -> None:
+        for _ in range(waves):
+            assert [future.result(timeout=20) for future in flood(pool, 2000)] == [n * n for n in range(2000)]
+
+    with Pool(1) as pool:
+        run(3)  # what is made once, and the caches, are there
+        before = blocks()
+        run(10)
+        here, there = (after - earlier for after, earlier in zip(blocks(), before))
+    assert here < 1000
+    assert there < 1000
+
+
+def allocated_blocks() -> int:
+    """Runs in: a worker."""
+    gc.collect()
+    return sys.getallocatedblocks()
 
 
 def test_a_long_task_holds_up_none_that_travelled_with_it(gate: Gate, tmp_path: Path) -> None:

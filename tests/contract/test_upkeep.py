@@ -6,6 +6,7 @@ Rows P6, P7, P8 and P15 of the hazards.
 from __future__ import annotations
 
 import errno
+import locale
 import os
 import resource
 import signal
@@ -41,7 +42,9 @@ def state() -> dict[str, Any]:
         "limit": resource.getrlimit(resource.RLIMIT_NOFILE),
         "stdout": type(sys.stdout).__name__,
         "environment": {name: value for name, value in os.environ.items() if name.startswith("FDPOOL_TEST")},
+        "locale": locale.setlocale(locale.LC_ALL),
         "ids": (os.geteuid(), os.getegid()),
+        "priority": os.getpriority(os.PRIO_PROCESS, 0),
         "files": [os.fstat(fd).st_ino for fd in (0, 1, 2)],
     }
 
@@ -73,6 +76,13 @@ def lower_limit() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (100, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
 
 
+def change_locale() -> None:
+    helpers.spin(0.002)  # as above
+    before = locale.setlocale(locale.LC_ALL)
+    locale.setlocale(locale.LC_ALL, "C" if before != "C" else "C.UTF-8")
+    assert locale.setlocale(locale.LC_ALL) != before
+
+
 def replace_stdout() -> None:
     import io
 
@@ -91,6 +101,11 @@ def lower_limit_for_good() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))
 
 
+def lower_priority() -> None:
+    helpers.spin(0.002)
+    os.nice(1)
+
+
 def become_somebody_else() -> None:
     os.seteuid(65534)
 
@@ -102,10 +117,11 @@ UNDONE = [
     change_mask,
     set_alarm,
     lower_limit,
+    change_locale,
     replace_stdout,
     change_environment,
 ]
-REPLACED = [close_stdout, lower_limit_for_good, become_somebody_else]
+REPLACED = [close_stdout, lower_limit_for_good, lower_priority, become_somebody_else]
 
 
 @pytest.mark.parametrize("change", UNDONE, ids=lambda change: change.__name__)
