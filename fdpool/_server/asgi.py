@@ -19,6 +19,7 @@ import logging
 import math
 import os
 import socket
+import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping, Sequence
 from typing import Any
@@ -27,9 +28,11 @@ import uvicorn
 from uvicorn.middleware import proxy_headers
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
+from ..fds import duplicate
 from .context import Order, ServerWorker
 from .doors import Door, HandedOver
 from .progress import BEGUN, FINISHED
+from .room import Room
 
 # uvicorn imports these, and what they stand for (httptools, websockets, uvloop), as it first needs them: in each worker
 # again, unless this module was imported in the supervisor.
@@ -49,6 +52,10 @@ Application = Callable[[Any, Any, Any], Awaitable[None]]
 
 _LOG = logging.getLogger("fdpool.server")
 _TAKEN_AT_ONCE = 32  # connections taken before those that are open have their turn; of 8 each costs 4 % more
+# libuv accepts at most one connection of a listener each time that it polls, and polls up to 48 times in a turn; and
+# the application is to have some, too.
+_KEPT_FREE = 64
+_KEPT_FREE_PER_LISTENER = 64
 _BEAT_S = 0.2  # rarer than uvicorn's ticks, so that it wakes nobody up as long as there are those
 _CLOSE = (b"connection", b"close")
 _FORWARDED = frozenset([b"x-forwarded-for", b"x-forwarded-proto"])  # which uvicorn's middleware looks at
@@ -112,7 +119,10 @@ class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may no
         self.on_started: Callable[[], None] = lambda: None
         self._app = app
         self._worker = worker
-        self._door: Door | None = door  # None where the loop accepts by itself
+        self._door = door
+        self._loop_accepts = False  # the loop itself, and nothing comes by the door
+        self._room = Room(0)  # for what the loop accepts
+        self._protocol_class: Any = config.http_protocol_class
         self._serving_loop: asyncio.AbstractEventLoop | None = None
         self._order: tuple[float, bool] | None = None  # a drain's end, and whether everybody leaves
         self._beat_s = min(_BEAT_S, (request_timeout_s or math.inf) / 4)
@@ -129,26 +139,31 @@ class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may no
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         loop = asyncio.get_running_loop()
-        if not isinstance(self._door, HandedOver) and not isinstance(loop, asyncio.SelectorEventLoop):
-            # uvloop, in which requests that come one by one, each on a connection of its own, would take 1.4 times the
-            # CPU by way of the door. asyncio's own loop accepts as we do; but it makes a listener non-blocking that
-            # was given (hazard M17), where no descriptor is left it tries and logs `backlog` times in a turn, and as
-            # it stops it loses what it has just accepted (https://github.com/python/cpython/issues/109564).
-            self._door = None
-        if self._door is not None:
-            # The server hands more by what is counted; and as one goes, the door has a descriptor in reserve again.
-            self.server_state.connections = _Connections(self._one_has_gone)
-            sockets = []
-        await super().startup(sockets=sockets)
+        # As one goes, the server hands more by what is counted, and the door has a descriptor in reserve again.
+        self.server_state.connections = _Connections(self._one_has_gone)
+        own: list[socket.socket] = []
+        if not isinstance(self._door, HandedOver) and _accepts_well(loop):
+            listeners = sockets or []
+            self._room = Room(_KEPT_FREE + _KEPT_FREE_PER_LISTENER * len(listeners))
+            self._loop_accepts = self._room.is_ample()
+            if self._loop_accepts:
+                self.config.http_protocol_class = self._protocol_of_accepted  # type: ignore[assignment, unused-ignore]
+                # The door keeps its own. (A socket's `dup` would set O_NONBLOCK anew, which all workers share.)
+                own = [socket.socket(fileno=duplicate(listener.fileno())) for listener in listeners]
+        try:
+            await super().startup(sockets=own)
+        except BaseException:
+            for listener in own:
+                listener.close()
+            raise
         if self.should_exit or not self.started:
             return
         self._serving_loop = loop
         os.register_at_fork(after_in_child=self._forget_in_child)
         _fix_log_level()
         self._beat()
-        if self._door is not None:
-            for fileno in self._door.filenos():
-                loop.add_reader(fileno, self._take, fileno)
+        if not self._loop_accepts:
+            self._open_door()
         self.on_started()
         if self._order is not None:
             self._begin_draining()
@@ -176,10 +191,9 @@ class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may no
     def _stop_accepting(self) -> None:
         loop = self._serving_loop
         assert loop is not None
-        if self._door is not None:
-            for fileno in self._door.filenos():
-                loop.remove_reader(fileno)
-            self._door.close()
+        for fileno in self._door.filenos():
+            loop.remove_reader(fileno)
+        self._door.close()
         for server in self.servers:
             server.close()
         self._worker.closed()
@@ -218,6 +232,8 @@ class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may no
 
     async def on_tick(self, counter: int) -> bool:
         self._beat()
+        if counter % 10 == 0:  # once a second
+            self._room.look_again()
         if self._order is not None:
             now = time.monotonic()
             until, _ = self._order
@@ -241,10 +257,36 @@ class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may no
             if cycle is not None:
                 cycle.disconnected = True
 
+    # -- connections that the loop accepts ----------------------------------------------------------------
+
+    def _protocol_of_accepted(self, **arguments: Any) -> Any:
+        """uvicorn's protocol for a connection that the loop is accepting, within its call of accept(2)."""
+        if not self._room.is_ample():
+            # Not at once: the loop has yet to take this one from the listener that would be closed.
+            asyncio.get_running_loop().call_soon(self._accept_by_door)
+        return self._protocol_class(**arguments)
+
+    def _accept_by_door(self) -> None:
+        """Take connections by the door from now on: at the limit of descriptors, libuv accepts and closes.
+
+        What the loop has accepted until now stays uvicorn's, which hears of it in its own time.
+        """
+        if not self._loop_accepts or self._serving_loop is None or self._order is not None:
+            return
+        self._loop_accepts = False
+        for server in self.servers:
+            server.close()
+        self._open_door()
+
     # -- connections that come by the door ----------------------------------------------------------------
 
+    def _open_door(self) -> None:
+        assert self._serving_loop is not None
+        self._open = len(self.server_state.connections)
+        for fileno in self._door.filenos():
+            self._serving_loop.add_reader(fileno, self._take, fileno)
+
     def _take(self, fileno: int) -> None:
-        assert self._door is not None
         assert self._serving_loop is not None
         if (pause_s := self._door.pause_s()) > 0:
             self._serving_loop.remove_reader(fileno)
@@ -259,7 +301,6 @@ class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may no
             self._count_open()
 
     def _look_again(self) -> None:
-        assert self._door is not None
         assert self._serving_loop is not None
         for fileno in self._paused.intersection(self._door.filenos()):
             self._serving_loop.add_reader(fileno, self._take, fileno)
@@ -283,11 +324,13 @@ class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may no
             self._count_open()
 
     def _protocol(self) -> Any:
-        return self.config.http_protocol_class(  # type: ignore[call-arg, unused-ignore]
+        return self._protocol_class(
             config=self.config, server_state=self.server_state, app_state=self.lifespan.state
         )
 
     def _one_has_gone(self) -> None:
+        if self._loop_accepts:
+            return
         # After this turn: one that becomes a WebSocket goes, and comes again at once.
         assert self._serving_loop is not None
         self._serving_loop.call_soon(self._count_open)
@@ -296,7 +339,7 @@ class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may no
         before = self._open
         self._open = len(self.server_state.connections) + len(self._adopting)
         self._worker.progress.has_open(self._open)
-        if self._open < before and self._door is not None:
+        if self._open < before:
             self._door.ended()
             if self._paused and not self._door.pause_s():
                 self._look_again()
@@ -316,6 +359,23 @@ class _Connections(set[Any]):
     def remove(self, connection: Any) -> None:
         super().remove(connection)
         self._gone()
+
+
+def _accepts_well(loop: asyncio.AbstractEventLoop) -> bool:
+    """Whether the loop is to accept by itself, as long as there are descriptors.
+
+    So it is with uvloop, in which requests that come one by one, each on a connection of its own, take 1.4 times the
+    CPU by way of the door.
+
+    asyncio's own loop accepts as we do; but it makes a listener non-blocking that was given (hazard M17), where no
+    descriptor is left it tries and logs `backlog` times in a turn, and as it stops it loses what it has just accepted
+    (https://github.com/python/cpython/issues/109564). libuv before 1.45 accepts in a turn as long as clients come,
+    and that may be more than there are descriptors for (https://github.com/libuv/libuv/pull/3696).
+    """
+    if isinstance(loop, asyncio.SelectorEventLoop):
+        return False
+    version_of_libuv = getattr(sys.modules.get("uvloop.loop"), "libuv_get_version", lambda: 0x012D00)
+    return bool(version_of_libuv() >= 0x012D00)
 
 
 def _fix_log_level() -> None:

@@ -6,8 +6,10 @@ In the process of the test, as only there the order within a turn can be chosen.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -22,6 +24,13 @@ from fdpool._server.asgi import AsgiFace
 from fdpool._server.context import Order, ServerWorker
 from fdpool._server.doors import HANDED, Door, HandedOver, Listening
 from fdpool._server.progress import Progress, SeenPage
+from fdpool._server.room import Room
+from tests.server.helpers import Load, read_all
+
+with contextlib.suppress(ImportError):
+    import uvloop
+
+    uvloop.new_event_loop().close()  # with its first loop, libuv opens a pipe that it keeps
 
 REQUEST = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
 
@@ -37,14 +46,16 @@ def serve(
     on_ready: Callable[[AsgiFace, SeenPage], None],
     inbox: socket.socket | None = None,
     request_timeout_s: float | None = None,
+    loop: str = "asyncio",
 ) -> None:
-    """Serve `hello` until drained; `on_ready` runs in the loop. (uvloop accepts by itself, in one turn.)
+    """Serve `hello` until drained; `on_ready` runs in the loop.
 
     Args:
         listener: accepted from, if there is no inbox; owned.
         inbox: where connections are handed over; owned.
     """
-    order = Order(0, 1, None, b"", False, "asgi", None, None, request_timeout_s, 128, {"loop": "asyncio"})
+    pytest.importorskip(loop)
+    order = Order(0, 1, None, b"", False, "asgi", None, None, request_timeout_s, 128, {"loop": loop})
     page = SeenPage()
     worker = ServerWorker(0, 1, Progress(page.fd), lambda message: None)
     door: Door = Listening([listener]) if inbox is None else HandedOver(inbox.detach(), worker.progress)
@@ -83,7 +94,120 @@ def test_connections_accepted_in_the_turn_of_a_drain_are_served() -> None:
     assert all(b"connection: close" in answer.lower() for answer in answers)
 
 
-def test_connections_that_have_ended_are_counted_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def answer(client: socket.socket) -> bytes:
+    """What comes of one request on a connection that may stay open."""
+    client.sendall(REQUEST)
+    said = b""
+    while not said.endswith(b"hello"):
+        block = client.recv(1000)
+        assert block, said
+        said += block
+    return said
+
+
+def by_turns(ample: list[bool]) -> Callable[[Room], bool]:
+    """In place of `Room.is_ample`: these answers, and the last one again and again."""
+    answers: Iterator[bool] = itertools.chain(ample, itertools.repeat(ample[-1]))
+    return lambda _: next(answers)
+
+
+@pytest.mark.parametrize(
+    ("ample", "loop"),
+    [
+        pytest.param([True], "uvloop", id="by the loop"),
+        pytest.param([True, False], "uvloop", id="by the loop and then the door"),
+        pytest.param([False], "uvloop", id="by the door"),
+        pytest.param([False], "asyncio", id="by the door in asyncio"),
+    ],
+)
+def test_a_connection_accepted_as_a_drain_is_asked_for_is_served_however_it_was_accepted(
+    ample: list[bool], loop: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faces: list[AsgiFace] = []
+    accepted = itertools.count(1)
+    take, is_ample = Listening.take, by_turns(ample)
+
+    def count() -> None:
+        if next(accepted) == 2:
+            faces[0].drain(30.0, False)
+
+    def counting_take(door: Listening, fileno: int) -> socket.socket | None:
+        if (connection := take(door, fileno)) is not None:
+            count()
+        return connection
+
+    def counting_is_ample(room: Room) -> bool:
+        if faces:  # and not at the start
+            count()
+        return is_ample(room)
+
+    def go_on(face: AsgiFace, _page: SeenPage) -> None:
+        faces.append(face)
+        scenario.append(threads.submit(client))
+
+    def client() -> None:
+        with socket.create_connection(address) as first:
+            assert b"connection: close" not in answer(first).lower()
+            with socket.create_connection(address) as second:
+                for each in (second, first):
+                    assert b"connection: close" in answer(each).lower()
+                    assert each.recv(1) == b""
+
+    monkeypatch.setattr(Listening, "take", counting_take)
+    monkeypatch.setattr(Room, "is_ample", counting_is_ample)
+    scenario: list[Future[None]] = []
+    listener = socket.create_server(("127.0.0.1", 0))
+    address = listener.getsockname()
+    with ThreadPoolExecutor(1) as threads:
+        serve(listener, go_on, loop=loop)
+    scenario[0].result()
+
+
+def test_no_connection_is_lost_as_the_door_is_taken_in_the_midst_of_traffic(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """T3: uvloop, which would accept and close what there is no descriptor for."""
+    by_door = itertools.count()
+    take = Listening.take
+
+    def counting_take(door: Listening, fileno: int) -> socket.socket | None:
+        if (connection := take(door, fileno)) is not None:
+            next(by_door)
+        return connection
+
+    def request() -> None:
+        with socket.create_connection(address) as client:
+            client.sendall(b"GET / HTTP/1.0\r\n\r\n")
+            assert read_all(client).endswith(b"hello")
+
+    def go_on(face: AsgiFace, _page: SeenPage) -> None:
+        assert face._server._loop_accepts
+        scenario.append(threads.submit(clients, face))
+
+    def clients(face: AsgiFace) -> None:
+        try:
+            with socket.create_connection(address) as kept, Load(request, clients=8) as load:
+                answer(kept)
+                assert next(by_door) == 0
+                load.go_on(400)
+                answer(kept)
+            assert not load.failed
+            assert next(by_door) > 100
+        finally:
+            face.drain(30.0, True)
+
+    monkeypatch.setattr(Listening, "take", counting_take)
+    monkeypatch.setattr(Room, "is_ample", by_turns([True] * 200 + [False]))
+    scenario: list[Future[None]] = []
+    listener = socket.create_server(("127.0.0.1", 0))
+    address = listener.getsockname()
+    with ThreadPoolExecutor(1) as threads:
+        serve(listener, go_on, loop="uvloop")
+    scenario[0].result()
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_connections_that_have_ended_are_counted_at_once(loop: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """By these counts the server hands over the next ones: ten times a second is not enough."""
 
     async def never(_face: object, _counter: int) -> bool:
@@ -91,9 +215,9 @@ def test_connections_that_have_ended_are_counted_at_once(monkeypatch: pytest.Mon
         return True
 
     def go_on(face: AsgiFace, page: SeenPage) -> None:
-        loop = asyncio.get_running_loop()
+        running = asyncio.get_running_loop()
         scenario.append(threads.submit(client, page))
-        scenario[0].add_done_callback(lambda _: loop.call_soon_threadsafe(ended.set))
+        scenario[0].add_done_callback(lambda _: running.call_soon_threadsafe(ended.set))
 
     def client(page: SeenPage) -> None:
         for number in (1, 2, 3):
@@ -116,11 +240,14 @@ def test_connections_that_have_ended_are_counted_at_once(monkeypatch: pytest.Mon
     listener = socket.create_server(("127.0.0.1", 0))
     mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
     with mine, ThreadPoolExecutor(1) as threads:
-        serve(listener, go_on, theirs)
+        serve(listener, go_on, theirs, loop=loop)
     scenario[0].result()
 
 
-def test_the_loop_is_seen_to_turn_whatever_uvicorn_is_about(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_the_loop_is_seen_to_turn_whatever_uvicorn_is_about(
+    loop: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It ticks ten times a second, and not as it ends."""
 
     async def never(_face: object, _counter: int) -> bool:
@@ -128,12 +255,12 @@ def test_the_loop_is_seen_to_turn_whatever_uvicorn_is_about(monkeypatch: pytest.
         return True
 
     def go_on(face: AsgiFace, page: SeenPage) -> None:
-        loop = asyncio.get_running_loop()
+        running = asyncio.get_running_loop()
         next_beat = face._server._next_beat
         assert next_beat is not None
-        assert next_beat.when() <= loop.time() + request_timeout_s / 4
+        assert next_beat.when() <= running.time() + request_timeout_s / 4
         scenario.append(threads.submit(watch, page))
-        scenario[0].add_done_callback(lambda _: loop.call_soon_threadsafe(ended.set))
+        scenario[0].add_done_callback(lambda _: running.call_soon_threadsafe(ended.set))
 
     def watch(page: SeenPage) -> None:
         for _ in range(3):
@@ -146,5 +273,5 @@ def test_the_loop_is_seen_to_turn_whatever_uvicorn_is_about(monkeypatch: pytest.
     ended = asyncio.Event()
     scenario: list[Future[None]] = []
     with ThreadPoolExecutor(1) as threads:
-        serve(socket.create_server(("127.0.0.1", 0)), go_on, request_timeout_s=request_timeout_s)
+        serve(socket.create_server(("127.0.0.1", 0)), go_on, request_timeout_s=request_timeout_s, loop=loop)
     scenario[0].result()

@@ -901,30 +901,49 @@ def test_a_worker_without_descriptors_does_not_spin_and_serves_all_as_they_get_f
         wait_until(lambda: server.stats().workers[0].requests == 25)
 
 
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+@pytest.mark.parametrize("dispatch", ["shared", "reuseport"])
+@pytest.mark.parametrize(
+    ("room", "count"),
+    [
+        (14, 25),
+        (160, 250),  # where uvloop begins with accepting by itself
+    ],
+)
 def test_an_asgi_worker_without_descriptors_says_so_once_and_serves_all_as_they_get_free(
-    capfd: pytest.CaptureFixture[str],
+    room: int, count: int, dispatch: Any, loop: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """S9, T3."""
     pytest.importorskip("uvicorn")
-    # uvloop turns away what there is no descriptor for.
-    options = {"loop": "asyncio", "timeout_keep_alive": 60}
-    with Server(asgi, ANY_PORT, workers=1, on_worker_start=leave_room_for(14), options=options) as server:
+    pytest.importorskip(loop)
+    options = {"loop": loop, "timeout_keep_alive": 60}
+    with (
+        Server(
+            asgi,
+            ANY_PORT,
+            workers=1,
+            dispatch=dispatch,
+            on_worker_start=leave_room_for(room),
+            options=options,
+        ) as server,
+        contextlib.ExitStack() as opened,
+    ):
         [pid] = pids(server)
-        clients = [connect(server) for _ in range(25)]
+        clients = [opened.enter_context(connect(server)) for _ in range(count)]
         for client in clients:
             client.sendall(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
-        wait_until(lambda: server.stats().workers[0].requests >= 5)
+        wait_until(lambda: server.stats().workers[0].requests >= room // 3)
         used_s = cpu_in_a_second(server, pid)
-        assert server.stats().workers[0].requests < 25
+        assert server.stats().workers[0].requests < count
         assert used_s < 0.3
         said = capfd.readouterr().err
         assert said.count("\n") == said.count("cannot accept") == 1, said
         begun = time.monotonic()
-        for count, client in enumerate(clients, server.stats().workers[0].requests + 1):
+        for answered, client in enumerate(clients, server.stats().workers[0].requests + 1):
             assert client.recv(8) == b"HTTP/1.1"
             client.close()  # which lets the next one in
-            wait_until(lambda count=count: server.stats().workers[0].requests >= min(count, 25))  # type: ignore[misc]
-        assert time.monotonic() - begun < 5.0  # and not after a pause of up to 0.5 s
+            wait_until(lambda n=answered: server.stats().workers[0].requests >= min(n, count))  # type: ignore[misc]
+        assert time.monotonic() - begun < 5.0  # and not after a pause of up to 0.5 s each
         said = capfd.readouterr().err
         assert said.count("\n") <= 2, said  # one at most, but for what happens in the same turn
 

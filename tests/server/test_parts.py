@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import os
@@ -26,6 +27,7 @@ from fdpool._server.accept import Acceptor, Reserve
 from fdpool._server.handoff import Laden, choose
 from fdpool._server.listeners import Listeners
 from fdpool._server.progress import Progress, Seen, SeenPage
+from fdpool._server.room import Room
 from fdpool._server.steering import queued, steer
 from fdpool._server.watch import Finding, Verdict, Watch, judge
 
@@ -76,6 +78,49 @@ def test_a_named_application_is_found_and_a_factory_called(
     assert apps.load("found_here:make()") == 8
     with pytest.raises(AttributeError, match=r"no 'missing', which 'found_here:outer.missing' asks for"):
         apps.load("found_here:outer.missing")
+
+
+# -- descriptors that are free ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def spare(request: pytest.FixtureRequest) -> Iterator[Callable[[int], None]]:
+    """Set the limit so that this process may open so many descriptors more."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    def set_spare(count: int) -> None:
+        limit = len(os.listdir("/dev/fd")) - 1 + count
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, before[1]))
+
+    yield set_spare
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+@pytest.mark.parametrize("kernel_counts", [True, False])
+def test_room_is_ample_until_no_more_than_the_margin_is_free(
+    kernel_counts: bool, spare: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not kernel_counts:  # Linux before 6.2, and others
+        monkeypatch.setattr(os, "stat", lambda _: SimpleNamespace(st_size=0))
+    room = Room(50)
+    spare(150)
+    with contextlib.ExitStack() as opened:
+        count = 0
+        while room.is_ample():
+            opened.enter_context(open(os.devnull))
+            count += 1
+    assert 98 <= count <= 100  # a look may take one itself
+    spare(50)
+    assert not room.is_ample()
+
+
+def test_room_is_looked_at_again_when_told_and_not_at_each_question(spare: Callable[[int], None]) -> None:
+    room = Room(50)
+    assert room.is_ample()
+    spare(10)
+    assert room.is_ample()  # taken from what was seen
+    room.look_again()
+    assert not room.is_ample()
 
 
 # -- accepting ---------------------------------------------------------------------------------------------

@@ -344,13 +344,19 @@ def test_an_asgi_worker_is_handed_as_many_connections_as_it_has_descriptors_for(
                 assert client.recv(8) == b"HTTP/1.1"
 
 
-@pytest.mark.parametrize("dispatch", ["shared", "handoff"])
-def test_tls_clients_that_never_finish_the_handshake_keep_no_worker_from_its_end(dispatch: Any) -> None:
+@pytest.mark.parametrize(
+    ("dispatch", "loop"),
+    # uvloop, where it accepts by itself, does not count them.
+    [("shared", "asyncio"), ("handoff", "asyncio"), ("handoff", "uvloop")],
+)
+def test_tls_clients_that_never_finish_the_handshake_keep_no_worker_from_its_end(
+    dispatch: Any, loop: str
+) -> None:
     pytest.importorskip("uvicorn")
+    pytest.importorskip(loop)
     certificate = Path(__file__).with_name("certificate.pem")
     tls = ssl.create_default_context(cafile=str(certificate))
-    # uvloop, where it accepts by itself, does not count them.
-    options = {"loop": "asyncio", "ssl_certfile": str(certificate), "timeout_keep_alive": 1}
+    options = {"loop": loop, "ssl_certfile": str(certificate), "timeout_keep_alive": 1}
     with Server(asgi, ANY_PORT, workers=1, dispatch=dispatch, options=options, grace=60) as server:
 
         def is_answered_by_tls() -> bool:
