@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import importlib.util
 import logging
 import os
 import socket
@@ -20,6 +21,11 @@ from fdpool.server import Server, WorkerStats
 from tests.process_state import wait_until
 
 ANY_PORT = "127.0.0.1:0"
+
+_NO_UVLOOP = pytest.mark.skipif(importlib.util.find_spec("uvloop") is None, reason="there is no uvloop")
+
+#: Loops of ASGI workers; uvicorn takes uvloop where it is installed.
+LOOPS = ["asyncio", pytest.param("uvloop", marks=_NO_UVLOOP)]
 
 
 def echo_pid(connection: socket.socket, _address: object) -> None:
@@ -62,6 +68,11 @@ async def asgi(scope: Any, receive: Any, send: Any) -> None:
         await send({"type": "http.response.body", "body": b"tick\n", "more_body": True})
         await asyncio.sleep(0.05)
     await send({"type": "http.response.body", "body": body})
+
+
+async def asgi_in_asyncio(scope: Any, receive: Any, send: Any) -> None:
+    """The same, for tests that serve it in asyncio's own loop."""
+    await asgi(scope, receive, send)
 
 
 def wsgi(environ: Any, start_response: Any) -> list[bytes]:

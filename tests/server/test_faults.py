@@ -26,6 +26,7 @@ from fdpool.server import Server, ServerWorker
 from tests.process_state import seconds_until_gone, wait_until
 from tests.server.helpers import (
     ANY_PORT,
+    LOOPS,
     Load,
     asgi,
     ask,
@@ -728,9 +729,14 @@ def test_a_worker_that_stands_still_is_logged_with_its_stacks_and_left_alone_whe
         assert slow.worker_pid == before[0]
 
 
-def test_an_event_loop_that_stands_still_is_killed(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("loop", LOOPS)
+def test_an_event_loop_that_stands_still_is_killed(loop: str, caplog: pytest.LogCaptureFixture) -> None:
     pytest.importorskip("uvicorn")
-    with records(caplog) as logged, Server(asgi, ANY_PORT, workers=1, request_timeout=2.0) as server:
+    options = {"loop": loop}
+    with (
+        records(caplog) as logged,
+        Server(asgi, ANY_PORT, workers=1, request_timeout=2.0, options=options) as server,
+    ):
         [before] = pids(server)
         with pytest.raises(ConnectionError):
             get(server, "/block/600")
@@ -740,7 +746,8 @@ def test_an_event_loop_that_stands_still_is_killed(caplog: pytest.LogCaptureFixt
         assert "time.sleep" in killed.stacks or "helpers.py" in killed.stacks
 
 
-def test_a_worker_whose_event_loop_turns_is_left_alone_until_its_end(tmp_path: Path) -> None:
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_worker_whose_event_loop_turns_is_left_alone_until_its_end(loop: str, tmp_path: Path) -> None:
     """In its lifespan's shutdown, and in its hook after that, when there is no loop any more."""
     pytest.importorskip("uvicorn")
     limit_s = 0.6
@@ -761,17 +768,24 @@ def test_a_worker_whose_event_loop_turns_is_left_alone_until_its_end(tmp_path: P
         said.write_text(str(worker.pid))
 
     with Server(
-        slow_to_end, ANY_PORT, workers=1, request_timeout=limit_s, on_worker_exit=slow_hook
+        slow_to_end,
+        ANY_PORT,
+        workers=1,
+        request_timeout=limit_s,
+        on_worker_exit=slow_hook,
+        options={"loop": loop},
     ) as server:
         [pid] = pids(server)
     assert said.read_text() == str(pid)
 
 
+@pytest.mark.parametrize("loop", LOOPS)
 def test_a_coroutine_that_waits_for_too_long_is_cancelled_and_nobody_else_is(
+    loop: str,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     pytest.importorskip("uvicorn")
-    with Server(asgi, ANY_PORT, workers=1, request_timeout=1.5) as server:
+    with Server(asgi, ANY_PORT, workers=1, request_timeout=1.5, options={"loop": loop}) as server:
         before = pids(server)
         assert get(server, "/sleep/600")[0] == 500
         assert get(server, "/stream/40")[1].startswith(b"tick\n" * 40)  # longer in all, but it moves on

@@ -29,6 +29,7 @@ from tests.server.helpers import (
     KeptAlive,
     Load,
     asgi,
+    asgi_in_asyncio,
     ask,
     connect,
     echo_pid,
@@ -42,18 +43,23 @@ from tests.server.helpers import (
 
 APPS = [
     pytest.param(asgi, None, id="asgi"),
+    pytest.param(asgi_in_asyncio, None, id="asgi-asyncio"),
     pytest.param(wsgi, None, id="wsgi"),
     pytest.param(wsgi, 1, id="wsgi-1-thread"),
 ]
 
 
 def need(app: Any) -> None:
-    pytest.importorskip("uvicorn" if app is asgi else "waitress")
+    pytest.importorskip("waitress" if app is wsgi else "uvicorn")
+
+
+def loop_of(app: Any) -> dict[str, Any]:
+    return {"loop": "asyncio"} if app is asgi_in_asyncio else {}
 
 
 def patient(app: Any) -> dict[str, Any]:
     """Options with which an idle connection is kept for longer than a busy machine may keep a test waiting."""
-    return {"timeout_keep_alive": 60} if app is asgi else {}
+    return {} if app is wsgi else {"timeout_keep_alive": 60, **loop_of(app)}
 
 
 @pytest.mark.parametrize("dispatch", ["shared", "reuseport"])
@@ -174,7 +180,10 @@ def test_a_worker_that_drains_closes_idle_connections_after_their_time(
 def test_a_session_of_requests_goes_on_through_a_reload(app: Any, threads: int | None) -> None:
     """With connections that are kept, and bodies that the application does not read."""
     need(app)
-    with Server(app, ANY_PORT, workers=2, threads=threads) as server, requests.Session() as session:
+    with (
+        Server(app, ANY_PORT, workers=2, threads=threads, options=loop_of(app)) as server,
+        requests.Session() as session,
+    ):
         url = f"http://127.0.0.1:{port_of(server)}/"
         before = set(pids(server))
         assert int(session.get(url).text) in before
@@ -192,7 +201,7 @@ def test_a_request_in_flight_is_finished_by_the_worker_that_has_begun_it(
 ) -> None:
     """S7."""
     need(app)
-    with Server(app, ANY_PORT, workers=1, threads=threads) as server:
+    with Server(app, ANY_PORT, workers=1, threads=threads, options=loop_of(app)) as server:
         client = http.client.HTTPConnection("127.0.0.1", port_of(server), timeout=20)
         client.request("GET", "/sleep/0.5")
         wait_until(lambda: (worker := server.stats().workers[0]).in_flight or worker.requests)

@@ -24,6 +24,7 @@ from fdpool.server import Server, ServerWorker, current_worker
 from tests.process_state import wait_until
 from tests.server.helpers import (
     ANY_PORT,
+    LOOPS,
     asgi,
     ask,
     connect,
@@ -100,7 +101,10 @@ def test_a_request_is_served_in_whatever_pieces_it_comes(threads: int, dispatch:
 
 
 @pytest.mark.parametrize("dispatch", ["shared", "reuseport", "handoff"])
-def test_an_answer_of_an_asgi_application_does_not_wait_for_its_client_to_acknowledge(dispatch: Any) -> None:
+@pytest.mark.parametrize("loop", LOOPS)
+def test_an_answer_of_an_asgi_application_does_not_wait_for_its_client_to_acknowledge(
+    loop: str, dispatch: Any
+) -> None:
     """As kernels have it by default (RFC 896), and clients take 40 ms for that (RFC 1122, 4.2.3.2)."""
     pytest.importorskip("uvicorn")
 
@@ -115,7 +119,7 @@ def test_an_answer_of_an_asgi_application_does_not_wait_for_its_client_to_acknow
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": b"%d" % bool(nodelay)})
 
-    with Server(tell_nodelay, ANY_PORT, workers=1, dispatch=dispatch) as server:
+    with Server(tell_nodelay, ANY_PORT, workers=1, dispatch=dispatch, options={"loop": loop}) as server:
         assert get(server)[1] == b"1"
 
 

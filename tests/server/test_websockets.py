@@ -8,14 +8,17 @@ import pytest
 
 from fdpool.server import Server
 from tests.process_state import wait_until
-from tests.server.helpers import ANY_PORT, asgi, pids, port_of
+from tests.server.helpers import ANY_PORT, LOOPS, asgi, pids, port_of
 
 pytest.importorskip("uvicorn")
 websockets = pytest.importorskip("websockets.asyncio.client")
 
 
 @pytest.mark.parametrize("dispatch", ["shared", "handoff"])
-def test_a_websocket_is_served_and_closed_with_service_restart_when_its_worker_drains(dispatch: str) -> None:
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_websocket_is_served_and_closed_with_service_restart_when_its_worker_drains(
+    loop: str, dispatch: str
+) -> None:
     async def talk(port: int, server: Server) -> tuple[list[str], int | None]:
         said = []
         async with websockets.connect(f"ws://127.0.0.1:{port}/") as client:
@@ -33,6 +36,6 @@ def test_a_websocket_is_served_and_closed_with_service_restart_when_its_worker_d
             assert int(pid) in pids(server)
         return said, code
 
-    with Server(asgi, ANY_PORT, workers=1, dispatch=dispatch) as server:  # type: ignore[arg-type]
+    with Server(asgi, ANY_PORT, workers=1, dispatch=dispatch, options={"loop": loop}) as server:  # type: ignore[arg-type]
         assert asyncio.run(talk(port_of(server), server)) == (["one", "two", "three"], 1012)
         wait_until(lambda: len(server.stats().workers) == 1)
