@@ -962,6 +962,24 @@ def test_an_asgi_worker_without_descriptors_says_so_once_and_serves_all_as_they_
         assert said.count("\n") <= 2, said  # one at most, but for what happens in the same turn
 
 
+@pytest.mark.parametrize("threads", [1, 4])
+def test_a_wsgi_worker_without_descriptors_serves_all_as_they_get_free(threads: int) -> None:
+    """S9, T3."""
+    pytest.importorskip("waitress")
+    with (
+        Server(wsgi, ANY_PORT, workers=1, threads=threads, on_worker_start=leave_room_for(14)) as server,
+        contextlib.ExitStack() as opened,
+    ):
+        clients = [opened.enter_context(connect(server)) for _ in range(25)]
+        for client in clients:
+            client.sendall(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+        wait_until(lambda: server.stats().workers[0].requests >= 3)
+        assert server.stats().workers[0].requests < 25
+        for client in clients:
+            assert client.recv(8) == b"HTTP/1.1"
+            client.close()  # which lets the next one in
+
+
 def test_a_server_without_descriptors_hands_over_all_the_same(tmp_path: Path) -> None:
     """S9, T3, where the server accepts."""
     body = """
