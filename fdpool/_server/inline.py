@@ -144,9 +144,6 @@ class InlineTasks:
         """True unless some of those that waited as the round began still wait."""
         return not self._left
 
-    def has_begun(self, server: Any) -> None:
-        """Nothing follows: the loop has its turn when no more are to be run."""
-
     def add_task(self, task: Any) -> None:
         """For waitress: a connection has a request."""
         # Not run here: the connection's `requests_lock` is held, which a task takes.

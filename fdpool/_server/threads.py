@@ -26,24 +26,11 @@ class Threads(ThreadedTaskDispatcher):  # type: ignore[misc]  # waitress has no 
     task_class = WSGITask
     queue_logger = _NO_LOG  # a warning for each request that waits, while others are served
     has_waiting = False  # whose requests have run wake the loop
+    may_take = True
 
     def __init__(self, count: int) -> None:
         super().__init__()
         self._count = count
-        self._full = False  # the loop takes no connections, as far as it knows
-
-    @property
-    def may_take(self) -> bool:
-        """True unless a request waits for a thread: one that comes behind it may be begun by others sooner, and is lost
-        if this worker dies."""
-        self._full = True
-        self._full = bool(self.queue)  # in this order: see `has_begun`
-        return not self._full
-
-    def has_begun(self, server: Any) -> None:
-        """Runs in: a thread, which has just taken a request. Have the loop take connections, if that was the last."""
-        if self._full and not self.queue:
-            server.pull_trigger()
 
     def prepare(self, server: Any) -> None:
         """Have its loop woken once for all that threads have done meanwhile, and not by each for itself."""

@@ -58,9 +58,6 @@ class Tasks(Protocol):
     def may_take(self) -> bool:
         """True if a connection that comes now would be served at once. Otherwise others may be free to take it."""
 
-    def has_begun(self, server: BaseWSGIServer) -> None:
-        """As a request begins to run, of a connection of `server`."""
-
     def after_turn(self, servers: Sequence[BaseWSGIServer]) -> None:
         """After each turn of the loop."""
 
@@ -332,7 +329,6 @@ def _channel_class(worker: ServerWorker, door: Door, tasks: Tasks) -> type[Any]:
                 self.handle_error()
 
         def service(self) -> None:
-            tasks.has_begun(self.server)
             self.token = worker.progress.begin()
             try:
                 super().service()

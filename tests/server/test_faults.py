@@ -75,48 +75,6 @@ def test_a_killed_worker_costs_the_one_connection_that_it_was_serving() -> None:
         assert set(answers) == set(pids(server)) != {victim}
 
 
-def wsgi_slow_or_pid(environ: Any, start_response: Any) -> list[bytes]:
-    if environ["PATH_INFO"] == "/slow":
-        time.sleep(600)
-    return wsgi(environ, start_response)
-
-
-@pytest.mark.parametrize("dispatch", ["shared", "handoff"])
-def test_a_worker_whose_threads_are_all_busy_leaves_connections_to_others(dispatch: Any) -> None:
-    """S8: one waits in it for a thread, or two that came at once; its death costs the others nothing."""
-    pytest.importorskip("waitress")
-    request = b"GET /%s HTTP/1.0\r\n\r\n"
-    with (
-        Server(wsgi_slow_or_pid, ANY_PORT, workers=1, threads=2, dispatch=dispatch) as server,
-        contextlib.ExitStack() as clients,
-    ):
-        [victim] = pids(server)
-        for busy in (1, 2):
-            clients.enter_context(connect(server)).sendall(request % b"slow")
-            wait_until(lambda busy=busy: server.stats().workers[0].in_flight == busy)  # type: ignore[misc]
-        waiting = [clients.enter_context(connect(server)) for _ in range(10)]
-        for client in waiting:
-            client.sendall(request % b"")
-        os.kill(victim, signal.SIGKILL)
-        answers = []
-        for client in waiting:
-            with contextlib.suppress(ConnectionError):
-                answers.append(read_all(client))
-        assert sum(b"200 OK" in answer for answer in answers) >= 8
-
-
-@pytest.mark.parametrize("dispatch", DISPATCHES)
-def test_requests_that_wait_for_a_thread_are_all_answered(dispatch: Any) -> None:
-    """The loop takes connections again as soon as the last that waited has a thread."""
-    pytest.importorskip("waitress")
-    with (
-        Server(wsgi, ANY_PORT, workers=1, threads=3, dispatch=dispatch) as server,
-        Load(lambda: get(server), clients=12) as load,
-    ):
-        load.go_on(400)
-    assert load.failed == []
-
-
 @pytest.mark.parametrize("dispatch", DISPATCHES)
 def test_workers_killed_under_load_cost_no_connection_that_they_had_not_begun(dispatch: Any) -> None:
     """S8: one connection at a time is in a worker's hands, so each death costs one at most."""
