@@ -12,7 +12,8 @@ from collections.abc import Callable
 
 from . import _trees
 
-_lock = threading.Lock()  # held from before a child is there until it is known
+# Held from before a child is there until it is known. A signal handler may start one in the midst of that.
+_lock = threading.RLock()
 _own: set[int] = set()
 
 
@@ -46,7 +47,7 @@ def reap_adopted() -> None:
 def _forget_in_child() -> None:
     global _lock
     # The forked child of `start` is in the midst of it; of another thread's nobody would release the lock.
-    _lock = threading.Lock()
+    _lock = threading.RLock()
     _own.clear()
 
 
