@@ -174,7 +174,7 @@ class WsgiFace:
             server.maintenance(now)
             for channel in list(server.active_channels.values()):
                 if channel.will_close:
-                    channel.handle_close()
+                    channel.handle_write()  # which closes, too, after what is still to be sent
 
     def _takes(self) -> bool:
         """True if a connection that comes now would be taken."""
