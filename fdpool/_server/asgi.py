@@ -142,7 +142,8 @@ class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may no
         # As one goes, the server hands more by what is counted, and the door has a descriptor in reserve again.
         self.server_state.connections = _Connections(self._one_has_gone)
         own: list[socket.socket] = []
-        if not isinstance(self._door, HandedOver) and _accepts_well(loop):
+        # With TLS nothing is known of what the loop has accepted until hands are shaken; no drain is to cut that off.
+        if not isinstance(self._door, HandedOver) and self.config.ssl is None and _accepts_well(loop):
             listeners = sockets or []
             self._room = Room(_KEPT_FREE + _KEPT_FREE_PER_LISTENER * len(listeners))
             self._loop_accepts = self._room.is_ample()
@@ -167,6 +168,14 @@ class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may no
         self.on_started()
         if self._order is not None:
             self._begin_draining()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        # Where uvicorn ends by itself (`limit_max_requests`) nobody has told us to drain. What is polled is not to be
+        # closed (hazard M27); and the door closes its own.
+        for fileno in self._door.filenos():
+            asyncio.get_running_loop().remove_reader(fileno)
+        self._door.close()
+        await super().shutdown(sockets=[])
 
     def drain(self, until: float, leaving: bool) -> None:
         """Runs in: any thread."""

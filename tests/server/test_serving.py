@@ -350,8 +350,7 @@ def test_an_asgi_worker_is_handed_as_many_connections_as_it_has_descriptors_for(
 
 @pytest.mark.parametrize(
     ("dispatch", "loop"),
-    # uvloop, where it accepts by itself, does not count them.
-    [("shared", "asyncio"), ("handoff", "asyncio"), ("handoff", "uvloop")],
+    [(dispatch, loop) for dispatch in ("shared", "handoff") for loop in ("asyncio", "uvloop")],
 )
 def test_tls_clients_that_never_finish_the_handshake_keep_no_worker_from_its_end(
     dispatch: Any, loop: str
