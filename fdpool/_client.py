@@ -55,9 +55,7 @@ _OUTSIDE = (signal.SIGKILL, signal.SIGTERM)
 _REPORT_S = 1.0  # how long the report of a worker's start may come after its first answer
 _NEVER = -1_000_000
 _MOST_REFUSALS = 20  # with a second between two
-_ROOM_S = (
-    10.0  # how long who submits, or empties a dead worker's inbox, waits for tasks to let go of descriptors
-)
+_ROOM_S = 10.0  # how long who submits waits for a task to let go of descriptors
 
 
 class Client:
@@ -496,17 +494,12 @@ class Client:
         self._refusals = 0
         return actions
 
-    def worker_exited(self, slot: int, until: float | None = None) -> Sequence[Action]:
-        """Event: the slot's worker is dead, and every answer that it had sent has been posted before.
-
-        What it has not received is safe where it is: `until` then others may let go of descriptors, if there is no room
-        for those in there. After that, tasks whose descriptors do not fit fail.
-        """
-        now = time.monotonic()
-        until = now + _ROOM_S if until is None else until
-        unread = self.inboxes.emptied(slot, at_any_cost=now >= until)
+    def worker_exited(self, slot: int) -> Sequence[Action]:
+        """Event: the slot's worker is dead, and every answer that it had sent has been posted before."""
+        unread = self.inboxes.emptied(slot)
         if unread is None:
-            self.limits.at(now + RETRY_S, self.worker_exited, slot, until)
+            # What it has not received is safe where it is. Others will let go of descriptors.
+            self.limits.at(time.monotonic() + RETRY_S, self.worker_exited, slot)
             return ()
         status = self.links[slot].last_exit.status
         self.lost_workers += self.dispatcher.state(slot) is not State.LEAVING or self._was_cut_short(slot)

@@ -156,10 +156,9 @@ class Inboxes:
         """
         return self.emptied(slot) or []
 
-    def emptied(self, slot: int, at_any_cost: bool = False) -> list[int] | None:
-        """As `receive`; None if there may be no room, and the inbox is as it was. At any cost: those tasks fail whose
-        descriptors find none."""
-        if not at_any_cost and not self.has_room_for(slot):
+    def emptied(self, slot: int) -> list[int] | None:
+        """As `receive`; None if there may be no room, and the inbox is as it was."""
+        if not self.has_room_for(slot):
             return None
         found = []
         while (received := wire.try_receive(self._links[slot].theirs, MAX_DATAGRAM, SCM_MAX_FD)) is not None:

@@ -7,7 +7,6 @@ import errno
 import os
 import resource
 import signal
-import time
 from collections.abc import Iterator
 from concurrent.futures import wait
 from pathlib import Path
@@ -151,23 +150,6 @@ def test_a_callback_that_finds_no_room_gets_the_error_at_once(little_room: int) 
         pool.submit(square, 1).add_done_callback(submit_many)
         wait_until(lambda: found, limit_s=20)
     assert isinstance(found[0], fdpool.DescriptorsExhausted)
-
-
-def test_a_dead_workers_tasks_end_even_if_they_carry_more_descriptors_than_there_can_be(
-    little_room: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In its inbox there may be more than this process may ever hold."""
-    monkeypatch.setattr("fdpool._client._ROOM_S", 0.3)
-    with fdpool.Pool(1) as pool, open(os.devnull) as null:
-        running = pool.submit(time.sleep, 1000)
-        wait_until(running.running)
-        behind = [pool.submit(count_descriptors, [fdpool.Fd(null) for _ in range(5)]) for _ in range(14)]
-        os.kill(pool.worker_pids()[0], signal.SIGKILL)
-        errors = [future.exception(timeout=20) for future in behind]
-        assert {type(error) for error in errors} == {type(None), fdpool.FdTransferError}
-        assert all(f"received {error.got} of 5" in str(error) for error in errors if error is not None)  # type: ignore[attr-defined]
-        assert isinstance(running.exception(timeout=20), fdpool.WorkerLost)
-        assert pool.submit(count_descriptors, [fdpool.Fd(null)] * 5).result(timeout=20) == 5
 
 
 def test_a_pool_that_finds_no_room_for_another_worker_does_with_those_it_has(little_room: int) -> None:
