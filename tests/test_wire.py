@@ -301,7 +301,8 @@ def test_waiting_for_a_queue_that_poll_cannot_see_takes_next_to_no_cpu() -> None
     full = [OSError(errno.ENOBUFS, "no room")] * 20
     begun, cpu_s = time.monotonic(), time.thread_time()
     wire.send(FakeSocket(*full, 1).as_socket(), (b"x",))
-    assert time.thread_time() - cpu_s < 0.05 * (time.monotonic() - begun)
+    # It takes 1 %, and to ask again and again all. But the collector may run in here, on what other tests have left.
+    assert time.thread_time() - cpu_s < 0.3 * (time.monotonic() - begun)
 
 
 @linux_only
