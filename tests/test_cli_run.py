@@ -620,7 +620,9 @@ def test_what_is_no_regular_file_is_written_as_it_is_by_any_number_of_jobs() -> 
 @pytest.mark.parametrize("name", ["/dev/stderr", "/dev/fd/2", "/proc/self/fd/2", "log"])
 def test_a_file_that_standard_error_goes_to_is_written_where_it_stands(name: str) -> None:
     write_files(2)
-    script = shlex.quote("cat >&2; exit 3")
+    # By write(2), which takes turns with others of the same open file; cat of coreutils copies by copy_file_range(2),
+    # which does not, so a line that fdpool writes meanwhile would be written over.
+    script = shlex.quote("read -r line; echo \"$line\" >&2; exit 3")
     line = f"fdpool run -j1 --no-clobber --joblog jobs --err {name} sh -c {script} ::: *.txt; echo after >&2"
     in_shell(f"exec 2> log; echo before >&2; {line}")
     first, second = (f"contents of {n:04}.txt\n" for n in range(2))
