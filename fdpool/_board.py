@@ -15,7 +15,6 @@ import os
 import sys
 import time
 from struct import Struct
-from typing import Any
 
 from . import _platform, fds
 
@@ -203,14 +202,14 @@ class Page:
 def _map_area(fd: int, slot: int) -> mmap.mmap:
     """A slot's area, to be written to. No descriptor of the board is left beside `fd`: by that one could write to the
     areas of all others."""
-    options: dict[str, Any] = {"flags": mmap.MAP_SHARED, "offset": slot * AREA_BYTES}
+    offset = slot * AREA_BYTES
     if sys.version_info >= (3, 13):
-        return mmap.mmap(fd, AREA_BYTES, trackfd=False, **options)
+        return fds.mapped(fd, AREA_BYTES, mmap.MAP_SHARED, offset=offset)
     with fds.standard_numbers_taken():
         # The mapping duplicates `fd`, and says nowhere to what number. As any duplicate, that is the lowest free one.
         number = os.dup(fd)
         os.close(number)
-        area = mmap.mmap(fd, AREA_BYTES, **options)
+        area = fds.mapped(fd, AREA_BYTES, mmap.MAP_SHARED, offset=offset)
     if os.path.sameopenfile(number, fd):
         # Not closed, but replaced: the mapping closes this number when it goes.
         null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)

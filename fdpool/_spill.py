@@ -16,10 +16,10 @@ import sys
 import threading
 import time
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from . import _platform
-from .fds import above_stdio, standard_numbers_taken
+from .fds import above_stdio, mapped
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -170,7 +170,7 @@ _MOST_HOLDING = 16
 
 def _map(fd: int, length: int, writable: bool) -> mmap.mmap:
     if not writable:  # a shared object's, which is one for all, and not the task's own
-        return _mapped(fd, length, mmap.MAP_PRIVATE, writable=False)
+        return mapped(fd, length, mmap.MAP_PRIVATE, writable=False)
     mapping = _mapped_if_room(fd, length) if len(_holding) < _MOST_HOLDING else None
     if mapping is None:
         mapping = _copied(fd, length)
@@ -181,7 +181,7 @@ def _map(fd: int, length: int, writable: bool) -> mmap.mmap:
 
 def _mapped_if_room(fd: int, length: int) -> mmap.mmap | None:
     try:
-        mapping = _mapped(fd, length, mmap.MAP_PRIVATE)
+        mapping = mapped(fd, length, mmap.MAP_PRIVATE)
     except OSError as error:
         if error.errno == errno.EMFILE:
             return None
@@ -202,15 +202,6 @@ def _copied(fd: int, length: int) -> mmap.mmap:
                 raise ValueError(f"the memory file ends at {at}, before {length}")
             at += wrote
     return mapping
-
-
-def _mapped(fd: int, length: int, flags: int, writable: bool = True) -> mmap.mmap:
-    protection = mmap.PROT_READ | mmap.PROT_WRITE if writable else mmap.PROT_READ
-    options: dict[str, Any] = {"flags": flags, "prot": protection}
-    if sys.version_info >= (3, 13):
-        options["trackfd"] = False  # no duplicate of fd: a kept array then pins memory, and no descriptor
-    with standard_numbers_taken():
-        return mmap.mmap(fd, length, **options)
 
 
 # -- files used again ---------------------------------------------------------------------------------------------
@@ -320,7 +311,7 @@ def _map_to_fill(fd: int) -> mmap.mmap | None:
         if not fcntl.fcntl(fd, _F_GET_SEALS) & _platform.SEAL_SHRINK:
             return None
         flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
-        mapping = _mapped(fd, os.fstat(fd).st_size, flags)
+        mapping = mapped(fd, os.fstat(fd).st_size, flags)
     except OSError:
         return None  # EINVAL: a plain file; EMFILE; ENOMEM
     _mapped_to_fill.add(mapping)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import mmap
 import os
 import select
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import NoReturn, Protocol, runtime_checkable
+from typing import Any, NoReturn, Protocol, runtime_checkable
 
 #: Longest that the kernel is asked to wait: poll(2) and epoll_wait(2) count milliseconds in an int, 24 days.
 LONGEST_POLL_S = 86_400.0
@@ -203,6 +205,17 @@ def standard_numbers_taken() -> Iterator[None]:
         yield
     finally:
         close_all(taken)
+
+
+def mapped(fd: int, length: int, flags: int, writable: bool = True, offset: int = 0) -> mmap.mmap:
+    """A mapping of a file. From Python 3.13 on it holds no descriptor, so who keeps it (an array) pins memory alone;
+    before, a duplicate of `fd`, above the standard streams."""
+    protection = mmap.PROT_READ | mmap.PROT_WRITE if writable else mmap.PROT_READ
+    options: dict[str, Any] = {"flags": flags, "prot": protection, "offset": offset}
+    if sys.version_info >= (3, 13):
+        options["trackfd"] = False
+    with standard_numbers_taken():
+        return mmap.mmap(fd, length, **options)
 
 
 def close_all(fds: Iterable[int]) -> None:

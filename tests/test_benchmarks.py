@@ -15,24 +15,15 @@ from tests.benchmarks import _cpu, _http_load, measures, servers
 from tests.benchmarks._measure import ahead_of, at_most
 from tests.benchmarks._report import goals_table, table
 from tests.benchmarks._results import MeasureResult, SideResult
+from tests.modules import run_module
 
 ROOT = Path(__file__).parents[1]
 
 
 def test_a_quick_run_gives_rounds_and_goals_of_each_side(tmp_path: Path) -> None:
     saved = tmp_path / "figures.json"
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "tests.benchmarks", "round-trip", "flood"),
-            *("--quick", "--peers", "ppe,mp", "--json", str(saved)),
-        ],
-        cwd=ROOT,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    chosen = ("round-trip", "flood", "--quick", "--peers", "ppe,mp")
+    done = run_module("tests.benchmarks", *chosen, "--json", str(saved))
     assert done.returncode == 0, done.stderr
     figures = json.loads(saved.read_text())
     assert figures["machine"]["cpus"] == len(os.sched_getaffinity(0))

@@ -5,10 +5,7 @@ from __future__ import annotations
 import pickle
 import random
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +19,7 @@ from fdpool.errors import FdTransferError, WireError
 
 from .fuzz import targets
 from .fuzz.__main__ import FromBytes, fuzz
+from .modules import run_module
 
 
 @pytest.fixture(scope="module")
@@ -53,15 +51,7 @@ def test_bytes_can_be_the_dice() -> None:
 
 def test_coverage_guides_the_inputs_where_atheris_is_there() -> None:
     pytest.importorskip("atheris")
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.fuzz", "--atheris", "--target", "session", "--inputs", "5000"],
-        cwd=Path(__file__).parents[1],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    done = run_module("tests.fuzz", "--atheris", "--target", "session", "--inputs", "5000")
     assert done.returncode == 0, done.stderr
     assert "Done 5000 runs" in done.stderr
     covered = [int(count) for count in re.findall(r"cov: (\d+)", done.stderr)]

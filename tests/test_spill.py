@@ -178,7 +178,7 @@ def test_where_no_descriptor_is_left_for_a_mapping_an_array_is_copied(
     def full(*_: object) -> None:
         raise OSError(errno.EMFILE, "Too many open files")
 
-    monkeypatch.setattr(_spill, "_mapped", full)
+    monkeypatch.setattr(_spill, "mapped", full)
     array = roundtrip(np.arange(SPILL_BYTES))
     array += 1
     assert array[-1] == SPILL_BYTES

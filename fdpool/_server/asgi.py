@@ -26,7 +26,6 @@ from typing import Any
 
 import uvicorn
 from uvicorn.middleware import proxy_headers
-from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from ..fds import duplicate
 from .context import Order, ServerWorker
@@ -170,11 +169,8 @@ class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may no
             self._begin_draining()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        # Where uvicorn ends by itself (`limit_max_requests`) nobody has told us to drain. What is polled is not to be
-        # closed (hazard M27); and the door closes its own.
-        for fileno in self._door.filenos():
-            asyncio.get_running_loop().remove_reader(fileno)
-        self._door.close()
+        # Where uvicorn ends by itself (`limit_max_requests`) nobody has told us to drain. The door closes its own.
+        self._close_door(asyncio.get_running_loop())
         await super().shutdown(sockets=[])
 
     def drain(self, until: float, leaving: bool) -> None:
@@ -200,9 +196,7 @@ class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may no
     def _stop_accepting(self) -> None:
         loop = self._serving_loop
         assert loop is not None
-        for fileno in self._door.filenos():
-            loop.remove_reader(fileno)
-        self._door.close()
+        self._close_door(loop)
         for server in self.servers:
             server.close()
         self._worker.closed()
@@ -294,6 +288,12 @@ class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may no
         self._open = len(self.server_state.connections)
         for fileno in self._door.filenos():
             self._serving_loop.add_reader(fileno, self._take, fileno)
+
+    def _close_door(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Take no more by the door; safe to call again. What is polled is not to be closed (hazard M27)."""
+        for fileno in self._door.filenos():
+            loop.remove_reader(fileno)
+        self._door.close()
 
     def _take(self, fileno: int) -> None:
         assert self._serving_loop is not None
@@ -425,7 +425,8 @@ class _Watched:
 
         uvicorn does that, but is asked only where a request says so: to be asked costs each one 5 % (instructions).
         """
-        self._forwarded_app = ProxyHeadersMiddleware(self._app, trusted_hosts=proxies)  # type: ignore[arg-type, unused-ignore]
+        middleware = proxy_headers.ProxyHeadersMiddleware
+        self._forwarded_app = middleware(self._app, trusted_hosts=proxies)  # type: ignore[arg-type, unused-ignore]
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "lifespan":

@@ -50,7 +50,6 @@ class Signals:
         self._early: list[int] = []
         self._quick_ends = itertools.count()
         self._before: dict[int, Handler] = {}
-        self._sigchld_before: Handler = signal.SIG_DFL
         self._waker = Waker()
         self._wakeup_before = -1
 
@@ -64,10 +63,9 @@ class Signals:
             signal.SIGTTOU,
             signal.SIGUSR1,
             signal.SIGUSR2,
+            *((signal.SIGCHLD,) if self._ends_process else ()),
         ):
             self._before[number] = signal.signal(number, self._on_signal)
-        if self._ends_process:
-            self._sigchld_before = signal.signal(signal.SIGCHLD, self._on_signal)
         # The kernel gives a signal to any thread that does not block it, and then nothing wakes the main thread, which
         # alone runs handlers: unless it waits for this descriptor.
         self._wakeup_before = signal.set_wakeup_fd(self._waker.write_fileno(), warn_on_full_buffer=False)
@@ -75,11 +73,10 @@ class Signals:
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
-            afterwards = signal.SIG_IGN if self._ends_process else handler
+            # Not SIGCHLD: the kernel would reap a supervisor that somebody still waits for.
+            ignored = self._ends_process and number != signal.SIGCHLD
+            afterwards = signal.SIG_IGN if ignored else handler
             signal.signal(number, afterwards if afterwards is not None else signal.SIG_DFL)
-        if self._ends_process:
-            # Not ignored: the kernel would reap a supervisor that somebody still waits for.
-            signal.signal(signal.SIGCHLD, self._sigchld_before or signal.SIG_DFL)
         signal.set_wakeup_fd(self._wakeup_before)
         self._waker.close()
 

@@ -75,6 +75,20 @@ async def asgi_in_asyncio(scope: Any, receive: Any, send: Any) -> None:
     await asgi(scope, receive, send)
 
 
+def asgi_answering(body_of: Callable[[Any], bytes]) -> Any:
+    """An ASGI application that answers with `body_of(scope)`."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "lifespan":
+            await asgi(scope, receive, send)
+            return
+        body = body_of(scope)
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": body})
+
+    return app
+
+
 def wsgi(environ: Any, start_response: Any) -> list[bytes]:
     """A WSGI application that answers with its worker's pid; `/sleep/0.5` takes its time."""
     _, verb, *rest = [*environ["PATH_INFO"].split("/"), ""]

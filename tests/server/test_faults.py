@@ -337,6 +337,17 @@ def test_handing_a_connection_over_is_no_occasion_to_look_at_every_worker(
         assert len(ticks) < 10
 
 
+def assert_failing_requests_concern_no_other(server: Server) -> None:
+    """Its application raises at once for /raise, and for /late as its answer has begun."""
+    [before] = pids(server)
+    for _ in range(2):
+        assert get(server, "/raise")[0] == 500
+        with pytest.raises(http.client.IncompleteRead) as cut:
+            get(server, "/late")
+        assert cut.value.partial == b"begun"
+        assert int(get(server)[1]) == before
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("error", [ValueError, SystemExit, KeyboardInterrupt])
 def test_a_wsgi_application_that_raises_fails_its_own_request_only(
@@ -358,13 +369,7 @@ def test_a_wsgi_application_that_raises_fails_its_own_request_only(
         return wsgi(environ, start_response)
 
     with Server(app, ANY_PORT, workers=1, threads=threads) as server:
-        [before] = pids(server)
-        for _ in range(2):
-            assert get(server, "/raise")[0] == 500
-            with pytest.raises(http.client.IncompleteRead) as cut:
-                get(server, "/late")
-            assert cut.value.partial == b"begun"
-            assert int(get(server)[1]) == before
+        assert_failing_requests_concern_no_other(server)
     assert f"{error.__name__}: of the application" in capfd.readouterr().err
 
 
@@ -388,13 +393,7 @@ def test_an_asgi_application_that_raises_fails_its_own_request_only(
         await asgi(scope, receive, send)
 
     with Server(app, ANY_PORT, workers=1, request_timeout=request_timeout) as server:
-        [before] = pids(server)
-        for _ in range(2):
-            assert get(server, "/raise")[0] == 500
-            with pytest.raises(http.client.IncompleteRead) as cut:
-                get(server, "/late")
-            assert cut.value.partial == b"begun"
-            assert int(get(server)[1]) == before
+        assert_failing_requests_concern_no_other(server)
         wait_until(lambda: server.stats().workers[0].requests == 6)
     assert f"{error.__name__}: of the application" in capfd.readouterr().err
 

@@ -26,6 +26,7 @@ from tests.server.helpers import (
     ANY_PORT,
     LOOPS,
     asgi,
+    asgi_answering,
     ask,
     connect,
     echo_pid,
@@ -108,18 +109,14 @@ def test_an_answer_of_an_asgi_application_does_not_wait_for_its_client_to_acknow
     """As kernels have it by default (RFC 896), and clients take 40 ms for that (RFC 1122, 4.2.3.2)."""
     pytest.importorskip("uvicorn")
 
-    async def tell_nodelay(scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] == "lifespan":
-            await asgi(scope, receive, send)
-            return
+    def nodelay(scope: Any) -> bytes:
         connections = psutil.Process().net_connections("tcp")
         [fd] = [each.fd for each in connections if tuple(each.raddr) == tuple(scope["client"])]
         with socket.socket(fileno=os.dup(fd)) as connection:
-            nodelay = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
-        await send({"type": "http.response.start", "status": 200, "headers": []})
-        await send({"type": "http.response.body", "body": b"%d" % bool(nodelay)})
+            return b"%d" % bool(connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
 
-    with Server(tell_nodelay, ANY_PORT, workers=1, dispatch=dispatch, options={"loop": loop}) as server:
+    app = asgi_answering(nodelay)
+    with Server(app, ANY_PORT, workers=1, dispatch=dispatch, options={"loop": loop}) as server:
         assert get(server)[1] == b"1"
 
 
@@ -137,13 +134,7 @@ def test_an_asgi_application_sees_whom_a_trusted_proxy_forwards_for(
 ) -> None:
     pytest.importorskip("uvicorn")
 
-    async def tell_client(scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] == "lifespan":
-            await asgi(scope, receive, send)
-            return
-        await send({"type": "http.response.start", "status": 200, "headers": []})
-        await send({"type": "http.response.body", "body": f"{scope['client'][0]} {scope['scheme']}".encode()})
-
+    tell_client = asgi_answering(lambda scope: f"{scope['client'][0]} {scope['scheme']}".encode())
     with Server(tell_client, ANY_PORT, workers=1, options=options) as server:
         connection = http.client.HTTPConnection(*server.sockets[0].getsockname())
         with contextlib.closing(connection):
@@ -166,14 +157,12 @@ def test_uvicorn_looks_at_no_other_headers_of_proxies_than_it_is_asked_for() -> 
 
 
 def test_uvicorn_puts_together_no_trace_that_nobody_reads() -> None:
+    answer = asgi_answering(lambda _: b"%d" % logging.getLogger("uvicorn.error").level)
+
     async def tell_level(scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "lifespan":
             logging.getLogger().setLevel(logging.DEBUG)  # as an application may that sets up its logs
-            await asgi(scope, receive, send)
-            return
-        level = b"%d" % logging.getLogger("uvicorn.error").level
-        await send({"type": "http.response.start", "status": 200, "headers": []})
-        await send({"type": "http.response.body", "body": level})
+        await answer(scope, receive, send)
 
     with Server(tell_level, ANY_PORT, workers=1) as server:
         assert int(get(server)[1]) == logging.DEBUG
