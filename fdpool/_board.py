@@ -20,8 +20,8 @@ from . import _platform, fds
 
 AREA_BYTES = 64 * 1024
 _WORD = Struct("<Q")
-# Words; the second and third are the client's to write.
-_BEGUN, _STOP, _RECALL, _LOGGED, _CLAIMED, _STARTED, _SAID = range(7)
+# Words; the second, the third and the last are the client's to write.
+_BEGUN, _STOP, _RECALL, _LOGGED, _CLAIMED, _STARTED, _SAID, _LAST = range(8)
 _TAIL_AT = 64
 TAIL_BYTES = 2048
 _LOG_AT = _TAIL_AT + TAIL_BYTES
@@ -94,10 +94,15 @@ class Board:
         """
         self._leave_word(slot, _RECALL, begun)
 
+    def end_after(self, slot: int, task: int) -> None:
+        """Ask the slot's worker to receive nothing more once `task`, which it runs, has ended, and to leave. If that
+        still runs `SETTLE_S` later, so it will be."""
+        self._leave_word(slot, _LAST, task)
+
     def clear(self, slot: int) -> None:
         """A worker is about to be started for the slot: nothing has begun there. One that is tried again has the number
         that it had, and must not be taken for what the last worker died of."""
-        for index in (_STARTED, _BEGUN):
+        for index in (_STARTED, _BEGUN, _LAST):
             self._leave_word(slot, index, 0)
 
     def close(self) -> None:
@@ -158,6 +163,10 @@ class Page:
     def end(self) -> None:
         """Say that the task has ended, and only its answer is still to come."""
         self._words[_STARTED] = 0
+
+    def is_last(self, task: int) -> bool:
+        """True if nothing is to be received after `task`, which has ended."""
+        return self._words[_LAST] == task
 
     def say(self, data: bytes) -> None:
         """Note what is being written to stderr."""

@@ -278,7 +278,7 @@ class Client:
     def take_out(self, task: int) -> bool:
         """Make sure that a task that has not begun never will: True if so. Lock held."""
         where = self.dispatcher.withdraw(task)
-        if where is Where.INBOX:
+        if where is Where.GIVEN and not self.is_begun(task):
             slot = self.dispatcher.slot_of(task)
             assert slot is not None
             self.perform(self.inboxes.fetch(slot, task))
@@ -322,14 +322,17 @@ class Client:
             return True
 
     def has_begun(self, task: int) -> bool:
-        """True if a worker runs the task now, as far as can be known from here."""
+        """True if a worker has begun the task, and its outcome is not known yet."""
         if self.life.phase is FORKED or self.critical.is_mine:
             return False
         with self.critical:
             self.critical.handle_posted()
-            slot = self.dispatcher.slot_of(task)
-            # A worker that has just started may have begun before its word of being ready has been read here.
-            return slot is not None and (self.dispatcher.has_begun(task) or self.running(slot)[0] == task)
+            return self.is_begun(task)
+
+    def is_begun(self, task: int) -> bool:
+        """As `has_begun`. Lock held."""
+        slot = self.dispatcher.slot_of(task)
+        return slot is not None and self.board is not None and self.board.begun(slot) == task
 
     def wait_for(self, future: TaskFuture[Any], timeout: float | None) -> None:
         """Help to receive until `future` is settled or `timeout` seconds are over; may return early.
@@ -426,7 +429,8 @@ class Client:
         return ()
 
     def _take_back(self, action: _dispatch.TakeBack) -> Sequence[Action]:
-        return self.dispatcher.taken_back(action.slot, self.inboxes.receive(action.slot))
+        found, _ = self.inboxes.emptied(action.slot, partly=True)
+        return self.dispatcher.taken_back(action.slot, found)
 
     def _lose_task(self, action: _dispatch.LoseTask) -> Sequence[Action]:
         slot, task = action
@@ -494,20 +498,31 @@ class Client:
         self._refusals = 0
         return actions
 
-    def worker_exited(self, slot: int) -> Sequence[Action]:
-        """Event: the slot's worker is dead, and every answer that it had sent has been posted before."""
-        unread = self.inboxes.emptied(slot)
-        if unread is None:
-            # What it has not received is safe where it is. Others will let go of descriptors.
-            self.limits.at(time.monotonic() + RETRY_S, self.worker_exited, slot)
-            return ()
+    def worker_exited(self, slot: int, unread: Sequence[int] = ()) -> Sequence[Action]:
+        """Event: the slot's worker is dead, and every answer that it had sent has been posted before.
+
+        What it has not received (`unread` was taken from its inbox already) is for others, unless there is no room here
+        for its descriptors: that is left to the slot's next worker.
+        """
+        taken, is_all = self.inboxes.emptied(slot)
+        unread = [*unread, *taken]
+        kept: list[int] = []
+        if not is_all:
+            try:
+                kept = self.inboxes.left_in(slot)
+            except OSError:
+                # It is safe where it is, and others will let go of descriptors, perhaps.
+                self.limits.at(time.monotonic() + RETRY_S, self.worker_exited, slot, unread)
+                return ()
         status = self.links[slot].last_exit.status
         self.lost_workers += self.dispatcher.state(slot) is not State.LEAVING or self._was_cut_short(slot)
         killed = status is not None and os.WIFSIGNALED(status) and os.WTERMSIG(status) in _OUTSIDE
         self.wake()  # the slot may be paused now, and the pump must know until when
         self.inboxes.forget(slot)
-        unread = self.inboxes.received_not_begun(slot, unread) + unread
-        return self.dispatcher.exited(slot, unread, time.monotonic(), killed)
+        unread = self.inboxes.received_not_begun(slot, unread + kept) + unread
+        if kept:
+            self.inboxes.watch(slot)
+        return self.dispatcher.exited(slot, unread, time.monotonic(), killed, kept)
 
     def fail(self, task: int, error: BaseException) -> None:
         """Have the pump settle a task with an error, and close what the task still holds."""

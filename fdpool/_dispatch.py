@@ -91,19 +91,19 @@ class Where(Enum):
     """What `withdraw` found."""
 
     QUEUED = "queued"  # it was queued, and is forgotten now
-    INBOX = "inbox"  # it may still lie in an inbox: take that back, and ask again
-    BEGUN = "begun"  # a worker runs it
+    GIVEN = "given"  # it may still lie in an inbox: take that back, unless its worker has begun it
     UNKNOWN = "unknown"  # never submitted, or done
 
 
 class _Seat:
     """A slot with the tasks given to its worker, oldest first; only the oldest can have begun."""
 
-    __slots__ = ("given", "held_until", "moved_at", "rank", "slot", "worked", "works")
+    __slots__ = ("given", "held_until", "kept", "moved_at", "rank", "slot", "worked", "works")
 
     def __init__(self, slot: Slot) -> None:
         self.slot = slot
         self.given: OrderedDict[TaskId, bool] = OrderedDict()  # to whether it travels alone
+        self.kept: frozenset[TaskId] = frozenset()  # which of them the last worker has left in the inbox
         self.held_until: float | None = None  # the kernel would not take more; 0.0: until a task ends
         self.rank: int | None = None
         self.worked = 0  # how often it was given tasks
@@ -216,13 +216,6 @@ class Dispatcher:
         """True if the slot has tasks to answer."""
         return bool(self._seats[slot].given)
 
-    def has_begun(self, task: TaskId) -> bool:
-        """True if the task is the oldest of a ready worker: it runs, or starts this moment."""
-        seat = self._given_to.get(task)
-        if seat is None or seat.slot.state is STARTING:
-            return False
-        return next(iter(seat.given)) == task
-
     def next_deadline(self) -> float | None:
         """When `tick` wants to be called next, or None."""
         moments = [moment for seat in self._paused.values() if (moment := self._resumes(seat))]
@@ -305,7 +298,7 @@ class Dispatcher:
         seat = self._given_to.get(task)
         if seat is None:
             return Where.UNKNOWN
-        return Where.BEGUN if self.has_begun(task) else Where.INBOX
+        return Where.GIVEN
 
     def slot_of(self, task: TaskId) -> SlotNumber | None:
         """The slot that the task is given to, or None."""
@@ -350,31 +343,37 @@ class Dispatcher:
         return self._relieve()
 
     def exited(
-        self, slot: SlotNumber, unread: Iterable[TaskId], now: float, killed: bool = False
+        self,
+        slot: SlotNumber,
+        unread: Iterable[TaskId],
+        now: float,
+        killed: bool = False,
+        kept: Iterable[TaskId] = (),
     ) -> Sequence[Action]:
-        """The slot's worker has died; `unread` is what its inbox still held, in order; `killed` if from outside.
+        """The slot's worker has died; `unread` is what was taken from its inbox, in order, and `kept` what is still in
+        there, for the slot's next worker; `killed` if from outside.
 
-        Every answer that it sent must have been told by `finished` before: what is then given, and not
-        unread, had begun.
+        Every answer that it sent must have been told by `finished` before: what is then given, and neither unread nor
+        kept, had begun.
         """
         seat = self._seats[slot]
         if seat.slot.state in (VACANT, COOLING):
             return NOTHING
         self._requeue(seat, [task for task in unread if task in seat.given])
-        lost = list(seat.given)
+        seat.kept = frozenset(kept).intersection(seat.given)
+        lost = [task for task in seat.given if task not in seat.kept]
         for task in lost:
-            del self._given_to[task]
-        seat.given.clear()
+            del self._given_to[task], seat.given[task]
         seat.held_until = None
         failed_boot = seat.slot.state is STARTING
         self.boot_failures += failed_boot
         state = seat.slot.exited(now, self.boot_failures)
         self._place(seat)
+        actions: list[Action] = [LoseTask(slot, task) for task in lost]
         if state is VACANT:
-            self._vacant.append(slot)
+            actions += self._vacated(seat)
         elif state is COOLING:
             self._paused[slot] = seat
-        actions: list[Action] = [LoseTask(slot, task) for task in lost]
         if failed_boot and self.boot_failures >= (self._kill_limit if killed else self._boot_limit):
             return [*actions, BreakPool(self.boot_failures)]
         return [*actions, *self._assign(), *self.staffed()]
@@ -416,7 +415,7 @@ class Dispatcher:
         """No worker could be asked for, for want of what may come again: try later, and do with the others."""
         seat = self._seats[slot]
         seat.slot.exited(now, LATER)
-        self._requeue(seat, list(seat.given))
+        self._requeue(seat, [task for task in seat.given if task not in seat.kept])
         self._paused[slot] = seat
         self._place(seat)
         return self._assign()
@@ -427,6 +426,7 @@ class Dispatcher:
         for task in due:
             del self.postponed_until[task]
         self.put_first(due)
+        actions: list[Action] = []
         for number, seat in list(self._paused.items()):
             moment = self._resumes(seat)
             if moment is not None and moment > now:
@@ -435,9 +435,9 @@ class Dispatcher:
             seat.held_until = None
             if seat.slot.state is COOLING:
                 seat.slot.step(Event.COOLED)
-                self._vacant.append(number)
+                actions += self._vacated(seat)
             self._place(seat)
-        return [*self._assign(), *self.staffed()]
+        return [*actions, *self._assign(), *self.staffed()]
 
     def dismissed(self) -> Sequence[Action]:
         """The pool is to end: no worker is started any more, and those that are there shall leave.
@@ -469,6 +469,15 @@ class Dispatcher:
         return tasks
 
     # -- how ---------------------------------------------------------------------------------------
+
+    def _vacated(self, seat: _Seat) -> Sequence[Action]:
+        """A worker may be started for the seat at once; and is, if its inbox holds tasks that only such a one takes."""
+        if not seat.given:
+            self._vacant.append(seat.slot.number)
+            return NOTHING
+        seat.slot.step(Event.WANTED)
+        self._place(seat)
+        return (StartWorker(seat.slot.number, seat.slot.generation),)
 
     def _assign(self) -> Sequence[Action]:
         """Give queued tasks away while anyone has room: to who is idle, to a new worker, to the least laden."""
@@ -578,6 +587,7 @@ class Dispatcher:
         return NOTHING
 
     def _requeue(self, seat: _Seat, tasks: Sequence[TaskId]) -> None:
+        seat.kept = seat.kept.difference(tasks) if seat.kept else seat.kept
         for task in reversed(tasks):
             del self._given_to[task]
             self.queued[task] = seat.given.pop(task)
@@ -627,14 +637,16 @@ class Dispatcher:
         assert not set(given) & set(self.queued)
         assert not (set(given) | set(self.queued)) & set(self.postponed_until)
         assert all(task in self._given_to[task].given for task in given)
-        # Invariant: a seat stands in its own rank and in no other; only live seats have tasks.
+        # Invariant: a seat stands in its own rank and in no other; only live seats have tasks, but for what was left in
+        # an inbox.
         for seat in self._seats:
             number = seat.slot.number
             assert seat.rank == self._rank(seat)
             assert [i for i, rank in enumerate(self._ranks) if number in rank] == (
                 [] if seat.rank is None else [seat.rank]
             )
-            assert not seat.given or seat.slot.state in (STARTING, READY, LEAVING)
+            assert not seat.given or seat.slot.state in (STARTING, READY, LEAVING, COOLING)
+            assert seat.slot.state is not COOLING or seat.kept.issuperset(seat.given)
         # Invariant: as many work as are counted.
         assert self._working == sum(
             seat.slot.state is READY and bool(seat.given) and seat.held_until is None for seat in self._seats

@@ -70,10 +70,8 @@ class Inboxes:
 
         Then it is forgotten by the dispatcher; its future has its payload again.
         """
-        found = self.emptied(slot)
-        if found is None:
-            return ()
-        if task not in found:
+        found, is_all = self.emptied(slot)
+        if is_all and task not in found:
             found = self._recall(slot, found) + found
         return self._dispatcher.taken_back(slot, found, dropping=[task] if task in found else [])
 
@@ -95,7 +93,7 @@ class Inboxes:
             size = len(span) + len(call.body)
             header = _messages.pack_header(_messages.CHUNK, task, size, len(numbers), call.spilled)
             parts = (header, span, call.body)
-            self._watch(slot)
+            self.watch(slot)
         else:
             header = _messages.pack_header(_messages.TASK, task, len(call.body), len(numbers), call.spilled)
             parts = (header, call.body)
@@ -109,13 +107,12 @@ class Inboxes:
         if not sent:
             return self._inbox_full(slot, tasks)
         if self._dispatcher.piles(slot):
-            self._watch(slot)
+            self.watch(slot)
         if record.options is not None and record.options.is_watched:
             self._client.limits.sent(slot, record.options)
         if numbers and call.carries_fds and not record.may_retry:
             # A copy kept here would hide from a reader that the task has closed its end.
             record.call = None
-            record.carried = len(numbers)
             self._carrying.add(slot)
             call.close()
         return ()
@@ -142,7 +139,7 @@ class Inboxes:
             sent = False
         if not sent:
             return self._inbox_full(slot, tasks)
-        self._watch(slot)
+        self.watch(slot)
         return self._dispatcher.finished(slot, gone) if gone else ()
 
     def _inbox_full(self, slot: int, tasks: Sequence[int]) -> Sequence[Action]:
@@ -150,18 +147,35 @@ class Inboxes:
         return self._dispatcher.inbox_full(slot, tasks, time.monotonic() + RETRY_S)
 
     def receive(self, slot: int) -> list[int]:
-        """Take every datagram out of the slot's inbox; returns their tasks, which have their payloads again.
+        """Take the datagrams out of the slot's inbox; returns their tasks, which have their payloads again.
 
-        Nothing, if there may be no room for the descriptors that are in there: the kernel would drop them.
+        Nothing, if there is no room here for all descriptors in there: the kernel would drop them.
         """
-        return self.emptied(slot) or []
+        return self.emptied(slot)[0]
 
-    def emptied(self, slot: int) -> list[int] | None:
-        """As `receive`; None if there may be no room, and the inbox is as it was."""
-        if not self.has_room_for(slot):
-            return None
-        found = []
-        while (received := wire.try_receive(self._links[slot].theirs, MAX_DATAGRAM, SCM_MAX_FD)) is not None:
+    def emptied(self, slot: int, partly: bool = False) -> tuple[list[int], bool]:
+        """As `receive`, and whether that is all that was in there.
+
+        Args:
+            partly: better the oldest tasks than none. Where these cannot go to another worker, they are sent behind the
+                others again.
+        """
+        found: list[int] = []
+        carrying = slot in self._carrying
+        if carrying and not partly and not self._has_room(slot):
+            return found, False
+        # The room may go all the same, as another thread opens files.
+        take = wire.try_take if carrying else wire.try_receive
+        while True:
+            try:
+                received = take(self._links[slot].theirs, MAX_DATAGRAM, SCM_MAX_FD)
+            except OSError as error:
+                if error.errno not in _budget.FULL:
+                    raise
+                return found, False
+            if received is None:
+                self._carrying.discard(slot)
+                return found, True
             try:
                 header = _messages.unpack_header(received.data)
                 calls = _messages.split(received.data) if header.kind == _messages.TASKS else []
@@ -185,25 +199,32 @@ class Inboxes:
                 self._client.fail(
                     header.task, lost_descriptors(header.fd_count, len(received.fds), "this process")
                 )
-        return found
+            elif partly and _budget.near_limit(received.fds):
+                return found, False
 
-    def has_room_for(self, slot: int) -> bool:
-        """True if `receive` would not lose descriptors."""
-        if slot not in self._carrying:
-            return True
-        carried = {
-            task: record.carried
-            for task in self._dispatcher.given(slot)
-            # Who waits may just have settled it.
-            if (record := self._tasks.get(task)) is not None and record.carried
-        }
-        if not carried:
-            self._carrying.discard(slot)
-        carried.pop(self._board.begun(slot), None)  # that one is in there no more
-        return not carried or _budget.has_room_for(sum(carried.values()))
+    def left_in(self, slot: int) -> list[int]:
+        """The tasks of what lies in the inbox of a dead worker, which stays there.
 
-    def received_not_begun(self, slot: int, unread: list[int]) -> list[int]:
-        """What a dead worker had received, but not begun, and can be sent again."""
+        Raises:
+            OSError: this kernel cannot tell.
+        """
+        return [task for data in self._look_into(slot) for task in _messages.tasks_in(data)]
+
+    def _has_room(self, slot: int) -> bool:
+        """True if all descriptors in the slot's inbox can be opened here."""
+        try:
+            messages = self._look_into(slot)
+        except OSError:
+            return True  # as far as anybody can tell
+        return _budget.has_room_for(sum(_messages.unpack_header(data).fd_count for data in messages))
+
+    def _look_into(self, slot: int) -> list[bytes]:
+        """The messages in the slot's inbox, which stay there."""
+        messages = wire.peek_all(self._links[slot].theirs, MAX_DATAGRAM)
+        return list(filter(_messages.is_sound, messages))  # the others are none of ours: as in the worker
+
+    def received_not_begun(self, slot: int, unread: Sequence[int]) -> list[int]:
+        """What a dead worker had received, but not begun, and can be sent again; its inbox held `unread`."""
         begun = self._board.begun(slot)
         received = [task for task in self._dispatcher.given(slot) if task not in unread and task != begun]
         return [
@@ -223,8 +244,8 @@ class Inboxes:
             begun = self._board.begun(slot)
             now = (begun, self._board.claimed(slot))
             state = self._dispatcher.state(slot)
-            if given and state is State.STARTING:
-                continue  # it begins with what was sent already
+            if given and state in (State.STARTING, State.COOLING):
+                continue  # it begins with what is in its inbox already
             if not given or state is not State.READY:
                 del self._batched[slot]
             elif now != before or begun not in given:
@@ -235,13 +256,16 @@ class Inboxes:
             else:
                 self._client.receiver.take_log(slot, self._board)
                 if self._dispatcher.has_idle:
-                    inbox = self.emptied(slot)
-                    if inbox is not None:  # else nobody can tell what lies in there from what was received
-                        actions += self._dispatcher.stalled(slot, self._recall(slot, inbox) + inbox)
+                    inbox, is_all = self.emptied(slot, partly=True)
+                    # Else nobody can tell what lies in there from what was received.
+                    received = self._recall(slot, inbox) if is_all else []
+                    if received or inbox:
+                        actions += self._dispatcher.stalled(slot, received + inbox)
         self.looks_at = time.monotonic() + _LOOK_S if self._batched else None
         return actions
 
-    def _watch(self, slot: int) -> None:
+    def watch(self, slot: int) -> None:
+        """Look after what the slot was given together, or will find in its inbox."""
         self._batched.setdefault(slot, (0, 0))
         if self.looks_at is None:
             self.looks_at = time.monotonic() + _LOOK_S
@@ -273,21 +297,23 @@ class Inboxes:
         self._recalled.setdefault(slot, set()).update(free)
         return free
 
-    def pin(self, slot: int, task: int) -> tuple[bool, list[int]] | None:
+    def pin(self, slot: int, task: int) -> tuple[bool, list[int]]:
         """Make sure that the slot's worker runs `task`, and will begin nothing behind it.
 
-        Returns whether it does, and what it has not begun of what it was given, to be told to the dispatcher; None if
-        that cannot be now, as there may be no room for the descriptors in its inbox.
+        Returns whether it does, and what it has not begun of what it was given, to be told to the dispatcher. What no
+        room is here for stays in its inbox, for its successor.
         """
-        others = self.emptied(slot)
-        if others is None:
-            return None
+        others, is_all = self.emptied(slot)
+        if not is_all:
+            self._board.end_after(slot, task)
         self._board.recall(slot, task)
         time.sleep(SETTLE_S)
         # One that has ended its task says so before it receives the next: that one would have descriptors that
         # nobody else has.
         if self._board.running(slot)[0] != task:
             return False, others
+        if not is_all:
+            return True, others  # nobody can tell what it has received from what lies in there
         given = self._dispatcher.given(slot)
         behind = given[given.index(task) + 1 :] if task in given else []
         free = [each for each in behind if each not in others]

@@ -106,7 +106,7 @@ class Limits:
     def _give_up_waiting(self, task: int, seconds: float) -> Sequence[Action]:
         """Event: the task must have begun by now. One that is to be tried again has."""
         record = self._tasks.get(task)
-        if record is None or record.attempts or self._dispatcher.has_begun(task):
+        if record is None or record.attempts or self._client.is_begun(task):
             return ()
         if self._client.take_out(task):
             error = TaskTimeout(
@@ -194,12 +194,7 @@ class Limits:
         record = self._tasks.get(task)
         if record is None:
             return ()
-        pinned = self._client.inboxes.pin(slot, task)
-        if pinned is None:
-            if why is CutShort.TERMINATED:  # of the others `_look_at` takes care
-                self.at(time.monotonic() + _STUBBORN_LOOK_S, self._end_stubborn, task)
-            return ()
-        runs, others = pinned
+        runs, others = self._client.inboxes.pin(slot, task)
         if not runs:
             return self._dispatcher.taken_back(slot, others)
         record.cut_short = why

@@ -146,6 +146,22 @@ def split(data: bytes, start: int = HEADER_BYTES) -> list[tuple[int, int, bytes]
     return found
 
 
+def is_sound(data: bytes) -> bool:
+    """True if a datagram is one of ours."""
+    try:
+        return unpack_header(data).kind != TASKS or bool(split(data))
+    except WireError:
+        return False
+
+
+def tasks_in(data: bytes) -> list[int]:
+    """The tasks that a sound datagram to a worker holds calls of."""
+    header = unpack_header(data)
+    if header.kind == TASKS:
+        return [task for _, task, _ in split(data)]
+    return [header.task] if header.kind in (TASK, CHUNK) else []
+
+
 def split_chunk(data: bytes) -> tuple[int, int, bytes]:
     """The first item of a CHUNK datagram, the one behind its last, and the pickle; an empty one if it is too short."""
     head = HEADER_BYTES + SPAN.size

@@ -92,11 +92,13 @@ def run(pipeline: Pipeline) -> CompletedPipeline:
     Raises:
         PipelineFailed, PipelineTimedOut: as `commands.run`.
         SpawnError: a stage could not be started; those before it have been ended.
+        TaskTerminated: its end was asked for.
     """
     with commands.supervised(pipeline.timeout, pipeline.grace_s) as running:
         sinks = _begin_all(running, pipeline.stages)
         why = running.until_over()
         ends = running.reap()
+    commands.raise_if_stopped(why)
     stages = [
         commands.record(stage, end, caught, why) for stage, end, caught in zip(pipeline.stages, ends, sinks)
     ]

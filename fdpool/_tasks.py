@@ -104,7 +104,6 @@ class TaskFuture(Future[T]):
     options: TaskOptions | None = None
     cut_short: CutShort | None = None
     used_memory = 0  # when that was too much
-    carried = 0  # descriptors that were sent along, and of which no copy was kept
     grace_s = GRACE_S  # from SIGTERM to SIGKILL, if its worker is to be ended for it
     attempts: tuple[BaseException, ...] = ()  # what became of earlier ones
 

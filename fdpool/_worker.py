@@ -97,8 +97,8 @@ class Worker:
         spin = Spin()
         poll = select.poll()
         poll.register(self._inbox, select.POLLIN)
-        ready, clock = poll.poll, self._clock
-        while not upkeep.over:
+        ready, clock, page = poll.poll, self._clock, self._page
+        while not upkeep.over and not page.is_last(self._previous):
             soon = spin.look(ready)
             if not soon and upkeep.has_unseen and not ready(_IDLE_MS):
                 self._tell_left(upkeep.look_closely())

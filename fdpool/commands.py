@@ -27,6 +27,7 @@ from ._fdmap import check_targets
 from ._launch import Launch
 from ._program import Ended, Run, Why
 from ._trees import GRACE_S
+from .errors import TaskTerminated
 from .fds import Fd, HasFileno, OwnedFds, close_all
 from .sockets import StreamSocket
 
@@ -268,12 +269,20 @@ def run(command: Command) -> CompletedCommand:
         CommandFailed: with `check`, and the status is not zero.
         CommandTimedOut: it was ended; what it had written is in the exception.
         SpawnError: it could not be started.
+        TaskTerminated: its end was asked for.
     """
     with supervised(command.timeout, command.grace_s) as running:
         sinks = begin(running, command)
         why = running.until_over()
         (end,) = running.reap()
+    raise_if_stopped(why)
     return _judged(command, record(command, end, sinks, why))
+
+
+def raise_if_stopped(why: Why) -> None:
+    """Raise what says that the client has asked for the end of a `supervised` run, and wants no record of it."""
+    if why is Why.TOLD:
+        raise TaskTerminated
 
 
 def supervised(timeout: float | None, grace_s: float) -> Run:

@@ -51,6 +51,8 @@ _NOSIGNAL = int(getattr(socket, "MSG_NOSIGNAL", 0))
 CLOEXEC = int(getattr(socket, "MSG_CMSG_CLOEXEC", 0))
 SEND_FLAGS = _DONTWAIT | _NOSIGNAL
 RECEIVE_FLAGS = _DONTWAIT | CLOEXEC
+_PEEK = int(socket.MSG_PEEK)
+_SO_PEEK_OFF = 42  # asm-generic/socket.h; the socket module has no name for it
 
 # Kernel: credentials and security labels are put before the descriptors, a pidfd after them, into the
 # same buffer; without room for all, descriptors are what is lost (test_kernel_facts, M23). 256: a label.
@@ -147,6 +149,50 @@ def try_receive(sock: socket.socket, max_bytes: int, max_fds: int = SCM_MAX_FD) 
     if ancillary or flags & _CUT:  # never `if flags`: MSG_CMSG_CLOEXEC comes back in them
         return _judged(data, ancillary, flags, max_fds)
     return _new(Received, (data, [], False, False))
+
+
+def try_take(sock: socket.socket, max_bytes: int, max_fds: int = SCM_MAX_FD) -> Received | None:
+    """As `try_receive`, but a message stays where it is if there is no room for its descriptors.
+
+    It is looked at first (MSG_PEEK), which gives duplicates of them. If another process receives it just then, the next
+    is what is returned.
+
+    Raises:
+        OSError: as `try_receive`. EMFILE: no room.
+    """
+    try:
+        data, ancillary, flags, _ = sock.recvmsg(max_bytes, CONTROL_BYTES[max_fds], RECEIVE_FLAGS | _PEEK)
+    except BlockingIOError:
+        return None
+    seen = _judged(data, ancillary, flags, max_fds)
+    if seen.fds_lost:
+        close_all(seen.fds)
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+    taken = try_receive(sock, max_bytes, max_fds)
+    if taken is not None and taken.fds_lost and taken.data == seen.data:
+        close_all(taken.fds)
+        return seen
+    close_all(seen.fds)
+    return taken
+
+
+def peek_all(sock: socket.socket, max_bytes: int) -> list[bytes]:
+    """The bytes of all messages that are queued, which stay there; no descriptor is opened. One process at a time.
+
+    Empty messages may be passed over.
+
+    Raises:
+        OSError: this kernel cannot do that (SO_PEEK_OFF in socket(7), on Unix sockets from Linux 3.4 on).
+    """
+    found = []
+    sock.setsockopt(SOL_SOCKET, _SO_PEEK_OFF, 0)
+    try:
+        while True:
+            found.append(sock.recv(max_bytes, _DONTWAIT | _PEEK))
+    except BlockingIOError:
+        return found
+    finally:
+        sock.setsockopt(SOL_SOCKET, _SO_PEEK_OFF, -1)
 
 
 def receive(sock: socket.socket, max_bytes: int, max_fds: int = SCM_MAX_FD) -> Received:

@@ -622,7 +622,7 @@ def test_a_file_that_standard_error_goes_to_is_written_where_it_stands(name: str
     write_files(2)
     # By write(2), which takes turns with others of the same open file; cat of coreutils copies by copy_file_range(2),
     # which does not, so a line that fdpool writes meanwhile would be written over.
-    script = shlex.quote("read -r line; echo \"$line\" >&2; exit 3")
+    script = shlex.quote('read -r line; echo "$line" >&2; exit 3')
     line = f"fdpool run -j1 --no-clobber --joblog jobs --err {name} sh -c {script} ::: *.txt; echo after >&2"
     in_shell(f"exec 2> log; echo before >&2; {line}")
     first, second = (f"contents of {n:04}.txt\n" for n in range(2))

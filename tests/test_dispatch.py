@@ -184,18 +184,9 @@ def test_a_sent_task_is_withdrawn_by_taking_the_inbox_back() -> None:
     dispatcher = ready_pool(1)
     for task in (1, 2, 3):
         dispatcher.submitted(task)
-    assert dispatcher.withdraw(2) is Where.INBOX
+    assert dispatcher.withdraw(2) is Where.GIVEN
     assert sent(dispatcher.taken_back(0, [2, 3], dropping=[2])) == [(0, 3)]
     assert dispatcher.withdraw(2) is Where.UNKNOWN
-
-
-def test_the_oldest_task_of_a_ready_worker_has_begun() -> None:
-    dispatcher = Dispatcher(1)
-    dispatcher.submitted(1)
-    assert dispatcher.withdraw(1) is Where.INBOX
-    dispatcher.readied(0)
-    assert dispatcher.withdraw(1) is Where.BEGUN
-    assert dispatcher.has_begun(1)
 
 
 def test_a_full_inbox_gets_nothing_until_one_of_its_tasks_ends() -> None:

@@ -46,12 +46,15 @@ class Kernel(RuleBasedStateMachine):
         self.begun: list[int] = []
         self.outcomes: dict[int, str] = {}
         self.tries_again = False  # what is lost is to be tried again
+        self.refuses = False  # no worker can be asked for
 
     def perform(self, actions: object) -> None:
         todo: deque[Action] = deque(actions)  # type: ignore[call-overload]
         while todo:
             action = todo.popleft()
             if isinstance(action, SendTasks):
+                if self.dispatcher.slot_of(action.tasks[0]) != action.slot:
+                    continue  # no worker could be asked for, just before
                 assert self.pending.issuperset(action.tasks), "a task that is done was sent"
                 assert len(action.tasks) == 1 or self.alone.isdisjoint(action.tasks)
                 assert len(action.tasks) <= self.dispatcher.batch
@@ -61,6 +64,9 @@ class Kernel(RuleBasedStateMachine):
                     self.inboxes[action.slot].append(list(action.tasks))
             elif isinstance(action, StartWorker):
                 assert self.workers[action.slot] is None, "two workers in a slot"
+                if self.refuses:
+                    todo.extend(self.dispatcher.refused(action.slot, self.now))
+                    continue
                 self.workers[action.slot] = "starting"
             elif isinstance(action, TakeBack):
                 todo.extend(self.dispatcher.taken_back(action.slot, self.empty_inbox(action.slot)))
@@ -159,16 +165,20 @@ class Kernel(RuleBasedStateMachine):
             generation = self.dispatcher.generation(slot) - late
             self.perform(self.dispatcher.retired(slot, generation, self.empty_inbox(slot)))
 
-    @rule(slot=st.integers(0, SLOTS - 1), tries_again=st.booleans())
-    def die(self, slot: int, tries_again: bool) -> None:
+    @rule(slot=st.integers(0, SLOTS - 1), tries_again=st.booleans(), keeps=st.integers(0, 2))
+    def die(self, slot: int, tries_again: bool, keeps: int = 0) -> None:
+        """Its inbox `keeps` so many messages, or all, for which there is no room outside."""
         if self.workers[slot] is not None:
             self.tries_again = tries_again
             self.answer(slot, None)
             begun, self.running[slot] = self.running[slot], None
             self.workers[slot] = None
+            left = [self.inboxes[slot].pop() for _ in range(min(keeps, len(self.inboxes[slot])))][::-1]
             unread = list(self.received[slot]) + self.empty_inbox(slot)
             self.received[slot].clear()
-            self.perform(self.dispatcher.exited(slot, unread, self.now))
+            self.inboxes[slot].extend(left)
+            kept = [task for message in left for task in message]
+            self.perform(self.dispatcher.exited(slot, unread, self.now, kept=kept))
             assert begun is None or tries_again or self.outcomes[begun] == "lost"
             assert begun is None or not tries_again or begun in self.dispatcher.postponed_until
 
@@ -179,7 +189,7 @@ class Kernel(RuleBasedStateMachine):
         task = sorted(self.pending)[which % len(self.pending)]
         where = self.dispatcher.withdraw(task)
         assert where is not Where.UNKNOWN
-        if where is Where.INBOX:
+        if where is Where.GIVEN and task not in self.begun:
             slot = self.dispatcher.slot_of(task)
             assert slot is not None
             taken = self.empty_inbox(slot)
@@ -191,6 +201,10 @@ class Kernel(RuleBasedStateMachine):
         elif where is Where.QUEUED:
             self.settle(task, "cancelled")
         assert self.outcomes.get(task) != "cancelled" or task not in self.begun
+
+    @rule(refuses=st.booleans())
+    def refuse_workers(self, refuses: bool) -> None:
+        self.refuses = refuses
 
     @rule(seconds=st.floats(0.01, 3.0))
     def wait(self, seconds: float) -> None:
@@ -205,6 +219,7 @@ class Kernel(RuleBasedStateMachine):
     @rule()
     def everything_ends(self) -> None:
         """From any state, workers that do their work bring every task to its end."""
+        self.refuses = False
         for _ in range(1000):
             if not self.pending:
                 break

@@ -25,6 +25,7 @@ from fdpool.errors import FdTransferError, PayloadTooLarge, WireError
 from fdpool.fds import Fd, close_all
 from fdpool.sockets import DatagramSocket
 from fdpool.wire import Inbox
+from tests.chaos.disorder import limit_with_room
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="an option of Linux sockets")
 SO_PASSPIDFD, SO_PASSRIGHTS = 76, 83
@@ -216,6 +217,87 @@ def test_a_cut_message_is_reported_and_its_descriptors_are_the_callers(
         assert (received.data, received.bytes_cut, received.fds_lost) == (b"too", True, False)
         assert len(received.fds) == 5 * with_fds
         close_all(received.fds)
+
+
+@contextmanager
+def room_for(count: int) -> Iterator[None]:
+    """So many descriptors can be opened here, and no more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit_with_room(count), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_message_whose_descriptors_find_no_room_can_be_left_where_it_is(
+    ends: tuple[socket.socket, socket.socket], pipes: list[int]
+) -> None:
+    before = open_fds()
+    wire.try_send(ends[0], (b"first",), pipes)
+    wire.try_send(ends[0], (b"second",))
+    for room in range(5):
+        with room_for(room), pytest.raises(OSError, match="Too many open files") as caught:
+            wire.try_take(ends[1], 100)
+        assert caught.value.errno == errno.EMFILE
+        assert open_fds() == before
+    for room in (5, 9, 10):  # for its descriptors once, almost twice, twice
+        with room_for(room):
+            received = wire.try_take(ends[1], 100)
+        assert received is not None
+        assert (received.data, received.fds_lost) == (b"first", False)
+        assert files(received.fds) == files(pipes)
+        assert open_fds() == before | set(received.fds)
+        assert wire.try_take(ends[1], 100) == (b"second", [], False, False)
+        assert wire.try_take(ends[1], 100) is None
+        wire.try_send(ends[0], (b"first",), received.fds)
+        wire.try_send(ends[0], (b"second",))
+        close_all(received.fds)
+
+
+@pytest.mark.parametrize("left", [0, 1])
+def test_a_message_that_another_process_takes_as_it_is_looked_at_is_that_ones(
+    ends: tuple[socket.socket, socket.socket], pipes: list[int], left: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wire.try_send(ends[0], (b"first",), pipes[:2])
+    if left:
+        wire.try_send(ends[0], (b"second",), pipes[2:])
+    try_receive = wire.try_receive
+
+    def too_late(sock: socket.socket, *arguments: int) -> wire.Received | None:
+        close_all(socket.recv_fds(sock, 100, 2)[1])
+        return try_receive(sock, *arguments)
+
+    monkeypatch.setattr(wire, "try_receive", too_late)
+    before = open_fds()
+    received = wire.try_take(ends[1], 100)
+    if left:
+        assert received is not None
+        assert received.data == b"second"
+        assert files(received.fds) == files(pipes[2:])
+        close_all(received.fds)
+    else:
+        assert received is None
+    assert open_fds() == before
+
+
+@linux_only
+def test_all_that_is_queued_can_be_read_and_left_there(
+    ends: tuple[socket.socket, socket.socket], pipes: list[int]
+) -> None:
+    messages = [b"first", b"2", b"third" * 100]
+    for message in messages:
+        wire.try_send(ends[0], (message,), pipes)
+    before = open_fds()
+    assert wire.peek_all(ends[1], 1000) == messages
+    assert wire.peek_all(ends[1], 1000) == messages
+    assert open_fds() == before
+    for message in messages:
+        received = wire.try_receive(ends[1], 1000)
+        assert received is not None
+        assert (received.data, len(received.fds)) == (message, 5)
+        close_all(received.fds)
+    assert wire.peek_all(ends[1], 1000) == []
 
 
 @linux_only

@@ -108,12 +108,15 @@ class Thief:
 
 def limit_with_room(room: int) -> int:
     """The limit of open files at which exactly `room` more can be opened."""
-    taken = {int(name) for name in os.listdir("/proc/self/fd")}
     number = 0
-    while room or number in taken:
-        room -= number not in taken
+    while True:
+        try:
+            os.fstat(number)
+        except OSError:
+            if not room:
+                return number
+            room -= 1
         number += 1
-    return number
 
 
 def started(actors: list[Callable[[threading.Event], None]], stop: threading.Event) -> list[threading.Thread]:

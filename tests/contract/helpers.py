@@ -328,6 +328,21 @@ def stuck(ledger: str) -> None:
     time.sleep(1000)
 
 
+def end_when_told(ledger: str) -> None:
+    """Runs until its worker is told to end (SIGTERM), which that survives."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    try:
+        with open(ledger, "a") as file:
+            file.write(f"{os.getpid()}\n")
+        signal.sigwait([signal.SIGTERM])
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def pid_with(_file: Any) -> int:
+    return os.getpid()
+
+
 def count_and_die_before(ledger: str, survives: int) -> int:
     with open(ledger, "a") as file:
         file.write("x")

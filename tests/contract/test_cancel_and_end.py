@@ -82,6 +82,20 @@ def test_a_cancelled_task_never_starts(gate: Gate, tmp_path: Path) -> None:
     assert (tmp_path / "sent-4").exists()
 
 
+def test_a_task_that_was_sent_and_not_received_is_not_running_and_can_be_cancelled() -> None:
+    with Pool(1) as pool:
+        pool.submit(int).result()
+        [worker] = pool.worker_pids()
+        os.kill(worker, signal.SIGSTOP)
+        try:
+            first, second = pool.submit(os.getpid), pool.submit(os.getpid)
+            assert not first.running()
+            assert first.cancel()
+        finally:
+            os.kill(worker, signal.SIGCONT)
+        assert second.result(timeout=20) == worker
+
+
 def test_tasks_behind_a_cancelled_one_keep_their_order(gate: Gate) -> None:
     with Pool(1) as pool:
         gate.hold(pool)

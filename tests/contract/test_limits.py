@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import itertools
 import math
 import os
 import signal
 import sys
 import threading
 import time
+from collections.abc import Iterable, Iterator
 from concurrent.futures import CancelledError, Future
 from pathlib import Path
 from typing import Any
@@ -393,12 +396,25 @@ def test_a_program_that_was_cancelled_is_not_tried_again(ledger: Path) -> None:
     assert len(pids(ledger)) == 1
 
 
+def room_for_descriptors(monkeypatch: pytest.MonkeyPatch, answers: Iterable[bool]) -> Iterator[bool]:
+    """Whether the client finds room for what it next takes out of an inbox, and so on; afterwards it always does."""
+    left = iter(answers)
+    try_take = wire.try_take
+
+    def take(*arguments: Any) -> wire.Received | None:
+        if next(left, True):
+            return try_take(*arguments)
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(wire, "try_take", take)
+    return left
+
+
 def test_nothing_behind_a_late_task_is_lost_or_run_twice_where_descriptors_are_short(
     ledger: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its worker's inbox cannot be emptied then: the kernel would drop what is in there."""
-    answers = iter([False] * 3)
-    monkeypatch.setattr("fdpool._budget.has_room_for", lambda _count: next(answers, True))
+    answers = room_for_descriptors(monkeypatch, [False] * 2)
     with Pool(1) as pool, open(os.devnull) as null:
         noted = ledger.with_name("noted")
         noted.touch()
@@ -413,6 +429,20 @@ def test_nothing_behind_a_late_task_is_lost_or_run_twice_where_descriptors_are_s
     assert sorted(noted.read_text().split()) == ["1", "2"]
 
 
+def test_a_late_task_that_ends_in_its_grace_takes_nobody_with_it_where_descriptors_are_short(
+    ledger: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What lies behind it cannot be taken away, and its worker is being ended: so that must receive nothing more."""
+    room_for_descriptors(monkeypatch, itertools.repeat(False))
+    with Pool(1) as pool, open(os.devnull) as null:
+        late = pool.with_options(timeout=0.3, grace=1000).submit(helpers.end_when_told, str(ledger))
+        behind = [pool.submit(helpers.pid_with, null) for _ in range(3)]
+        assert late.exception(timeout=20) is None
+        [successor] = {future.result(timeout=20) for future in behind}
+        assert successor not in pids(ledger)
+        assert pool.stats().lost_workers == 0
+
+
 def test_what_a_dead_worker_has_not_received_is_run_once_where_descriptors_get_short_in_that_moment(
     ledger: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -423,8 +453,7 @@ def test_what_a_dead_worker_has_not_received_is_run_once_where_descriptors_get_s
         wait_until(lambda: pids(ledger))
         behind = [pool.submit(helpers.read_all, null), pool.submit(helpers.note, str(noted), 1)]
         wait_until(lambda: pool.stats().workers[0].waiting == 2)
-        answers = iter([True, False, False])  # another thread opens files, and closes them again
-        monkeypatch.setattr("fdpool._budget.has_room_for", lambda _count: next(answers, True))
+        room_for_descriptors(monkeypatch, [True, False])  # another thread opens files, and closes them again
         os.kill(pool.worker_pids()[0], signal.SIGKILL)
         for future in behind:
             future.result(timeout=20)

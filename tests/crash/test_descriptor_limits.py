@@ -7,9 +7,12 @@ import errno
 import os
 import resource
 import signal
+import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import wait
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -73,6 +76,16 @@ def test_a_client_without_room_for_a_pidfd_hears_of_a_new_worker_all_the_same() 
             os.close(release)
         assert held.result(20) == b""
         assert len(pool.worker_pids()) == 2
+
+
+def count_and_note(files: list[Any], noted: Path, number: int) -> int:
+    with noted.open("a") as file:
+        file.write(f"{number}\n")
+    return count_descriptors(files)
+
+
+def sleep_with(_files: list[Any], seconds: float) -> None:
+    time.sleep(seconds)
 
 
 @pytest.fixture
@@ -150,6 +163,112 @@ def test_a_callback_that_finds_no_room_gets_the_error_at_once(little_room: int) 
         pool.submit(square, 1).add_done_callback(submit_many)
         wait_until(lambda: found, limit_s=20)
     assert isinstance(found[0], fdpool.DescriptorsExhausted)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_more_descriptors_than_there_can_be_here_are_left_to_a_dead_workers_successor(
+    workers: int, little_room: int, tmp_path: Path
+) -> None:
+    """T3: an inbox may hold more of them than its client may ever have open."""
+    noted = tmp_path / "noted"
+    with fdpool.Pool(workers) as pool, open(os.devnull) as null:
+        running = [pool.submit(time.sleep, 1000) for _ in range(workers)]
+        wait_until(lambda: all(future.running() for future in running))
+        files = [fdpool.Fd(null) for _ in range(5)]
+        behind = [pool.submit(count_and_note, files, noted, number) for number in range(14 * workers)]
+        for pid in pool.worker_pids():
+            os.kill(pid, signal.SIGKILL)
+        assert [future.result(timeout=20) for future in behind] == [5] * len(behind)
+        for future in running:
+            assert isinstance(future.exception(timeout=20), fdpool.WorkerLost)
+    assert sorted(map(int, noted.read_text().split())) == list(range(len(behind)))
+
+
+def test_what_is_left_to_a_successor_is_so_again_and_has_its_limits(little_room: int) -> None:
+    with fdpool.Pool(1) as pool, open(os.devnull) as null:
+        running = pool.submit(time.sleep, 1000)
+        wait_until(running.running)
+        files = [fdpool.Fd(null) for _ in range(5)]
+        late = pool.with_options(timeout=0.5, grace=0).submit(sleep_with, files, 1000)
+        second = pool.submit(sleep_with, files, 1000)
+        behind = [pool.submit(count_descriptors, files) for _ in range(12)]
+        os.kill(pool.worker_pids()[0], signal.SIGKILL)
+        assert isinstance(late.exception(timeout=20), fdpool.TaskTimeout)
+        wait_until(second.running)
+        assert not behind[-1].done()
+        os.kill(pool.worker_pids()[0], signal.SIGKILL)
+        assert isinstance(second.exception(timeout=20), fdpool.WorkerLost)
+        assert [future.result(timeout=20) for future in behind] == [5] * 12
+        assert pool.stats().lost_workers == 3
+
+
+def test_where_a_kernel_does_not_tell_what_an_inbox_holds_a_dead_worker_waits_for_room(
+    little_room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cannot(*_: object) -> None:
+        asked.set()
+        raise OSError(errno.ENOPROTOOPT, "Protocol not available")
+
+    taken: list[int] = []
+    asked = threading.Event()
+    monkeypatch.setattr("fdpool.wire.peek_all", cannot)
+    with fdpool.Pool(1) as pool, open(os.devnull) as null:
+        running = pool.submit(time.sleep, 1000)
+        wait_until(running.running)
+        behind = pool.submit(count_descriptors, [fdpool.Fd(null) for _ in range(5)])
+        [worker] = pool.worker_pids()
+        fill(taken)
+        os.kill(worker, signal.SIGKILL)
+        wait_until(asked.is_set)
+        fdpool.fds.close_all(taken)
+        assert behind.result(timeout=20) == 5
+
+
+def test_what_is_left_to_a_successor_goes_to_others_if_that_has_much_to_do(
+    little_room: int, tmp_path: Path
+) -> None:
+    with fdpool.Pool(2) as pool, open(os.devnull) as null:
+        gate = tmp_path / "gate"
+        running = [pool.submit(wait_until, gate.exists) for _ in range(2)]
+        wait_until(lambda: all(future.running() for future in running))
+        files = [fdpool.Fd(null) for _ in range(5)]
+        long = pool.submit(sleep_with, files, 1000)
+        behind = [pool.submit(count_descriptors, files) for _ in range(27)]
+        slot = pool._client.dispatcher.slot_of(long._task)
+        assert slot is not None
+        assert len(pool._client.dispatcher.given(slot)) == 15
+        os.kill(pool._client.links[slot].pid or 0, signal.SIGKILL)
+        wait_until(long.running)
+        assert sum(future.done() for future in running) == 1  # with the worker that was killed
+        gate.touch()
+        assert [future.result(timeout=20) for future in behind] == [5] * 27
+        pool.kill_workers()
+
+
+def fill(taken: list[int]) -> None:
+    """Open as many descriptors as can be."""
+    with contextlib.suppress(OSError):
+        while True:
+            taken.append(os.dup(2))
+
+
+def test_an_inbox_is_not_emptied_where_there_is_no_room_and_no_task_loses_its_descriptors(
+    little_room: int,
+) -> None:
+    taken: list[int] = []
+    with fdpool.Pool(1) as pool, open(os.devnull) as null:
+        running = pool.submit(time.sleep, 1000)
+        wait_until(running.running)
+        behind = [pool.submit(count_descriptors, [fdpool.Fd(null) for _ in range(5)]) for _ in range(3)]
+        [worker] = pool.worker_pids()
+        fill(taken)
+        assert not behind[0].cancel()
+        fdpool.fds.close_all([taken.pop() for _ in range(5)])
+        assert not behind[0].cancel()  # there is room for itself, but not for all
+        os.kill(worker, signal.SIGKILL)
+        wait_until(lambda: pool.stats().lost_workers == 1)
+        fdpool.fds.close_all(taken)
+        assert [future.result(timeout=20) for future in behind] == [5] * 3
 
 
 def test_a_pool_that_finds_no_room_for_another_worker_does_with_those_it_has(little_room: int) -> None:
