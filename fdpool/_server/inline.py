@@ -149,6 +149,9 @@ class InlineTasks:
         # Not run here: the connection's `requests_lock` is held, which a task takes.
         self._waiting.append(task)
 
+    def before_turn(self) -> None:
+        """Nothing: `may_take` changes as requests run."""
+
     def after_turn(self, servers: Sequence[Any]) -> None:
         """Run requests.
 

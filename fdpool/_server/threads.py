@@ -1,6 +1,7 @@
 """Serving WSGI requests in waitress's threads, beside its loop: in a worker of several threads.
 
-What is ours: the loop is woken once for several answers, and closes connections a turn earlier.
+What is ours: connections are taken as there are threads for them, the loop is woken once for several answers, and it
+closes connections a turn earlier.
 """
 
 from __future__ import annotations
@@ -19,11 +20,42 @@ from waitress.task import ThreadedTaskDispatcher, WSGITask
 _NO_LOG = logging.Logger("fdpool.server.queue", logging.CRITICAL)
 
 
-class Threads(ThreadedTaskDispatcher):  # type: ignore[misc]  # waitress has no types
+class ThreadsTask(WSGITask):  # type: ignore[misc]  # waitress has no types
+    """A request, which tells its connection as its thread is about to be free: before the loop is woken for it."""
+
+    def service(self) -> None:
+        try:
+            super().service()
+        finally:
+            self.channel.served()
+
+
+class ThreadsChannel(HTTPChannel):  # type: ignore[misc]
+    """waitress's connection, which tells the dispatcher as it lets go of a thread."""
+
+    _has_thread = False
+
+    def service(self) -> None:
+        self._has_thread = True
+        try:
+            super().service()
+        finally:
+            if self._has_thread or not self.connected:  # it was no request; or the loop is not woken for it
+                self.served()
+                self.server.pull_trigger()
+
+    def served(self) -> None:
+        """Runs in: the thread, which is about to be free."""
+        if self._has_thread:
+            self._has_thread = False
+            self.server.task_dispatcher.served()
+
+
+class Threads(ThreadedTaskDispatcher):  # type: ignore[misc]
     """waitress's dispatcher of tasks; so many threads, once it is `running`."""
 
-    channel_class = HTTPChannel
-    task_class = WSGITask
+    channel_class = ThreadsChannel
+    task_class = ThreadsTask
     queue_logger = _NO_LOG  # a warning for each request that waits, while others are served
     has_waiting = False  # whose requests have run wake the loop
     may_take = True
@@ -31,6 +63,9 @@ class Threads(ThreadedTaskDispatcher):  # type: ignore[misc]  # waitress has no 
     def __init__(self, count: int) -> None:
         super().__init__()
         self._count = count
+        self._unserved = 0  # requests that wait for a thread, or have one
+        self._served = 0
+        self._round = math.inf  # how many are served when all are that were there as no thread was free
 
     def prepare(self, server: Any) -> None:
         """Have its loop woken once for all that threads have done meanwhile, and not by each for itself."""
@@ -52,6 +87,31 @@ class Threads(ThreadedTaskDispatcher):  # type: ignore[misc]  # waitress has no 
                 pulled.clear()
 
         trigger._physical_pull, trigger.recv = pull_once, recv
+
+    def add_task(self, task: Any) -> None:
+        """For waitress: a connection has a request."""
+        with self.lock:
+            self._unserved += 1
+        super().add_task(task)
+
+    def served(self) -> None:
+        """Runs in: a thread, which has no request any more."""
+        with self.lock:
+            self._unserved -= 1
+            self._served += 1
+
+    def before_turn(self) -> None:
+        """Take a connection if a thread is free for it: else others may be, and it is not lost if this worker dies.
+
+        Or if all requests are served that were there when none was free: those on connections that are kept may come so
+        often that never one is.
+        """
+        self.may_take = self._unserved < self._count or self._served >= self._round
+        if self.may_take:
+            self._round = math.inf
+        elif self._round == math.inf:
+            with self.lock:
+                self._round = self._served + self._unserved
 
     @contextmanager
     def running(self) -> Iterator[None]:

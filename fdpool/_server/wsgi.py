@@ -58,6 +58,9 @@ class Tasks(Protocol):
     def may_take(self) -> bool:
         """True if a connection that comes now would be served at once. Otherwise others may be free to take it."""
 
+    def before_turn(self) -> None:
+        """Before each turn of the loop."""
+
     def after_turn(self, servers: Sequence[BaseWSGIServer]) -> None:
         """After each turn of the loop."""
 
@@ -108,6 +111,7 @@ class WsgiFace:
         with self._tasks.running():
             ready()
             while self._until is None or not self._has_drained(self._until):
+                self._tasks.before_turn()
                 with self._turning:
                     wasyncore.loop(timeout=self._timeout_s(), use_poll=True, map=self._map, count=1)
                 while self._drains:  # asked again without the lock: one may have come that did not get it

@@ -11,9 +11,11 @@ import select
 import signal
 import socket
 import socketserver
+import threading
 import time
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -73,6 +75,80 @@ def test_a_killed_worker_costs_the_one_connection_that_it_was_serving() -> None:
         for client in waiting:
             client.close()
         assert set(answers) == set(pids(server)) != {victim}
+
+
+def wsgi_slow_or_pid(environ: Any, start_response: Any) -> list[bytes]:
+    if environ["PATH_INFO"] == "/slow":
+        time.sleep(600)
+    return wsgi(environ, start_response)
+
+
+@pytest.mark.parametrize("dispatch", ["shared", "handoff"])
+def test_a_worker_whose_threads_are_all_busy_leaves_connections_to_others(dispatch: Any) -> None:
+    """S8: what its death costs is what its threads are running."""
+    pytest.importorskip("waitress")
+    request = b"GET /%s HTTP/1.0\r\n\r\n"
+    with (
+        Server(wsgi_slow_or_pid, ANY_PORT, workers=1, threads=2, dispatch=dispatch) as server,
+        contextlib.ExitStack() as clients,
+    ):
+        [victim] = pids(server)
+        for busy in (1, 2):
+            clients.enter_context(connect(server)).sendall(request % b"slow")
+            wait_until(lambda busy=busy: server.stats().workers[0].in_flight == busy)  # type: ignore[misc]
+        waiting = [clients.enter_context(connect(server)) for _ in range(10)]
+        for client in waiting:
+            client.sendall(request % b"")
+        os.kill(victim, signal.SIGKILL)
+        assert all(b"200 OK" in read_all(client) for client in waiting)
+
+
+@pytest.mark.parametrize("dispatch", DISPATCHES)
+def test_connections_that_come_while_all_threads_are_busy_are_served_as_one_gets_free(dispatch: Any) -> None:
+    pytest.importorskip("waitress")
+    with (
+        Server(wsgi, ANY_PORT, workers=1, threads=3, dispatch=dispatch) as server,
+        Load(lambda: get(server), clients=12) as load,
+        Load(lambda: garbage(server), clients=2) as refused,
+    ):
+        load.go_on(400)
+        refused.go_on(50)
+    assert load.failed == refused.failed == []
+
+
+def garbage(server: Server) -> bytes:
+    with connect(server) as client:
+        client.sendall(b"garbage\r\n\r\n")
+        return read_all(client)[:12]
+
+
+def test_connections_that_are_kept_and_leave_no_thread_free_keep_nobody_else_waiting() -> None:
+    pytest.importorskip("waitress")
+    stop = threading.Event()
+
+    def ask_again_and_again(connection: http.client.HTTPConnection) -> None:
+        while not stop.is_set():
+            connection.request("GET", "/sleep/0.01")
+            connection.getresponse().read()
+
+    with (
+        Server(wsgi, ANY_PORT, workers=1, threads=2) as server,
+        contextlib.ExitStack() as clients,
+        ThreadPoolExecutor(6) as threads,
+    ):
+        connections = [http.client.HTTPConnection(*server.sockets[0].getsockname()) for _ in range(6)]
+        for connection in connections:
+            clients.enter_context(contextlib.closing(connection))
+            connection.connect()
+            connection.request("GET", "/")
+            connection.getresponse().read()
+        asking = [threads.submit(ask_again_and_again, connection) for connection in connections]
+        try:
+            for _ in range(5):
+                assert get(server)[0] == 200
+        finally:
+            stop.set()
+        assert [each.result() for each in asking] == [None] * 6
 
 
 @pytest.mark.parametrize("dispatch", DISPATCHES)
