@@ -126,6 +126,7 @@ class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may no
         self._order: tuple[float, bool] | None = None  # a drain's end, and whether everybody leaves
         self._beat_s = min(_BEAT_S, (request_timeout_s or math.inf) / 4)
         self._next_beat: asyncio.TimerHandle | None = None
+        self._connections = _Connections()
         self._open = 0
         self._paused: set[int] = set()  # where nothing is taken for a while, as no descriptor is left
         self._adopting: dict[socket.socket, asyncio.Task[None]] = {}  # until TLS has shaken hands
@@ -138,8 +139,7 @@ class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may no
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         loop = asyncio.get_running_loop()
-        # As one goes, the server hands more by what is counted, and the door has a descriptor in reserve again.
-        self.server_state.connections = _Connections(self._one_has_gone)
+        self.server_state.connections = self._connections
         own: list[socket.socket] = []
         # With TLS nothing is known of what the loop has accepted until hands are shaken; no drain is to cut that off.
         if not isinstance(self._door, HandedOver) and self.config.ssl is None and _accepts_well(loop):
@@ -159,6 +159,15 @@ class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may no
         if self.should_exit or not self.started:
             return
         self._serving_loop = loop
+        try:
+            self._begin_serving()
+        except BaseException:
+            # uvicorn does not; and uvloop, as it is closed, would wait for these for ever, if warnings are errors.
+            for server in self.servers:
+                server.close()
+            raise
+
+    def _begin_serving(self) -> None:
         os.register_at_fork(after_in_child=self._forget_in_child)
         _fix_log_level()
         self._beat()
@@ -187,7 +196,7 @@ class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may no
         _, leaving = self._order
         self._stop_accepting()
         self._mark_answers()
-        for connection in list(self.server_state.connections):
+        for connection in list(self._connections):
             if leaving or not hasattr(connection, "timeout_keep_alive_task"):  # all but HTTP: WebSockets
                 connection.shutdown()
         if self._idle_at == math.inf:
@@ -220,7 +229,7 @@ class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may no
             return
         self.config.encoded_headers.append(_CLOSE)
         self.server_state.default_headers = [*self.server_state.default_headers, _CLOSE]
-        for connection in self.server_state.connections:
+        for connection in self._connections:
             cycle = getattr(connection, "cycle", None)
             if cycle is not None and not cycle.response_started:
                 cycle.default_headers = [*cycle.default_headers, _CLOSE]
@@ -240,13 +249,13 @@ class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may no
         if self._order is not None:
             now = time.monotonic()
             until, _ = self._order
-            drained = self._has_all and not (self.server_state.connections or self._adopting)
+            drained = self._has_all and not (self._connections or self._adopting)
             if drained or now >= until:
                 self.config.timeout_graceful_shutdown = max(0.0, until - now)  # type: ignore[assignment, unused-ignore]
                 self.should_exit = True
             elif now >= self._idle_at:
                 self._idle_at = math.inf
-                for connection in list(self.server_state.connections):
+                for connection in list(self._connections):
                     connection.shutdown()  # what is idle is closed; what runs is not kept alive
                 self._stop_adopting()
         return bool(await super().on_tick(counter))
@@ -255,19 +264,26 @@ class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may no
         """Runs in a child that a request has forked: it leaves as the request ends, and what it sends before is for
         nobody, as if its client had gone. (To look at each message costs each request 0.3 to 0.6 µs.)"""
         self._app.in_child = True
-        for connection in self.server_state.connections:
+        for connection in self._connections:
             cycle = getattr(connection, "cycle", None)
             if cycle is not None:
                 cycle.disconnected = True
 
     # -- connections that the loop accepts ----------------------------------------------------------------
 
-    def _protocol_of_accepted(self, **arguments: Any) -> Any:
-        """uvicorn's protocol for a connection that the loop is accepting, within its call of accept(2)."""
-        if not self._room.is_ample():
+    def _protocol_of_accepted(
+        self, config: Any, server_state: Any, app_state: Any, _loop: asyncio.AbstractEventLoop | None = None
+    ) -> Any:
+        """uvicorn's protocol for a connection that the loop is accepting, within its call of accept(2). With the
+        arguments that uvicorn has for it, one by one: to pass on whatever comes costs a connection 1 %."""
+        room = self._room
+        room.unseen -= 1
+        if room.unseen < 0 and not room.is_ample():
             # Not at once: the loop has yet to take this one from the listener that would be closed.
             asyncio.get_running_loop().call_soon(self._accept_by_door)
-        return self._protocol_class(**arguments)
+        return self._protocol_class(
+            config=config, server_state=server_state, app_state=app_state, _loop=_loop
+        )
 
     def _accept_by_door(self) -> None:
         """Take connections by the door from now on: at the limit of descriptors, libuv accepts and closes.
@@ -285,7 +301,9 @@ class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may no
 
     def _open_door(self) -> None:
         assert self._serving_loop is not None
-        self._open = len(self.server_state.connections)
+        self._open = len(self._connections)
+        # As one goes, the server hands more by what is counted, and the door has a descriptor in reserve again.
+        self._connections.tell(self._one_has_gone)
         for fileno in self._door.filenos():
             self._serving_loop.add_reader(fileno, self._take, fileno)
 
@@ -338,15 +356,13 @@ class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may no
         )
 
     def _one_has_gone(self) -> None:
-        if self._loop_accepts:
-            return
         # After this turn: one that becomes a WebSocket goes, and comes again at once.
         assert self._serving_loop is not None
         self._serving_loop.call_soon(self._count_open)
 
     def _count_open(self) -> None:
         before = self._open
-        self._open = len(self.server_state.connections) + len(self._adopting)
+        self._open = len(self._connections) + len(self._adopting)
         self._worker.progress.has_open(self._open)
         if self._open < before:
             self._door.ended()
@@ -355,19 +371,21 @@ class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may no
 
 
 class _Connections(set[Any]):
-    """uvicorn's connections; `gone()` is called as one goes. Protocols call one of these two methods then."""
+    """uvicorn's connections. As one goes, its protocol calls `discard` or `remove`: a set's, as long as nobody wants to
+    know (to be told costs a connection 1 %)."""
 
-    def __init__(self, gone: Callable[[], None]) -> None:
-        super().__init__()
-        self._gone = gone
+    def tell(self, gone: Callable[[], None]) -> None:
+        """Call `gone()` as one goes, from now on."""
 
-    def discard(self, connection: Any) -> None:
-        super().discard(connection)
-        self._gone()
+        def discard(connection: Any) -> None:
+            set.discard(self, connection)
+            gone()
 
-    def remove(self, connection: Any) -> None:
-        super().remove(connection)
-        self._gone()
+        def remove(connection: Any) -> None:
+            set.remove(self, connection)
+            gone()
+
+        self.discard, self.remove = discard, remove  # type: ignore[method-assign]
 
 
 def _accepts_well(loop: asyncio.AbstractEventLoop) -> bool:

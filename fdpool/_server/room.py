@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import resource
 
-_TAKEN_UNSEEN = 8  # a look at each connection would cost it 3 %
+_TAKEN_UNSEEN = 8  # a look at each descriptor would cost a connection 3 %
 
 
 class Room:
@@ -16,17 +16,18 @@ class Room:
 
     Args:
         margin: with so many left, or fewer, it is no longer ample.
+
+    Attributes:
+        unseen: so many more may be taken before the next look. Who takes one counts it down, and asks as it gets
+            negative.
     """
 
     def __init__(self, margin: int) -> None:
         self._margin = margin
-        self._unseen = 0  # so many more may be taken before the next look
+        self.unseen = 0
 
     def is_ample(self) -> bool:
-        """To be asked as each descriptor is taken."""
-        self._unseen -= 1
-        if self._unseen >= 0:
-            return True
+        """Look, and say so."""
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)  # each time: it may be changed
         if soft == resource.RLIM_INFINITY:
             return True
@@ -37,12 +38,12 @@ class Room:
         # Those above the limit are counted, too, so there may be more than this, and never fewer.
         spare = soft - taken - self._margin
         # The more there are, the longer a look takes where they have to be listed.
-        self._unseen = min(max(_TAKEN_UNSEEN, taken // 8), spare // 4)
+        self.unseen = min(max(_TAKEN_UNSEEN, taken // 8), spare // 4)
         return spare > 0
 
     def look_again(self) -> None:
-        """Look at the next question: others have had time to open something."""
-        self._unseen = 0
+        """Look as the next is taken: others have had time to open something."""
+        self.unseen = 0
 
 
 def _count() -> int:
