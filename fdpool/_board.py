@@ -166,7 +166,7 @@ class Page:
 
     def is_last(self, task: int) -> bool:
         """True if nothing is to be received after `task`, which has ended."""
-        return self._words[_LAST] == task
+        return 0 != self._words[_LAST] == task
 
     def say(self, data: bytes) -> None:
         """Note what is being written to stderr."""

@@ -16,6 +16,7 @@ import pytest
 import fdpool
 from fdpool._fixtures.pools import PoolFactory, SharedPool, end, profile
 from tests.plugin.conftest import Run
+from tests.process_state import wait_until
 
 
 def test_a_worker_pool_is_fresh_and_runs_tasks(worker_pool: fdpool.Pool) -> None:
@@ -125,7 +126,8 @@ def test_a_shared_pool_that_is_misused_is_replaced() -> None:
         assert found == "it was shut down or broken; it belongs to all tests: take worker_pool for that"
         second = shared.begin()
         assert second is not first
-        second.submit(time.sleep, 30)
+        running = second.submit(time.sleep, 30)
+        wait_until(running.running)
         (found,) = shared.audit()
         assert found == "sleep was still running, and was killed"
         assert shared.begin() is not second
