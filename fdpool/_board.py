@@ -85,6 +85,10 @@ class Board:
         """Leave word for the slot's worker that `task`, and no other, is to stop; it looks when it is woken."""
         self._leave_word(slot, _STOP, task)
 
+    def asked_to_stop(self, slot: int) -> int:
+        """The task that was last asked to stop; 0 for none."""
+        return self._word(slot, _STOP)
+
     def recall(self, slot: int, begun: int) -> None:
         """Ask the slot's worker to begin no more tasks that came together with `begun`, which it runs; or, if that is
         a chunk, none of its items that are not `claimed` by then.

@@ -309,16 +309,15 @@ class Client:
                 self.limits.terminate(task, grace_s)
 
     def stop(self, task: int) -> bool:
-        """Ask the worker that runs the task to stop it, which commands know how to do; False if none runs it."""
+        """Have the worker that runs the task, or is about to, stop it, which commands know how to do; False if there is
+        none."""
         if self.life.phase is FORKED or self.critical.is_mine or self.board is None:
             return False
         with self.critical:
             self.critical.handle_posted()
-            slot = self.dispatcher.slot_of(task)
-            if slot is None:
+            if self.dispatcher.slot_of(task) is None:
                 return False
-            self.board.ask_to_stop(slot, task)
-            self.links[slot].wake_worker()
+            self.perform(self.limits.stop(task))
             return True
 
     def has_begun(self, task: int) -> bool:
@@ -332,7 +331,14 @@ class Client:
     def is_begun(self, task: int) -> bool:
         """As `has_begun`. Lock held."""
         slot = self.dispatcher.slot_of(task)
-        return slot is not None and self.board is not None and self.board.begun(slot) == task
+        if slot is None or self.board is None:
+            return False
+        begun = self.board.begun(slot)
+        if begun == task:
+            return True
+        # A worker runs its tasks in this order, and sends the answers of some together.
+        given = self.dispatcher.given(slot)
+        return begun in given and given.index(task) < given.index(begun)
 
     def wait_for(self, future: TaskFuture[Any], timeout: float | None) -> None:
         """Help to receive until `future` is settled or `timeout` seconds are over; may return early.

@@ -161,11 +161,11 @@ class Inboxes:
                 others again.
         """
         found: list[int] = []
-        carrying = slot in self._carrying
-        if carrying and not partly and not self._has_room(slot):
+        needed = self._room_needed(slot, partly) if slot in self._carrying else 0
+        if needed and not _budget.has_room_for(needed):
             return found, False
         # The room may go all the same, as another thread opens files.
-        take = wire.try_take if carrying else wire.try_receive
+        take = wire.try_take if needed else wire.try_receive
         while True:
             try:
                 received = take(self._links[slot].theirs, MAX_DATAGRAM, SCM_MAX_FD)
@@ -199,7 +199,7 @@ class Inboxes:
                 self._client.fail(
                     header.task, lost_descriptors(header.fd_count, len(received.fds), "this process")
                 )
-            elif partly and _budget.near_limit(received.fds):
+            elif partly and needed and not _budget.has_room_for(needed):
                 return found, False
 
     def left_in(self, slot: int) -> list[int]:
@@ -210,13 +210,15 @@ class Inboxes:
         """
         return [task for data in self._look_into(slot) for task in _messages.tasks_in(data)]
 
-    def _has_room(self, slot: int) -> bool:
-        """True if all descriptors in the slot's inbox can be opened here."""
+    def _room_needed(self, slot: int, partly: bool) -> int:
+        """How many descriptors must find room here, for the slot's inbox to be emptied; `partly`, for each message: the
+        next is received beside what was seen of one that the worker has just received.
+        """
         try:
-            messages = self._look_into(slot)
+            counts = [_messages.unpack_header(data).fd_count for data in self._look_into(slot)]
         except OSError:
-            return True  # as far as anybody can tell
-        return _budget.has_room_for(sum(_messages.unpack_header(data).fd_count for data in messages))
+            return 2 * SCM_MAX_FD if partly else 1  # nobody can tell
+        return 2 * max(counts, default=0) if partly else sum(counts)
 
     def _look_into(self, slot: int) -> list[bytes]:
         """The messages in the slot's inbox, which stay there."""

@@ -14,6 +14,7 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError
 from typing import TYPE_CHECKING, Any
 
 from ._dispatch import Action
@@ -33,8 +34,10 @@ _OVERDUE_S = 5.0
 #: When a task is first interrupted again. Python heeds a signal that comes just before a system call that blocks only
 #: after that call: so it was in 8 of 3,000 tasks that were about to read.
 _SIGNAL_AGAIN_S = 0.02
-#: How often a task is looked at that is to be terminated and has not begun, but is in a worker's hands.
+#: How often a task is looked at that is not to begin, and cannot be taken back just now.
 _STUBBORN_LOOK_S = 0.1
+#: The same for a program that is to be stopped as it begins.
+_STOP_LOOK_S = 0.01
 
 
 class Limits:
@@ -116,6 +119,8 @@ class Limits:
             )
             error.may_have_run = False
             self._client.fail(task, error)
+        elif self._dispatcher.slot_of(task) is not None:  # it cannot be taken back just now
+            self.at(time.monotonic() + _STUBBORN_LOOK_S, self._give_up_waiting, task, seconds)
         return ()
 
     def _look_at(self, slot: int) -> Sequence[Action]:
@@ -154,6 +159,23 @@ class Limits:
         return ()
 
     # -- ending --------------------------------------------------------------------------------------------
+
+    def stop(self, task: int) -> Sequence[Action]:
+        """Event: the worker that runs the task, or is about to, is to stop it. It has one word for that: a task that
+        has not begun, and cannot be taken back, waits until no other needs it."""
+        slot, board = self._dispatcher.slot_of(task), self._client.board
+        if slot is None or board is None:
+            return ()
+        if self._client.is_begun(task):
+            board.ask_to_stop(slot, task)
+            self._client.links[slot].wake_worker()
+        elif self._client.take_out(task):
+            self._client.fail(task, CancelledError())
+        else:
+            if board.asked_to_stop(slot) not in self._dispatcher.given(slot):
+                board.ask_to_stop(slot, task)
+            self.at(time.monotonic() + _STOP_LOOK_S, self.stop, task)  # one that has begun may take the word
+        return ()
 
     def terminate(self, task: int, grace_s: float) -> None:
         """Have a running task interrupted; and if that does not end it within `grace_s`, its worker ended."""

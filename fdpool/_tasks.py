@@ -81,8 +81,8 @@ class TaskFuture(Future[T]):
     """A `concurrent.futures.Future` whose `cancel` can also fetch back a task already sent; `terminate` ends any.
 
     `cancel()` returns True, and the task never runs, as long as no worker has begun it; a task that
-    has begun is not disturbed. `running()` is true for the oldest unanswered task of a worker. Its own
-    methods are thread-safe, as the base's are.
+    has begun is not disturbed. `running()` is true from then on, until it is done. Its own methods are
+    thread-safe, as the base's are.
 
     Can be awaited. If the await is cancelled, the task is terminated: `asyncio.shield` keeps it.
     """

@@ -82,7 +82,8 @@ class Worker:
         os.register_at_fork(after_in_child=self._drop_items)
         self._page = page
         self._clock = _Clock()
-        self._previous = _NONE  # the task that ran last
+        self._ran = _NONE  # the task that ran last
+        self._previous = _NONE  # the same, unless a task was returned since
         self._name = ""  # of that task's function
         self._memory: _spill.Watch | None = None  # what the running task came in
 
@@ -98,7 +99,7 @@ class Worker:
         poll = select.poll()
         poll.register(self._inbox, select.POLLIN)
         ready, clock, page = poll.poll, self._clock, self._page
-        while not upkeep.over and not page.is_last(self._previous):
+        while not upkeep.over and not page.is_last(self._ran):
             soon = spin.look(ready)
             if not soon and upkeep.has_unseen and not ready(_IDLE_MS):
                 self._tell_left(upkeep.look_closely())
@@ -162,7 +163,7 @@ class Worker:
             returned = _messages.pack_header(_messages.RETURNED, header.task)
             self._send(_messages.ANSWERS, 0, Payload(returned))
             return False
-        self._previous = header.task
+        self._previous = self._ran = header.task
         return True
 
     def _run_batch(self, calls: list[tuple[int, int, bytes]]) -> None:
@@ -187,7 +188,7 @@ class Worker:
                 break
             answer, kind = self._run_call(body, [], False)
             del body
-            previous = task
+            previous = self._ran = task
             record = b""
             if not answer.fds:
                 record = _messages.pack_header(kind, task, len(answer.body)) + answer.body

@@ -329,8 +329,8 @@ def stuck(ledger: str) -> None:
 
 
 def end_when_told(ledger: str) -> None:
-    """Runs until its worker is told to end (SIGTERM), which that survives."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    """Runs until its worker is told to end (SIGTERM), which that survives; no interrupt of its own ends it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGURG])
     try:
         with open(ledger, "a") as file:
             file.write(f"{os.getpid()}\n")

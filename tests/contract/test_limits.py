@@ -443,6 +443,49 @@ def test_a_late_task_that_ends_in_its_grace_takes_nobody_with_it_where_descripto
         assert pool.stats().lost_workers == 0
 
 
+def test_so_does_one_that_travels_with_others(ledger: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its worker returns these, and must not take the next message for one that it may receive."""
+    room_for_descriptors(monkeypatch, itertools.repeat(False))
+    with Pool(1) as pool, open(os.devnull) as null:
+        for _ in range(300):  # tasks are short, so several travel together
+            pool.submit(int).result()
+        [worker] = pool.worker_pids()
+        dispatcher = pool._client.dispatcher
+        dispatcher.batch = 4
+        os.kill(worker, signal.SIGSTOP)
+        with monkeypatch.context() as queueing:  # until all are there, or the first would travel alone
+            queueing.setattr(
+                dispatcher, "submitted", lambda task, alone: dispatcher.queued.update({task: alone}) or ()
+            )
+            late = pool.submit(helpers.end_when_told, str(ledger))
+            neighbours = [pool.submit(int) for _ in range(3)]
+            pool.stats()
+        with pool._client.critical:
+            pool._client.perform(dispatcher.assign())
+        messages = wire.peek_all(pool._client.links[0].theirs, 1 << 16)
+        os.kill(worker, signal.SIGCONT)
+        assert len(messages) < 4
+        wait_until(lambda: pids(ledger))
+        behind = [pool.submit(helpers.pid_with, null) for _ in range(3)]
+        late.terminate(grace=0.3)
+        assert worker not in {future.result(timeout=20) for future in behind}
+        assert [future.result(timeout=20) for future in neighbours] == [0] * 3
+        assert pool.stats().lost_workers == 0
+
+
+def test_who_waits_in_an_inbox_that_cannot_be_emptied_is_given_up_when_it_can(
+    ledger: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = room_for_descriptors(monkeypatch, [False] * 3)
+    with Pool(1) as pool, open(os.devnull) as null:
+        stuck = pool.submit(helpers.stuck, str(ledger))
+        wait_until(stuck.running)
+        waiting = pool.with_options(queue_timeout=0.1).submit(helpers.pid_with, null)
+        assert isinstance(waiting.exception(timeout=20), TaskTimeout)
+        assert next(looks, None) is None
+        stuck.terminate(grace=0)
+
+
 def test_what_a_dead_worker_has_not_received_is_run_once_where_descriptors_get_short_in_that_moment(
     ledger: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

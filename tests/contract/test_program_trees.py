@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 import subprocess
@@ -15,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
-from fdpool import Pool, WorkerLost
+from fdpool import Pool, WorkerLost, wire
 from fdpool.commands import CommandTimedOut
 from tests.contract.helpers_programs import warm_pool
 from tests.process_state import living, seconds_until_gone, wait_until
@@ -221,6 +222,28 @@ def test_a_cancelled_program_ends_alone_and_its_worker_goes_on(tmp_path: Path) -
             assert first.cancel()
             assert second.result().stdout == b"second\n"
         assert pool.worker_pids() == worker
+
+
+def test_programs_that_are_cancelled_and_cannot_be_taken_back_are_stopped_as_they_begin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is one word in which a worker is told what to stop."""
+
+    def no_room(*_: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with warm_pool(1) as pool, open(os.devnull) as null:
+        gate = tmp_path / "gate"
+        running = pool.submit(wait_until, gate.exists)
+        wait_until(running.running)
+        programs = [pool.run(f"sleep 1; touch {tmp_path / name}", stdin=null, grace=0) for name in "abc"]
+        with monkeypatch.context() as full:
+            full.setattr(wire, "try_take", no_room)
+            assert all(program.cancel() for program in programs)
+            gate.touch()
+            running.result(timeout=20)
+            assert pool.submit(int).result(timeout=20) == 0
+    assert not list(tmp_path.glob("[abc]"))
 
 
 def test_a_program_that_ends_before_its_cancel_returns_is_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:

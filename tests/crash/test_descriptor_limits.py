@@ -7,6 +7,7 @@ import errno
 import os
 import resource
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 
 import fdpool
+from fdpool import wire
 from tests.chaos.disorder import limit_with_room
 from tests.contract.helpers import count_descriptors, square, wait_at
 from tests.process_state import open_descriptors, wait_until
@@ -242,6 +244,39 @@ def test_what_is_left_to_a_successor_goes_to_others_if_that_has_much_to_do(
         assert sum(future.done() for future in running) == 1  # with the worker that was killed
         gate.touch()
         assert [future.result(timeout=20) for future in behind] == [5] * 27
+        pool.kill_workers()
+
+
+@pytest.mark.parametrize("room", [20, 50])
+def test_a_message_that_is_received_in_place_of_one_that_was_seen_loses_no_descriptor(
+    room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the worker receives that in the same moment; the client has the descriptors of both open then."""
+    with fdpool.Pool(1) as pool, open(os.devnull) as null:
+        running = pool.submit(time.sleep, 1000)
+        wait_until(running.running)
+        client = pool._client
+        pool.submit(count_descriptors, [fdpool.Fd(null)])
+        many = pool.submit(count_descriptors, [fdpool.Fd(null) for _ in range(20)])
+        inbox = client.links[0].theirs
+        try_receive = wire.try_receive
+
+        def too_late(sock: socket.socket, *arguments: int) -> wire.Received | None:
+            monkeypatch.setattr(wire, "try_receive", try_receive)
+            fdpool.fds.close_all(socket.recv_fds(inbox, 1 << 16, 1)[1])
+            return try_receive(sock, *arguments)
+
+        monkeypatch.setattr(wire, "try_receive", too_late)
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit_with_room(room), hard))
+        try:
+            with client.critical:
+                found, _ = client.inboxes.emptied(0, partly=True)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert found == ([many._task] if room == 50 else [])
+        call = many.call
+        assert room == 20 or (call is not None and call.fds is not None and len(call.fds.numbers) == 20)
         pool.kill_workers()
 
 
