@@ -147,7 +147,7 @@ class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may no
             self._room = Room(_KEPT_FREE + _KEPT_FREE_PER_LISTENER * len(listeners))
             self._loop_accepts = self._room.is_ample()
             if self._loop_accepts:
-                self.config.http_protocol_class = self._protocol_of_accepted  # type: ignore[assignment, unused-ignore]
+                self._connections.count(self._room, self._accept_by_door)
                 # The door keeps its own. (A socket's `dup` would set O_NONBLOCK anew, which all workers share.)
                 own = [socket.socket(fileno=duplicate(listener.fileno())) for listener in listeners]
         try:
@@ -271,20 +271,6 @@ class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may no
 
     # -- connections that the loop accepts ----------------------------------------------------------------
 
-    def _protocol_of_accepted(
-        self, config: Any, server_state: Any, app_state: Any, _loop: asyncio.AbstractEventLoop | None = None
-    ) -> Any:
-        """uvicorn's protocol for a connection that the loop is accepting, within its call of accept(2). With the
-        arguments that uvicorn has for it, one by one: to pass on whatever comes costs a connection 1 %."""
-        room = self._room
-        room.unseen -= 1
-        if room.unseen < 0 and not room.is_ample():
-            # Not at once: the loop has yet to take this one from the listener that would be closed.
-            asyncio.get_running_loop().call_soon(self._accept_by_door)
-        return self._protocol_class(
-            config=config, server_state=server_state, app_state=app_state, _loop=_loop
-        )
-
     def _accept_by_door(self) -> None:
         """Take connections by the door from now on: at the limit of descriptors, libuv accepts and closes.
 
@@ -293,6 +279,7 @@ class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may no
         if not self._loop_accepts or self._serving_loop is None or self._order is not None:
             return
         self._loop_accepts = False
+        del self._connections.add
         for server in self.servers:
             server.close()
         self._open_door()
@@ -373,6 +360,21 @@ class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may no
 class _Connections(set[Any]):
     """uvicorn's connections. As one goes, its protocol calls `discard` or `remove`: a set's, as long as nobody wants to
     know (to be told costs a connection 1 %)."""
+
+    def count(self, room: Room, scarce: Callable[[], None]) -> None:
+        """Call `scarce()` as one comes and there is no `room` for many more; until `add` is deleted.
+
+        The loop has just accepted it, and no other since (libuv accepts one in a turn). It is the place that costs a
+        connection the least: to have its protocol made by a function of ours, within the call of accept(2), was 2 %.
+        """
+
+        def add(connection: Any) -> None:
+            set.add(self, connection)
+            room.unseen -= 1
+            if room.unseen < 0 and not room.is_ample():
+                scarce()
+
+        self.add = add  # type: ignore[method-assign]
 
     def tell(self, gone: Callable[[], None]) -> None:
         """Call `gone()` as one goes, from now on."""
