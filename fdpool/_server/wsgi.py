@@ -97,6 +97,7 @@ class WsgiFace:
         channel = _channel_class(worker, door, self._tasks)
         for server in self._servers:
             server.channel_class = channel
+            self._guard(server.trigger)
             self._tasks.prepare(server)
             server.next_channel_cleanup = math.inf  # `_close_idle` does it
             if accepts:
@@ -146,10 +147,7 @@ class WsgiFace:
             self._until = now + grace_s
 
         self._drains.append(begin)
-        with self._waking:
-            if self._has_ended:
-                return  # the trigger's descriptor is closed, and its number may be another's
-            self._servers[0].trigger.pull_trigger()
+        self._servers[0].trigger.pull_trigger()
         # Begun here if the loop runs requests, which are not waited for: nothing more is taken from now on. Otherwise
         # it has a turn, after which it looks at what it was told; so nobody waits for the lock, which it holds nearly
         # always while it has nothing to do.
@@ -158,6 +156,17 @@ class WsgiFace:
                 self._begin_drains()
             finally:
                 self._turning.release()
+
+    def _guard(self, trigger: Any) -> None:
+        """Have nobody wake the loop once it has ended: a drain may, and threads that are not waited for any more."""
+        pull = trigger._physical_pull
+
+        def pull_unless_ended() -> None:
+            with self._waking:
+                if not self._has_ended:  # or its descriptor is closed, and the number may be another's
+                    pull()
+
+        trigger._physical_pull = pull_unless_ended
 
     def _begin_drains(self) -> None:
         """With `_turning` held, as the loop goes through what is closed here."""

@@ -427,6 +427,32 @@ def test_a_stop_with_a_grace_of_its_own_cuts_off_what_is_longer(threads: int) ->
             assert is_over(client)
 
 
+def test_a_request_that_outlives_its_worker_writes_to_no_file_of_others(tmp_path: Path) -> None:
+    """Its thread wakes no loop that has ended: what it would write to is closed, and others have that number."""
+    pytest.importorskip("waitress")
+    opened = tmp_path / "opened"
+
+    def app(environ: Any, start_response: Any) -> list[bytes]:
+        wait_until(opened.exists)
+        return wsgi(environ, start_response)
+
+    def save(worker: ServerWorker) -> None:
+        with contextlib.ExitStack() as files:
+            for number in range(30):
+                files.enter_context((tmp_path / f"state{number}").open("wb"))
+            opened.touch()
+            wait_until(lambda: worker.progress.finished)
+
+    with (
+        Server(app, ANY_PORT, workers=1, threads=2, on_worker_exit=save) as server,
+        connect(server) as client,
+    ):
+        client.sendall(b"GET / HTTP/1.0\r\n\r\n")
+        wait_until(lambda: server.stats().workers[0].in_flight)
+        server.stop(0.1)
+    assert [each.read_bytes() for each in tmp_path.glob("state*")] == [b""] * 30
+
+
 def test_more_workers_than_a_server_can_have_are_refused() -> None:
     with Server(echo_pid, ANY_PORT, workers=1) as server:
         for count, error in ((0, ValueError), (10_000, ServerFailed)):
