@@ -342,12 +342,13 @@ def _channel_class(worker: ServerWorker, door: Door, tasks: Tasks) -> type[Any]:
                 self.handle_error()
 
         def service(self) -> None:
-            self.token = worker.progress.begin()
+            # Kept here as well: the connection's next request may have begun before this call ends, in another thread.
+            token = self.token = worker.progress.begin()
             try:
                 super().service()
             finally:
                 worker.leave_if_forked()
-                worker.ended(worker.progress.end(self.token))
+                worker.ended(worker.progress.end(token))
 
         def _flush_some(self, do_close: bool = True) -> Any:
             sent = super()._flush_some(do_close)

@@ -773,6 +773,46 @@ def test_a_request_that_hangs_is_killed_with_its_programs_and_the_log_has_its_st
         assert killed.worker_pid == before
 
 
+SECOND_BEGUN = threading.Event()
+
+
+def wsgi_overlapping(environ: Any, start_response: Any) -> list[bytes]:
+    """Of two requests that come together on a connection, the second begins before the first one's thread lets go.
+
+    It is answered after that, with how many requests the threads have, or have before them.
+    """
+    tasks = environ["waitress.client_disconnected"].__self__.server.task_dispatcher
+    if environ["PATH_INFO"] == "/first":
+        add_task = tasks.add_task
+
+        def add_and_wait(task: Any) -> None:
+            add_task(task)
+            SECOND_BEGUN.wait(20)
+
+        tasks.add_task = add_and_wait
+    elif environ["PATH_INFO"] == "/second":
+        SECOND_BEGUN.set()
+        wait_until(lambda: current_worker().progress.finished == 1)  # type: ignore[union-attr]
+    body = b"%d" % tasks._unserved
+    start_response("200 OK", [("Content-Length", str(len(body)))])
+    return [body]
+
+
+def ask_overlapping(server: Server) -> bytes:
+    """What the second is answered with."""
+    with connect(server) as client:
+        client.sendall(b"GET /first HTTP/1.1\r\nHost: x\r\n\r\nGET /second HTTP/1.0\r\n\r\n")
+        return read_all(client).rpartition(b"\r\n")[2]
+
+
+def test_a_worker_is_not_stuck_after_requests_that_came_together_on_a_connection() -> None:
+    """One would be killed that has nothing to do."""
+    pytest.importorskip("waitress")
+    with Server(wsgi_overlapping, ANY_PORT, workers=1, threads=2) as server:
+        assert ask_overlapping(server)
+        wait_until(lambda: (one := server.stats().workers[0]).requests == 2 and one.oldest_s == 0.0)
+
+
 def test_a_long_request_is_left_alone_where_no_limit_is_set() -> None:
     with Server(slow_then_pid, ANY_PORT, workers=1) as server, connect(server) as client:
         client.sendall(b"1.2")
