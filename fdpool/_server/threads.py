@@ -21,34 +21,26 @@ _NO_LOG = logging.Logger("fdpool.server.queue", logging.CRITICAL)
 
 
 class ThreadsTask(WSGITask):  # type: ignore[misc]  # waitress has no types
-    """A request, which tells its connection as its thread is about to be free: before the loop is woken for it."""
+    """A request, whose thread tells that it is about to be free: before the loop is woken for the answer."""
 
     def service(self) -> None:
         try:
             super().service()
         finally:
-            self.channel.served()
+            self.channel.server.task_dispatcher.served()
 
 
 class ThreadsChannel(HTTPChannel):  # type: ignore[misc]
-    """waitress's connection, which tells the dispatcher as it lets go of a thread."""
-
-    _has_thread = False
+    """waitress's connection, which tells the dispatcher as it has a thread, and lets go of it."""
 
     def service(self) -> None:
-        self._has_thread = True
+        tasks = self.server.task_dispatcher
+        tasks.begins()
         try:
             super().service()
         finally:
-            if self._has_thread or not self.connected:  # it was no request; or the loop is not woken for it
-                self.served()
+            if tasks.served() or not self.connected:  # it was no request; or the loop is not woken for it
                 self.server.pull_trigger()
-
-    def served(self) -> None:
-        """Runs in: the thread, which is about to be free."""
-        if self._has_thread:
-            self._has_thread = False
-            self.server.task_dispatcher.served()
 
 
 class Threads(ThreadedTaskDispatcher):  # type: ignore[misc]
@@ -65,6 +57,8 @@ class Threads(ThreadedTaskDispatcher):  # type: ignore[misc]
         self._count = count
         self._unserved = 0  # requests that wait for a thread, or have one
         self._served = 0
+        # Whether it has a request: of each thread. A connection may have two, as its next request begins.
+        self._mine = threading.local()
         self._round = math.inf  # how many are served when all are that were there as no thread was free
 
     def prepare(self, server: Any) -> None:
@@ -94,11 +88,19 @@ class Threads(ThreadedTaskDispatcher):  # type: ignore[misc]
             self._unserved += 1
         super().add_task(task)
 
-    def served(self) -> None:
-        """Runs in: a thread, which has no request any more."""
-        with self.lock:
-            self._unserved -= 1
-            self._served += 1
+    def begins(self) -> None:
+        """Runs in: a thread, which has a request."""
+        self._mine.has_request = True
+
+    def served(self) -> bool:
+        """Runs in: a thread, which has no request any more; True if it had one until now."""
+        had_request: bool = self._mine.has_request
+        if had_request:
+            self._mine.has_request = False
+            with self.lock:
+                self._unserved -= 1
+                self._served += 1
+        return had_request
 
     def before_turn(self) -> None:
         """Take a connection if a thread is free for it: else others may be, and it is not lost if this worker dies.

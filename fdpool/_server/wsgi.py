@@ -307,6 +307,9 @@ def _channel_class(worker: ServerWorker, door: Door, tasks: Tasks) -> type[Any]:
             except BaseException as error:
                 # SystemExit, say. Of what is no Exception waitress keeps the connection, and never closes it.
                 raise RuntimeError(f"the application raised {type(error).__name__}") from error
+            finally:
+                # Before any lock: another thread may have held it at the fork, and nobody lets go of it in the child.
+                worker.leave_if_forked()
 
         def build_response_header(self) -> Any:
             if worker.draining:

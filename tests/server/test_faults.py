@@ -647,6 +647,32 @@ def test_a_child_that_a_request_has_forked_does_not_go_on_as_a_worker(app: Any, 
         assert server.stats().workers[0].requests == 1
 
 
+def wsgi_forks_as_another_thread_counts(environ: Any, start_response: Any) -> list[bytes]:
+    """Answer with how a child has ended that raises, and in which nobody lets go of the dispatcher's lock."""
+    lock = environ["waitress.client_disconnected"].__self__.server.task_dispatcher.lock
+    lock.acquire()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # there are threads
+        child = os.fork()
+    if child == 0:
+        raise ValueError
+    lock.release()
+    try:
+        wait_until(lambda: os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT | os.WNOHANG))
+    except AssertionError:
+        os.kill(child, signal.SIGKILL)
+    body = b"%d" % os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    start_response("200 OK", [("Content-Length", str(len(body)))])
+    return [body]
+
+
+def test_a_child_that_a_request_has_forked_waits_for_no_thread_that_it_does_not_have() -> None:
+    """It would stay for ever, with the client's connection."""
+    pytest.importorskip("waitress")
+    with Server(wsgi_forks_as_another_thread_counts, ANY_PORT, workers=1, threads=2) as server:
+        assert get(server)[1] == b"1"
+
+
 def test_a_worker_that_dies_of_a_fault_leaves_its_stacks_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
     """W3."""
 
@@ -811,6 +837,14 @@ def test_a_worker_is_not_stuck_after_requests_that_came_together_on_a_connection
     with Server(wsgi_overlapping, ANY_PORT, workers=1, threads=2) as server:
         assert ask_overlapping(server)
         wait_until(lambda: (one := server.stats().workers[0]).requests == 2 and one.oldest_s == 0.0)
+
+
+def test_a_request_that_came_with_another_on_its_connection_has_a_thread_until_it_is_served() -> None:
+    """Or connections would be taken for a thread that is not free."""
+    pytest.importorskip("waitress")
+    with Server(wsgi_overlapping, ANY_PORT, workers=1, threads=2) as server:
+        assert ask_overlapping(server) == b"1"
+        assert get(server)[1] == b"1"
 
 
 def test_a_long_request_is_left_alone_where_no_limit_is_set() -> None:
