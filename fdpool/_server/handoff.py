@@ -72,7 +72,18 @@ def choose(workers: Iterable[Laden], last: int) -> int | None:
 class _Seat:
     """A worker's inbox, both ends."""
 
-    __slots__ = ("link", "mine", "most", "sent", "serves", "slow_until", "taken_before", "theirs")
+    __slots__ = (
+        "finished_before",
+        "link",
+        "mine",
+        "most",
+        "sent",
+        "serves",
+        "slow_until",
+        "taken_before",
+        "theirs",
+        "was_busy",
+    )
 
     def __init__(self, link: WorkerLink) -> None:
         self.link = link
@@ -82,17 +93,49 @@ class _Seat:
         self.sent = 0
         self.serves = False
         self.slow_until = 0.0
+        self.was_busy = False  # as it came to be passed over
         self.taken_before = 0
+        self.finished_before = 0
 
     def laden(self) -> Laden:
         taken, open_now = self.link.load()
-        slow = self.slow_until > 0.0 and time.monotonic() < self.slow_until
-        return Laden(self.link.number, max(0, self.sent - taken), open_now, self.most, slow)
+        return Laden(self.link.number, max(0, self.sent - taken), open_now, self.most, self.is_slow)
+
+    @property
+    def is_slow(self) -> bool:
+        """True if it is passed over for now: until its time is over, or a thread is free that it had to wait for."""
+        if self.slow_until and (time.monotonic() >= self.slow_until or (self.was_busy and not self.is_busy)):
+            self.slow_until = 0.0
+        return self.slow_until > 0.0
 
     @property
     def has_waiting(self) -> bool:
         """True if something lies in its inbox."""
         return self.sent > self.link.load()[0]
+
+    @property
+    def is_busy(self) -> bool:
+        """True if it takes nothing for now because all of its threads have requests."""
+        return self.link.see().is_busy
+
+    @property
+    def could_take(self) -> bool:
+        """True if it has room, and nothing waits in its inbox."""
+        laden = self.laden()
+        return not laden.slow and not laden.waiting and laden.load < laden.most
+
+    @property
+    def has_ended_some(self) -> bool:
+        """True if requests of it have ended since it was decided to look."""
+        return self.link.see().finished != self.finished_before
+
+    def is_later_than(self, other: _Seat) -> bool:
+        """True if what this one has not taken would be taken sooner by `other`.
+
+        If the threads of both are all busy, only where the other's end requests and its own do not. Else a connection
+        would leave a worker for one that is as busy, and the first be passed over as it gets free: for a second.
+        """
+        return not (self.is_busy and other.is_busy) or (other.has_ended_some and not self.has_ended_some)
 
     def close(self) -> None:
         self.mine.close()
@@ -101,7 +144,7 @@ class _Seat:
 
 def _is_to_be_looked_at(seat: _Seat) -> bool:
     """True if something waits in its inbox, or it is passed over: nobody says when that is over."""
-    return seat.has_waiting or (seat.serves and time.monotonic() < seat.slow_until)
+    return seat.has_waiting or (seat.serves and seat.is_slow)
 
 
 class Handoff:
@@ -215,6 +258,9 @@ class Handoff:
         self._watch(room)
         if not self._looking and (self._held or any(map(_is_to_be_looked_at, self._seats.values()))):
             self._looking = True
+            for seat in self._seats.values():
+                if seat.serves:
+                    seat.finished_before = seat.link.see().finished
             self._turns.later(_LOOK_S, self._look)
 
     def _who(self) -> int | None:
@@ -286,12 +332,13 @@ class Handoff:
             seat.taken_before = taken
             if stuck and self._somebody_else_could(seat):
                 seat.slow_until = now + _SLOW_S
+                seat.was_busy = seat.is_busy
                 self._take_back(seat)
         self._pump()
 
     def _somebody_else_could(self, seat: _Seat) -> bool:
-        others = (each.laden() for each in self._seats.values() if each is not seat and each.serves)
-        return any(not other.slow and not other.waiting and other.load < other.most for other in others)
+        others = (each for each in self._seats.values() if each is not seat and each.serves)
+        return any(other.could_take and seat.is_later_than(other) for other in others)
 
     def _take_back(self, seat: _Seat) -> bool:
         """Receive what lies in a worker's inbox, as whoever receives a datagram first owns it; False if more may."""

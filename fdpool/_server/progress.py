@@ -8,6 +8,7 @@ A file of one page, and behind it whatever faulthandler writes: at a fault, or w
     beat                when the event loop last turned; 0 where there is none
     taken, open         connections taken from the inbox so far, and those that are open (handing over)
     waited_for          set by the server: it wants a word when a request has ended (handing over)
+    threads             so many requests run at a time, and connections wait for one to end; 0 if it is not for that
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from ..fds import above_stdio, standard_numbers_taken
 STACKS_AT = mmap.PAGESIZE  # where in the file the stacks begin
 _MOST_STACKS = 256 * 1024
 
-BEGUN, FINISHED, _OLDEST, _BEAT, _TAKEN, _OPEN, _WAITED_FOR = range(7)
+BEGUN, FINISHED, _OLDEST, _BEAT, _TAKEN, _OPEN, _WAITED_FOR, _THREADS = range(8)
 
 
 class Seen(NamedTuple):
@@ -36,11 +37,17 @@ class Seen(NamedTuple):
     beat: float | None
     taken: int = 0
     open: int = 0
+    threads: int = 0
 
     @property
     def in_flight(self) -> int:
         """Requests begun and not finished."""
         return max(0, self.begun - self.finished)
+
+    @property
+    def is_busy(self) -> bool:
+        """True if it takes no connection because all of its threads have requests."""
+        return 0 < self.threads <= self.in_flight
 
     def stuck_s(self, now: float) -> float:
         """Seconds that the worker has gone without moving on: its oldest request, or its event loop."""
@@ -88,6 +95,7 @@ class SeenPage(_Page):
             beat / 1e9 if beat else None,
             words[_TAKEN],
             words[_OPEN],
+            words[_THREADS],
         )
 
     def load(self) -> tuple[int, int]:
@@ -149,6 +157,10 @@ class Progress(_Page):
     def has_open(self, connections: int) -> None:
         """So many connections are open."""
         self._words[_OPEN] = connections
+
+    def runs_at_most(self, threads: int) -> None:
+        """While so many requests run, connections are left to others."""
+        self._words[_THREADS] = threads
 
     def begin(self) -> int:
         """A request begins; returns its token. `end` it, whatever becomes of it."""

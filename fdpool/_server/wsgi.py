@@ -87,6 +87,8 @@ class WsgiFace:
         options = {"threads": order.threads or 4, "backlog": order.backlog, "ident": None, **order.options}
         threads = int(options["threads"])
         self._tasks: Tasks = InlineTasks() if threads == 1 else Threads(threads)
+        if threads > 1:
+            worker.progress.runs_at_most(threads)
         accepts = isinstance(door, Listening)
         self._servers: list[BaseWSGIServer] = [
             create_server(

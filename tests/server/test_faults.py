@@ -103,6 +103,46 @@ def test_a_worker_whose_threads_are_all_busy_leaves_connections_to_others(dispat
         assert all(b"200 OK" in read_all(client) for client in waiting)
 
 
+@pytest.mark.parametrize("free", ["its own", "the other's"])
+def test_a_connection_handed_to_a_worker_whose_threads_are_busy_has_the_first_that_is_free(
+    free: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is no use to another that is as busy; and a worker that is only busy is not passed over as it gets free."""
+    pytest.importorskip("waitress")
+
+    def app(environ: Any, start_response: Any) -> list[bytes]:
+        if environ["PATH_INFO"] == "/slow":
+            wait_until((tmp_path / str(os.getpid())).exists, 60)
+        return wsgi(environ, start_response)
+
+    with (
+        Server(app, ANY_PORT, workers=2, threads=2, dispatch="handoff") as server,
+        contextlib.ExitStack() as clients,
+    ):
+        handoff = server._loop.handoff  # type: ignore[union-attr]
+        assert handoff is not None
+        for busy in range(1, 5):
+            clients.enter_context(connect(server)).sendall(b"GET /slow HTTP/1.0\r\n\r\n")
+            wait_until(lambda busy=busy: sum(each.in_flight for each in workers(server)) == busy)  # type: ignore[misc]
+        monkeypatch.setattr("fdpool._server.handoff._SLOW_S", 600.0)
+        taken_back = handoff.taken_back
+        looks: list[object] = []
+        look = handoff._look
+        monkeypatch.setattr(handoff, "_look", lambda: [look(), looks.append(None)])
+        client = clients.enter_context(connect(server))
+        client.sendall(b"GET / HTTP/1.0\r\n\r\n")
+        wait_until(lambda: len(looks) >= 4)
+        assert handoff.taken_back == taken_back
+        waits_at = {seat.has_waiting: seat.link.pid for seat in handoff._seats.values()}
+        first = waits_at[free == "its own"]
+        (tmp_path / str(first)).touch()
+        assert read_all(client).endswith(b"%d" % first)
+        for each in pids(server):
+            (tmp_path / str(each)).touch()
+        seen: set[int] = set()
+        wait_until(lambda: seen.add(int(get(server)[1])) or len(seen) == 2)  # type: ignore[func-returns-value]
+
+
 @pytest.mark.parametrize("dispatch", DISPATCHES)
 def test_connections_that_come_while_all_threads_are_busy_are_served_as_one_gets_free(dispatch: Any) -> None:
     pytest.importorskip("waitress")

@@ -24,7 +24,7 @@ import pytest
 from fdpool import BindFailed
 from fdpool._server import apps
 from fdpool._server.accept import Acceptor, Reserve
-from fdpool._server.handoff import Laden, choose
+from fdpool._server.handoff import Laden, _Seat, choose
 from fdpool._server.listeners import Listeners
 from fdpool._server.progress import Progress, Seen, SeenPage
 from fdpool._server.room import Room
@@ -370,6 +370,31 @@ def test_whoever_is_chosen_has_room_and_nobody_has_less(seed: int) -> None:
             assert next(each for each in able if each.number == found).load == min(each.load for each in able)
 
 
+def seat(begun: int, finished: int, threads: int) -> Any:
+    """Of a worker that had finished nothing as it was decided to look."""
+    seen = Seen(begun, finished, None, None, threads=threads)
+    return _Seat(SimpleNamespace(see=lambda: seen))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("waits_at", "other", "is_later"),
+    [
+        ((2, 0, 2), (2, 0, 2), False),
+        ((2, 0, 2), (1, 0, 2), True),
+        ((2, 0, 2), (1, 1, 2), True),
+        ((2, 0, 2), (3, 1, 2), True),
+        ((3, 1, 2), (3, 1, 2), False),
+        ((1, 0, 2), (2, 0, 2), True),  # it has a thread free, and takes nothing all the same
+        ((1, 0, 0), (1, 0, 0), True),
+    ],
+)
+def test_a_connection_leaves_a_worker_whose_threads_are_busy_only_for_one_that_takes_it_sooner(
+    waits_at: tuple[int, int, int], other: tuple[int, int, int], is_later: bool
+) -> None:
+    with contextlib.closing(seat(*waits_at)) as mine, contextlib.closing(seat(*other)) as theirs:
+        assert mine.is_later_than(theirs) == is_later
+
+
 # -- progress --------------------------------------------------------------------------------------------------
 
 
@@ -392,6 +417,11 @@ def test_the_server_sees_what_a_worker_tells() -> None:
     seen = page.see()
     assert (seen.in_flight, seen.oldest, seen.taken, seen.open) == (0, None, 1, 1)
     assert seen.beat is not None
+    assert not seen.is_busy
+    progress.begin()
+    assert not page.see().is_busy
+    progress.runs_at_most(1)
+    assert page.see().is_busy
     assert not progress.waited_for
     page.wait_for_end(True)
     assert progress.waited_for
