@@ -162,6 +162,7 @@ class Handoff:
         self._turns = turns
         self._listeners = list(listeners)
         self._seats: dict[int, _Seat] = {}
+        self._left: set[_Seat] = set()  # of workers that are gone, and in whose inbox there may be more
         self._held: deque[socket.socket] = deque()
         self._acceptor = Acceptor()
         self._reserve = Reserve()
@@ -200,24 +201,30 @@ class Handoff:
 
     def gone(self, number: int) -> None:
         """The worker is not there any more."""
-        seat = self._seats.get(number)
-        if seat is None:
+        seat = self._seats.pop(number, None)
+        if seat is not None:
+            self._turns.unwatch(seat.mine)
+            self._left.add(seat)
+            self._empty(seat)
+
+    def _empty(self, seat: _Seat) -> None:
+        """Take what lies in the inbox of a worker that is gone, as soon as there is room for it; its page is closed."""
+        if seat not in self._left:
             return
-        seat.serves = False
-        if not self._take_back(seat):
-            self._turns.later(_RETRY_S, partial(self.gone, number))
-            return
-        del self._seats[number]
-        self._turns.unwatch(seat.mine)
-        seat.close()
+        if self._take_back(seat):
+            self._left.remove(seat)
+            seat.close()
+        else:
+            self._turns.later(_RETRY_S, partial(self._empty, seat))
         self._pump()
 
     def close(self) -> None:
         """Accept nothing any more; what nobody could take is closed."""
         self._watch(False)
-        for seat in self._seats.values():
+        for seat in (*self._seats.values(), *self._left):
             seat.close()
         self._seats.clear()
+        self._left.clear()
         while self._held:
             self._held.popleft().close()
         self._acceptor.close()
@@ -232,7 +239,9 @@ class Handoff:
     @property
     def is_empty(self) -> bool:
         """True if every connection that was accepted has been taken by a worker."""
-        return not self._held and not any(seat.has_waiting for seat in self._seats.values())
+        return (
+            not self._held and not self._left and not any(seat.has_waiting for seat in self._seats.values())
+        )
 
     def stop(self) -> None:
         """The server ends: accept nothing more."""

@@ -24,6 +24,7 @@ import psutil
 import pytest
 
 from fdpool import ForkedPool, NotPicklable, ServerFailed, current_worker
+from fdpool._server.handoff import Handoff
 from fdpool.server import Server, ServerWorker
 from tests.process_state import seconds_until_gone, wait_until
 from tests.server.helpers import (
@@ -75,6 +76,34 @@ def test_a_killed_worker_costs_the_one_connection_that_it_was_serving() -> None:
         for client in waiting:
             client.close()
         assert set(answers) == set(pids(server)) != {victim}
+
+
+def test_what_a_dead_worker_has_not_taken_is_served_as_soon_as_the_server_has_room_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """T3: the server is at its limit of descriptors as it is to empty that worker's inbox."""
+    has_room = iter([False] * 5)
+    take_back = Handoff._take_back
+
+    def take_back_if_room(handoff: Handoff, seat: Any) -> bool:
+        return next(has_room, True) and take_back(handoff, seat)
+
+    with Server(slow_or_pid, ANY_PORT, workers=2, dispatch="handoff") as server:
+        with connect(server) as slow, connect(server) as slow_too:
+            for client in (slow, slow_too):
+                client.sendall(b"slow")
+            wait_until(lambda: all(worker.in_flight == 1 for worker in server.stats().workers))
+            waiting = [connect(server) for _ in range(4)]
+            for client in waiting:
+                client.sendall(b"x")
+            monkeypatch.setattr(Handoff, "_take_back", take_back_if_room)
+            for victim in pids(server):
+                os.kill(victim, signal.SIGKILL)
+            answers = [int(read_all(client)) for client in waiting]
+        for client in waiting:
+            client.close()
+        assert set(answers) <= set(pids(server))
+    assert next(has_room, None) is None
 
 
 def wsgi_slow_or_pid(environ: Any, start_response: Any) -> list[bytes]:
