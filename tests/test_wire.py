@@ -6,7 +6,6 @@ import array
 import errno
 import gc
 import os
-import resource
 import select
 import signal
 import socket
@@ -25,7 +24,7 @@ from fdpool.errors import FdTransferError, PayloadTooLarge, WireError
 from fdpool.fds import Fd, close_all
 from fdpool.sockets import DatagramSocket
 from fdpool.wire import Inbox
-from tests.chaos.disorder import limit_with_room
+from tests.chaos.disorder import room_for
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="an option of Linux sockets")
 SO_PASSPIDFD, SO_PASSRIGHTS = 76, 83
@@ -83,19 +82,6 @@ def is_open(fd: int) -> bool:
     except OSError:
         return False
     return True
-
-
-@contextmanager
-def no_free_descriptors() -> Iterator[None]:
-    """RLIMIT_NOFILE at the lowest free number."""
-    probe = os.dup(0)
-    os.close(probe)
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (probe, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 class FakeSocket:
@@ -195,7 +181,7 @@ def test_no_room_in_the_table_of_descriptors_is_reported_with_the_bytes(
 ) -> None:
     """T2, T3 (wire part): the header, and with it the task's id, is never lost."""
     wire.try_send(ends[0], (b"header",), pipes)
-    with no_free_descriptors():
+    with room_for(0):
         received = receive(ends[1], 100, 253)
     assert received == (b"header", [], False, True)
     wire.try_send(ends[0], (b"next",), pipes)
@@ -217,17 +203,6 @@ def test_a_cut_message_is_reported_and_its_descriptors_are_the_callers(
         assert (received.data, received.bytes_cut, received.fds_lost) == (b"too", True, False)
         assert len(received.fds) == 5 * with_fds
         close_all(received.fds)
-
-
-@contextmanager
-def room_for(count: int) -> Iterator[None]:
-    """So many descriptors can be opened here, and no more."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (limit_with_room(count), hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_a_message_whose_descriptors_find_no_room_can_be_left_where_it_is(
@@ -670,7 +645,7 @@ def test_lost_descriptors_are_an_error_that_names_the_likely_causes(
     """T2, T4"""
     pair[0].send_with_fds(b"x", pipes)
     pair[0].send(b"next")
-    with no_free_descriptors(), pytest.raises(FdTransferError) as failure:
+    with room_for(0), pytest.raises(FdTransferError) as failure:
         pair[1].receive_with_fds()
     for cause in ("EMFILE", "RLIMIT_NOFILE", "control buffer", "security module", "unknown"):
         assert cause in str(failure.value)

@@ -21,6 +21,7 @@ from fdpool.errors import FdTransferError, PayloadTooLarge, WireError
 from fdpool.fds import Fd, close_all
 from fdpool.sockets import StreamSocket
 
+from .chaos.disorder import room_for
 from .test_wire import (
     NUMBERED,
     SO_PASSRIGHTS,
@@ -29,7 +30,6 @@ from .test_wire import (
     await_alarm,
     files,
     linux_only,
-    no_free_descriptors,
     on_alarm,
     open_fds,
     raise_alarm,
@@ -276,7 +276,7 @@ def test_lost_descriptors_cost_only_their_frame(
     before = open_fds()
     socket.send_fds(raw[0], [frame(b'"lost"')], pipes[:4])
     socket.send_fds(raw[0], [frame(b'"next"')], pipes[:4])
-    with no_free_descriptors(), pytest.raises(FdTransferError) as failure:
+    with room_for(0), pytest.raises(FdTransferError) as failure:
         raw[1].receive_with_fds()
     for cause in ("EMFILE", "RLIMIT_NOFILE", "control buffer", "security module", "unknown"):
         assert cause in str(failure.value)

@@ -121,7 +121,6 @@ class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may no
         self._door = door
         self._loop_accepts = False  # the loop itself, and nothing comes by the door
         self._room = Room(0)  # for what the loop accepts
-        self._protocol_class: Any = config.http_protocol_class
         self._serving_loop: asyncio.AbstractEventLoop | None = None
         self._order: tuple[float, bool] | None = None  # a drain's end, and whether everybody leaves
         self._beat_s = min(_BEAT_S, (request_timeout_s or math.inf) / 4)
@@ -338,9 +337,8 @@ class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may no
             self._count_open()
 
     def _protocol(self) -> Any:
-        return self._protocol_class(
-            config=self.config, server_state=self.server_state, app_state=self.lifespan.state
-        )
+        make: Any = self.config.http_protocol_class
+        return make(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
 
     def _one_has_gone(self) -> None:
         # After this turn: one that becomes a WebSocket goes, and comes again at once.

@@ -10,7 +10,8 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import psutil
 
@@ -117,6 +118,17 @@ def limit_with_room(room: int) -> int:
                 return number
             room -= 1
         number += 1
+
+
+@contextmanager
+def room_for(count: int) -> Iterator[None]:
+    """So many descriptors can be opened here, and no more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit_with_room(count), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def started(actors: list[Callable[[threading.Event], None]], stop: threading.Event) -> list[threading.Thread]:

@@ -19,7 +19,7 @@ import pytest
 
 import fdpool
 from fdpool import wire
-from tests.chaos.disorder import limit_with_room
+from tests.chaos.disorder import limit_with_room, room_for
 from tests.contract.helpers import count_descriptors, square, wait_at
 from tests.process_state import open_descriptors, wait_until
 
@@ -267,13 +267,8 @@ def test_a_message_that_is_received_in_place_of_one_that_was_seen_loses_no_descr
             return try_receive(sock, *arguments)
 
         monkeypatch.setattr(wire, "try_receive", too_late)
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (limit_with_room(room), hard))
-        try:
-            with client.critical:
-                found, _ = client.inboxes.emptied(0, partly=True)
-        finally:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        with room_for(room), client.critical:
+            found, _ = client.inboxes.emptied(0, partly=True)
         assert found == ([many._task] if room == 50 else [])
         call = many.call
         assert room == 20 or (call is not None and call.fds is not None and len(call.fds.numbers) == 20)
