@@ -470,9 +470,9 @@ class Client:
         return True
 
     def _dismiss_worker(self, action: _dispatch.DismissWorker) -> Sequence[Action]:
-        return self._tell_to_leave(action.slot, self.dispatcher.generation(action.slot))
+        return self.tell_to_leave(action.slot, self.dispatcher.generation(action.slot))
 
-    def _tell_to_leave(self, slot: int, generation: int) -> Sequence[Action]:
+    def tell_to_leave(self, slot: int, generation: int) -> Sequence[Action]:
         """Event: the slot's worker is to hear that no task follows; once there is room for that in its inbox."""
         if self.dispatcher.generation(slot) != generation or self.dispatcher.state(slot) is not State.LEAVING:
             return ()
@@ -483,7 +483,7 @@ class Client:
                 raise
             sent = False
         if not sent:
-            self.limits.at(time.monotonic() + RETRY_S, self._tell_to_leave, slot, generation)
+            self.limits.at(time.monotonic() + RETRY_S, self.tell_to_leave, slot, generation)
         return ()
 
     def _break_pool(self, action: _dispatch.BreakPool) -> Sequence[Action]:

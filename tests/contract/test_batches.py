@@ -7,6 +7,7 @@ import os
 import random
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,30 @@ def warm(pool: Pool) -> None:
 
 def flood(pool: Pool, count: int) -> list[Future[int]]:
     return [pool.submit(helpers.square, n) for n in range(count)]
+
+
+def send_together(
+    pool: Pool, monkeypatch: pytest.MonkeyPatch, submit: Callable[[], list[Future[Any]]]
+) -> list[Future[Any]]:
+    """What `submit` submits, four to a message."""
+    client, dispatcher = pool._client, pool._client.dispatcher
+    with monkeypatch.context() as queueing:  # until all are there, or the first would travel alone
+        queueing.setattr(
+            dispatcher, "submitted", lambda task, alone: dispatcher.queued.update({task: alone}) or ()
+        )
+        futures = submit()
+        pool.stats()
+    with client.critical:
+        dispatcher.batch = 4
+        client.perform(dispatcher.assign())
+    return futures
+
+
+def retire(pool: Pool, slot: int) -> None:
+    """As if the slot's worker had reached its `max_age`."""
+    client = pool._client
+    with client.critical:
+        client.perform(client.staffing._retire(slot, client.dispatcher.generation(slot)))
 
 
 def test_a_flood_is_sent_in_batches_and_every_result_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,6 +157,24 @@ def test_what_travelled_with_a_long_task_can_be_cancelled(gate: Gate) -> None:
         long.result(timeout=20)
         assert [future.result(timeout=20) for future in first] == [n * n for n in range(300)]
         assert pool.submit(helpers.square, 3).result(timeout=20) == 9
+
+
+def test_a_worker_that_is_to_leave_does_so_after_something_behind_its_task_was_cancelled(
+    gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For that its inbox is emptied, where the word to leave lies."""
+    with Pool(1) as pool:
+        old = pool.submit(os.getpid).result(timeout=20)
+        long, *behind = send_together(
+            pool, monkeypatch, lambda: [gate.submit(pool), *(pool.submit(os.getpid) for _ in range(7))]
+        )
+        gate.wait_until_begun()
+        retire(pool, 0)
+        behind[0].cancel()
+        gate.open()
+        long.result(timeout=20)
+        assert all(future.result(timeout=20) for future in behind[1:])
+        assert pool.submit(os.getpid).result(timeout=20) != old
 
 
 def test_a_worker_that_dies_in_a_batch_loses_one_task_and_no_other_runs_twice(tmp_path: Path) -> None:
