@@ -252,7 +252,7 @@ class Inboxes:
             state = self._dispatcher.state(slot)
             if given and state in (State.STARTING, State.COOLING):
                 continue  # it begins with what is in its inbox already
-            if not given or state is not State.READY:
+            if not given or state not in (State.READY, State.LEAVING):
                 del self._batched[slot]
             elif now != before or begun not in given:
                 self._batched[slot] = now

@@ -177,6 +177,26 @@ def test_a_worker_that_is_to_leave_does_so_after_something_behind_its_task_was_c
         assert pool.submit(os.getpid).result(timeout=20) != old
 
 
+def test_a_long_task_holds_up_none_though_its_worker_is_to_leave(
+    gate: Gate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "other").mkdir()
+    other = Gate(tmp_path / "other")
+    with Pool(2) as pool:
+        busy = other.submit(pool)
+        other.wait_until_begun()
+        long, *behind = send_together(
+            pool, monkeypatch, lambda: [gate.submit(pool), *(pool.submit(os.getpid) for _ in range(11))]
+        )
+        gate.wait_until_begun()
+        retire(pool, 1)
+        other.open()
+        busy.result(timeout=20)
+        assert all(future.result(timeout=20) for future in behind)
+        assert not long.done()
+        gate.open()
+
+
 def test_a_worker_that_dies_in_a_batch_loses_one_task_and_no_other_runs_twice(tmp_path: Path) -> None:
     """P6: `ok, _exit, ok` in one message: both `ok` come back."""
     ledger = tmp_path / "ledger"
