@@ -301,9 +301,8 @@ class Client:
             record = self.tasks.get(task)
             if record is None:
                 return
-            if record.cut_short is None or (
-                record.cut_short is CutShort.TERMINATED and grace_s < record.grace_s
-            ):
+            # One whose worker is being ended as it took too much is not to be tried again after that.
+            if record.cut_short is not CutShort.TERMINATED or grace_s < record.grace_s:
                 record.cut_short = CutShort.TERMINATED
                 record.grace_s = grace_s
                 self.limits.terminate(task, grace_s)

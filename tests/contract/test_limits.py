@@ -191,6 +191,22 @@ def test_a_task_that_timed_out_is_tried_again(ledger: Path) -> None:
         assert [type(attempt) for attempt in hopeless.attempts] == [TaskTimeout]
 
 
+def test_a_task_that_is_terminated_in_the_grace_of_its_timeout_is_not_tried_again(ledger: Path) -> None:
+    def stubborn() -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGURG])
+        helpers.stuck(str(ledger))
+
+    with Pool(1) as pool:
+        view = pool.with_options(timeout=0.2, grace=2, retries=1, retry_delay=0)
+        future = view.submit(stubborn)
+        wait_until(lambda: future.cut_short is not None)
+        assert future.terminate(grace=0)
+        with pytest.raises(CancelledError):
+            future.result(timeout=20)
+    assert len(pids(ledger)) == 1
+
+
 def test_descriptors_are_there_again_for_the_next_attempt(tmp_path: Path) -> None:
     marker = tmp_path / "marker"
 
