@@ -205,7 +205,9 @@ class Lifetime:
             return ()
         self._broken = self._broken or error
         self._grace_s = grace_s
-        if self.phase is not LEAVING:
+        # First: who submits enters its task, and looks at the phase second.
+        phase, self.phase = self.phase, LEAVING
+        if phase is not LEAVING:
             self.client.dispatcher.closed()
             for task in list(self.client.tasks):
                 self.client.fail(task, self.copy_of_broken())

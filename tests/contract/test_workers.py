@@ -167,6 +167,57 @@ def test_a_failing_initializer_breaks_the_pool_and_says_with_what() -> None:
     assert len({id(future.exception()) for future in futures}) == 10
 
 
+class _PickledAtLast:
+    """Its pickling begins, and ends when it may."""
+
+    def __init__(self) -> None:
+        self.begins, self.ends = threading.Event(), threading.Event()
+
+    def __reduce__(self) -> Any:
+        self.begins.set()
+        self.ends.wait(20)
+        return int, ()
+
+
+def test_a_task_that_is_submitted_as_the_pool_breaks_is_refused_or_fails(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its payload is done just as those that are there are failed."""
+    os.mkfifo(tmp_path / "gate")
+    slow, outcome = _PickledAtLast(), []
+
+    def submit() -> None:
+        try:
+            outcome.append(pool.submit(helpers.square, slow))
+        except fdpool.PoolBroken as error:
+            outcome.append(error)
+
+    with Pool(1, initializer=_fail_at, initargs=(str(tmp_path / "gate"),)) as pool:
+        first = pool.submit(helpers.square, 1)
+        thread = threading.Thread(target=submit)
+        thread.start()
+        assert slow.begins.wait(20)
+        fail = pool._client.fail
+
+        def fail_late(task: int, error: BaseException) -> None:
+            slow.ends.set()
+            thread.join(20)
+            fail(task, error)
+
+        monkeypatch.setattr(pool._client, "fail", fail_late)
+        (tmp_path / "gate").write_text("")
+        assert isinstance(first.exception(timeout=20), fdpool.PoolBroken)
+        [late] = outcome
+        if isinstance(late, cf.Future):
+            late = late.exception(timeout=20)
+        assert isinstance(late, fdpool.PoolBroken)
+
+
+def _fail_at(gate: str) -> None:
+    helpers.wait_at(gate)
+    raise LookupError("no configuration")
+
+
 def test_workers_that_die_again_and_again_before_they_are_ready_break_the_pool() -> None:
     with Pool(2, initializer=os._exit, initargs=(9,)) as pool:
         with pytest.raises(fdpool.PoolBroken, match="before they were ready.*exited with code 9"):
