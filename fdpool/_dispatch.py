@@ -376,7 +376,7 @@ class Dispatcher:
             self._paused[slot] = seat
         if failed_boot and self.boot_failures >= (self._kill_limit if killed else self._boot_limit):
             return [*actions, BreakPool(self.boot_failures)]
-        return [*actions, *self._assign(), *self.staffed()]
+        return [*actions, *self._fill()]
 
     def staffed(self) -> Sequence[Action]:
         """Workers are missing, perhaps: start them."""
@@ -437,7 +437,7 @@ class Dispatcher:
                 seat.slot.step(Event.COOLED)
                 actions += self._vacated(seat)
             self._place(seat)
-        return [*actions, *self._assign(), *self.staffed()]
+        return [*actions, *self._fill()]
 
     def dismissed(self) -> Sequence[Action]:
         """The pool is to end: no worker is started any more, and those that are there shall leave.
@@ -478,6 +478,10 @@ class Dispatcher:
         seat.slot.step(Event.WANTED)
         self._place(seat)
         return (StartWorker(seat.slot.number, seat.slot.generation),)
+
+    def _fill(self) -> Sequence[Action]:
+        """A slot may just have become vacant: use it."""
+        return [*self._assign(), *self.staffed()] or self._relieve(start=True)
 
     def _assign(self) -> Sequence[Action]:
         """Give queued tasks away while anyone has room: to who is idle, to a new worker, to the least laden."""
@@ -574,9 +578,11 @@ class Dispatcher:
                 return seat
         return None
 
-    def _relieve(self) -> Sequence[Action]:
-        """Nothing is queued: if a worker is idle while another has tasks waiting, take those back."""
-        if not self._given_to or not self._ranks[0] or self.queued:
+    def _relieve(self, start: bool = False) -> Sequence[Action]:
+        """Nothing is queued: if a worker is idle while another has tasks waiting, take those back; with `start`, also
+        if one could be started, unless those that were started last did not get ready."""
+        startable = start and self._vacant and not self._dismissed and not self.boot_failures
+        if not self._given_to or not (self._ranks[0] or startable) or self.queued:
             return NOTHING
         lazy, now = self._enough_are_awake(), self._clock()
         # Rank 2 is passed over where nobody in it has a task waiting, or 256 busy workers would be looked at.

@@ -139,6 +139,37 @@ def test_a_worker_killed_while_idle_is_noticed_by_nobody() -> None:
     assert same(dispatcher.submitted(1), StartWorker(0, 2), send(0, 1))
 
 
+def test_what_waits_behind_another_task_goes_to_a_new_worker_when_one_has_died() -> None:
+    dispatcher = ready_pool(2)
+    for task in (1, 2, 3):
+        dispatcher.submitted(task)
+    behind = dispatcher.slot_of(3)
+    assert behind is not None
+    begun = dispatcher.given(1 - behind)[0]
+    assert same(dispatcher.exited(1 - behind, [], now=0.0), LoseTask(1 - behind, begun), TakeBack(behind))
+    assert same(dispatcher.taken_back(behind, [3]), StartWorker(1 - behind, 2), send(1 - behind, 3))
+
+
+def test_what_waits_behind_another_task_goes_to_a_new_worker_when_one_can_be_asked_for_again() -> None:
+    dispatcher = ready_pool(2)
+    dispatcher.exited(1, [], now=0.0)
+    dispatcher.submitted(1)
+    assert same(dispatcher.submitted(2), StartWorker(1, 2), send(1, 2))
+    assert same(dispatcher.refused(1, now=0.0), send(0, 2))
+    assert same(dispatcher.tick(2.0), TakeBack(0))
+    assert same(dispatcher.taken_back(0, [2]), StartWorker(1, 3), send(1, 2))
+
+
+def test_nothing_that_waits_has_workers_started_that_do_not_get_ready() -> None:
+    """The pool would break for its sake, where somebody is there to run it."""
+    dispatcher = ready_pool(2)
+    dispatcher.exited(1, [], now=0.0)
+    dispatcher.submitted(1)
+    dispatcher.submitted(2)
+    assert same(dispatcher.exited(1, [2], now=0.0), send(0, 2))
+    assert list(dispatcher.tick(2.0)) == []
+
+
 def test_a_task_that_was_in_the_inbox_of_a_dead_idle_worker_is_run_by_the_next() -> None:
     dispatcher = ready_pool(1)
     dispatcher.submitted(1)

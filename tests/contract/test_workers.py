@@ -95,6 +95,26 @@ def test_a_worker_dies_of_any_signal_that_is_not_ignored_and_its_task_alone_with
         assert (pool.submit(os.getpid).result(timeout=20) == pid) is ignored
 
 
+def test_what_waits_behind_a_long_task_is_run_by_a_new_worker_when_another_has_died(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "gate")
+    os.mkfifo(tmp_path / "other")
+    with Pool(2) as pool:
+        tasks = {}
+        for name in ("gate", "other"):
+            tasks[name] = pool.submit(helpers.wait_at, str(tmp_path / name))
+            wait_until((tmp_path / f"{name}.begun").exists)
+        behind = pool.submit(helpers.square, 3)
+        slot_of = pool._client.dispatcher.slot_of
+        [dies] = [name for name, task in tasks.items() if slot_of(task._task) != slot_of(behind._task)]
+        dead = next(each for each in pool.stats().workers if each.slot == slot_of(tasks[dies]._task))
+        assert dead.pid is not None
+        os.kill(dead.pid, signal.SIGKILL)
+        assert behind.result(timeout=20) == 9
+        lives = "gate" if dies == "other" else "other"
+        assert not tasks[lives].done()
+        (tmp_path / lives).write_text("")
+
+
 def test_a_worker_killed_while_idle_is_noticed_by_nobody() -> None:
     """T20."""
     with Pool(2) as pool:
