@@ -413,10 +413,7 @@ class Client:
         link = self.links.get(slot)
         try:
             if link is None:
-                link = SlotLink(slot)
-                self.links[slot] = link
-                assert self.pump is not None
-                self.pump.watch(link)
+                link = self._new_link(slot)
             link.starting = True
             assert self.board is not None
             self.board.clear(slot)
@@ -432,6 +429,22 @@ class Client:
             self.wake()  # the pump must learn when to try again
             return self.dispatcher.refused(slot, time.monotonic())
         return ()
+
+    def _new_link(self, slot: int) -> SlotLink:
+        """Make what is held of a slot, and watch it.
+
+        Raises:
+            OSError: no descriptor is left, or nothing more can be watched; nothing was made.
+        """
+        assert self.pump is not None
+        link = SlotLink(slot)
+        try:
+            self.pump.watch(link)
+        except BaseException:
+            link.close()
+            raise
+        self.links[slot] = link
+        return link
 
     def _take_back(self, action: _dispatch.TakeBack) -> Sequence[Action]:
         found, _ = self.inboxes.emptied(action.slot, partly=True)

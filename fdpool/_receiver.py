@@ -103,11 +103,10 @@ class Receiver:
 
     def watch(self, link: SlotLink) -> bool:
         """Receive what comes on a slot from now on; False if the pump itself has to watch it."""
+        if self._inner is not None:
+            self._inner.register(link.mine, select.EPOLLIN)
         self._links[link.mine.fileno()] = link
-        if self._inner is None:
-            return False
-        self._inner.register(link.mine, select.EPOLLIN)
-        return True
+        return self._inner is not None
 
     @property
     def pending(self) -> bool:

@@ -56,6 +56,37 @@ def test_a_client_without_descriptors_breaks_with_a_reason_or_works(room: int) -
             assert "interrupted" not in outcome
 
 
+class _NoRoomAtFirst:
+    """An epoll of which somebody else has taken the last place (epoll_ctl(2), ENOSPC)."""
+
+    def __init__(self, epoll: Any) -> None:
+        self._epoll = epoll
+        self._refuses = True
+
+    def register(self, *what: Any) -> None:
+        if self._refuses:
+            self._refuses = False
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._epoll.register(*what)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._epoll, name)
+
+
+def test_a_worker_whose_answers_cannot_be_watched_is_not_started_before_they_can(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "gate")
+    with fdpool.Pool(2) as pool:
+        long = pool.submit(wait_at, str(tmp_path / "gate"))
+        wait_until((tmp_path / "gate.begun").exists)
+        receiver = pool._client.receiver
+        receiver._inner = _NoRoomAtFirst(receiver._inner)
+        before = open_descriptors()
+        assert pool.submit(square, 3).result(timeout=20) == 9
+        assert len(open_descriptors()) <= len(before) + 3  # a pair of sockets, and a pidfd
+        (tmp_path / "gate").write_text("")
+        long.result(timeout=20)
+
+
 def test_a_client_without_room_for_a_pidfd_hears_of_a_new_worker_all_the_same() -> None:
     """T3: a worker's start is reported with a descriptor, which the pool can do without."""
     with fdpool.Pool(2) as pool:
