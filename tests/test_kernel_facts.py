@@ -233,6 +233,17 @@ def test_a_peek_duplicates_descriptors(pair: Pair, null: int) -> None:
     close(peeked + received)
 
 
+def test_a_peek_by_plain_recv_opens_no_descriptor_and_drops_none(pair: Pair, null: int) -> None:
+    a, b = pair(DGRAM)
+    a.sendmsg([b"x"], rights([null]))
+    before = open_fds()
+    assert b.recv(10, socket.MSG_PEEK) == b"x"
+    assert open_fds() == before
+    received = numbers(b.recvmsg(10, ROOMY, socket.MSG_CMSG_CLOEXEC)[1])
+    close(received)
+    assert len(received) == 1
+
+
 def test_a_plain_recv_drops_descriptors(pair: Pair, null: int) -> None:
     """M4: on a stream even for the bytes that are read with recvmsg afterwards."""
     a, b = pair(STREAM)
