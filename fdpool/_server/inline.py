@@ -41,9 +41,6 @@ class InlineChannel(HTTPChannel):  # type: ignore[misc]  # waitress has no types
 
     holding = False
 
-    def moved_on(self) -> None:
-        """A part of the answer has left, while its request waits for that."""
-
     def send_now(self) -> None:
         """Send as much as the kernel takes, and close if that was all, and the last."""
         if self.socket is not None and self.total_outbufs_len:
@@ -72,9 +69,7 @@ class InlineChannel(HTTPChannel):  # type: ignore[misc]  # waitress has no types
         # waitress waits for its loop to send, which would be for ever.
         while self.connected and self.total_outbufs_len > self.adj.outbuf_high_watermark:
             sent, _ = self._flush(self._flush_some)
-            if sent:
-                self.moved_on()
-            elif self.connected:
+            if not sent and self.connected:
                 wait_for(self.socket, select.POLLOUT)
 
 

@@ -357,6 +357,8 @@ def _channel_class(worker: ServerWorker, door: Door, tasks: Tasks) -> type[Any]:
 
         def _flush_some(self, do_close: bool = True) -> Any:
             sent = super()._flush_some(do_close)
+            if sent and self.total_outbufs_len > self.adj.outbuf_high_watermark:
+                worker.progress.touch(self.token)  # its request waits for that, if it has more
             if not sent and self.total_outbufs_len and not self.outbufs[0].get(1):
                 # A file of `wsgi.file_wrapper`, whose length was looked at before. Whoever has called closes then.
                 raise EOFError(
@@ -366,11 +368,8 @@ def _channel_class(worker: ServerWorker, door: Door, tasks: Tasks) -> type[Any]:
 
         def write_soon(self, data: Any) -> Any:
             worker.leave_if_forked()  # before it answers as well
-            self.moved_on()
-            return super().write_soon(data)
-
-        def moved_on(self) -> None:
             worker.progress.touch(self.token)
+            return super().write_soon(data)
 
         def handle_close(self) -> None:
             super().handle_close()

@@ -295,6 +295,29 @@ def test_a_request_moves_on_as_its_client_takes_some_and_does_not_otherwise(
             assert produced < 200
 
 
+@THREADS
+def test_a_request_moves_on_with_each_part_of_a_piece_that_its_client_takes(threads: int) -> None:
+    def app(environ: Any, start_response: Any) -> Iterator[bytes]:
+        start_response("200 OK", [("Content-Length", str(64 * MIB))])
+        return (bytes(32 * MIB) for _ in range(2))
+
+    def waited_s() -> float:
+        return server.stats().workers[0].oldest_s
+
+    def take_some() -> bool:
+        taken.append(response.read(MIB // 4))
+        assert len(taken) < 100, "the first piece has all been taken"
+        return waited_s() < 0.1
+
+    taken: list[bytes] = []
+    settings = {"outbuf_high_watermark": MIB}
+    with Server(app, ANY_PORT, workers=1, threads=threads, options=settings, grace=0) as server:
+        with asked(server, "/long") as client:
+            wait_until(lambda: waited_s() > 0.2)  # the second one has to wait
+            response = client.getresponse()
+            wait_until(take_some)
+
+
 def test_a_client_that_does_not_take_its_answer_is_stuck(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
