@@ -36,8 +36,8 @@ class OwnPath(NamedTuple):
     identity: tuple[int, int]
 
     def remove(self) -> None:
-        """Unlink it, if nothing else has taken its place."""
-        with _folder_locked(self.path):
+        """Unlink it, if nothing else has taken its place, and this process still may: else the next to listen does."""
+        with _folder_locked(self.path), contextlib.suppress(OSError):
             if _identity(self.path) == self.identity:
                 os.unlink(self.path)
 

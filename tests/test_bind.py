@@ -10,6 +10,7 @@ import socket
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
@@ -261,6 +262,20 @@ def test_a_relative_path_is_removed_from_wherever_the_process_has_gone(
         assert listener.address == f"unix:{tmp_path}/s"
         monkeypatch.chdir("/")
     assert not (tmp_path / "s").exists()
+
+
+def test_a_path_that_may_not_be_removed_any_more_is_left_to_the_next(as_other_uid: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        (listener,) = open_listeners(f"unix:{folder}/s")
+        os.seteuid(as_other_uid)
+        try:
+            listener.close()
+        finally:
+            os.seteuid(0)
+        assert listener.socket.fileno() == -1
+        with open_listeners(f"unix:{folder}/s")[0] as successor:
+            assert answers(successor)
 
 
 def test_an_abstract_name_has_no_file() -> None:

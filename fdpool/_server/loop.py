@@ -227,15 +227,24 @@ class Loop:
                     self._perform(actions)
                     self._settled = not actions
         except BaseException as error:
-            self.exit_code = FAILED
-            self._failure = f"the server's loop failed: {type(error).__name__}: {error}"
-            LOG.critical("%s", self._failure, exc_info=True, extra={"event": "failed"})
-        finally:
+            self._note_failed(error)
+        try:
             self._clean_up()
-            self.is_running = False
-            for future in list(self._asked):
-                _fail(future, "the server has ended")
-            self._on_event("ended")
+        except BaseException as error:
+            self._note_failed(error)
+        # Whatever has failed, nobody is to wait for what will not come.
+        self.is_running = False
+        if not self.started.done():
+            reason = self._failure or "the server was stopped before it had started"
+            self.started.set_exception(ServerFailed(reason))
+        for future in list(self._asked):
+            _fail(future, "the server has ended")
+        self._on_event("ended")
+
+    def _note_failed(self, error: BaseException) -> None:
+        self.exit_code = FAILED
+        self._failure = f"the server's loop failed: {type(error).__name__}: {error}"
+        LOG.critical("%s", self._failure, exc_info=error, extra={"event": "failed"})
 
     def _is_due(self, now: float) -> bool:
         due = self._plan.next_deadline()
@@ -269,9 +278,6 @@ class Loop:
         self._listeners.close(keep_path=self.handed_over)
         self.turns.close()
         self._task.app.close()
-        if not self.started.done():
-            reason = self._failure or "the server was stopped before it had started"
-            self.started.set_exception(ServerFailed(reason))
 
     # -- orders --------------------------------------------------------------------------------------------
 

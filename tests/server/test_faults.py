@@ -1267,6 +1267,22 @@ def test_with_standard_streams_closed_nothing_of_the_servers_has_their_numbers(
         assert server.wait() == 0
 
 
+def test_a_server_that_cannot_clear_up_is_over_all_the_same(caplog: pytest.LogCaptureFixture) -> None:
+    server = Server(echo_pid, ANY_PORT, workers=1)
+    server.start()
+    loop, listeners = server._loop, server._listeners
+    assert loop is not None
+    assert listeners is not None
+    with records(caplog) as logged, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(listeners, "close", lambda keep_path: os.unlink("/no such file"))
+        server.stop(0)
+        assert "No such file" in logged("failed")[0].getMessage()
+    assert (loop.is_running, loop.exit_code) == (False, 70)
+    listeners.close()
+    loop.turns.close()
+    loop._task.app.close()
+
+
 def test_a_worker_that_cannot_boot_says_why_to_who_starts_the_server() -> None:
     def refuse(worker: ServerWorker) -> None:
         raise RuntimeError("no database")
