@@ -314,7 +314,7 @@ class Server:
         if self._on_ready is not None:
             try:
                 self._on_ready()
-            except Exception:
+            except (Exception, SystemExit):
                 _LOG.exception("on_ready failed", extra={"event": "hook_failed"})
                 return False
         return True

@@ -299,7 +299,7 @@ class Loop:
         if self._task.on_reload is not None:
             try:
                 self._task.on_reload(self._plan.newest + 1)
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 why = f"on_reload called it off: {type(error).__name__}: {error}"
                 say("reload_failed", "no reload: %s", why, level=logging.ERROR, reason=why)
                 self._reload_is_over()

@@ -402,15 +402,25 @@ def newer(server: Server) -> int:
     return sum(each.generation == 2 and each.state == "serving" for each in server.stats().workers)
 
 
-def test_a_hook_can_call_a_reload_off() -> None:
+@pytest.mark.parametrize("error", [ValueError, SystemExit])
+def test_a_hook_can_call_a_reload_off(error: type[BaseException]) -> None:
     def refuse(generation: int) -> None:
-        raise ValueError(f"not {generation}")
+        raise error(f"not {generation}")
 
     with Server(echo_pid, ANY_PORT, workers=1, on_reload=refuse) as server:
         before = pids(server)
-        with pytest.raises(ReloadFailed, match="ValueError: not 2"):
+        with pytest.raises(ReloadFailed, match=f"{error.__name__}: not 2"):
             server.reload().result(60)
         assert pids(server) == before
+
+
+@pytest.mark.parametrize("error", [ValueError, SystemExit])
+def test_a_hook_that_fails_as_the_server_is_ready_ends_nothing(error: type[BaseException]) -> None:
+    def fail() -> None:
+        raise error("not today")
+
+    with Server(echo_pid, ANY_PORT, workers=1, on_ready=fail) as server:
+        assert [ask(server)[0]] == pids(server)
 
 
 def test_nobody_can_cancel_a_reload() -> None:
