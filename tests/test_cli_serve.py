@@ -328,6 +328,25 @@ def test_bad_usage_is_status_2() -> None:
     assert "'module:attribute'" in done.stderr
 
 
+def test_started_in_a_folder_that_has_been_removed_it_says_so(app_dir: Path) -> None:
+    gone = app_dir / "gone"
+    gone.mkdir()
+    command = 'rmdir "$PWD"; exec "$0" "$@"'
+    serving = [sys.executable, "-m", "fdpool", "serve", "-b", "127.0.0.1:0", "shop:handle"]
+    done = subprocess.run(
+        ["sh", "-c", command, *serving],
+        cwd=gone,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "has been removed" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_a_port_that_is_taken_is_status_1_and_says_so(app_dir: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         place = f"127.0.0.1:{taken.getsockname()[1]}"

@@ -209,7 +209,12 @@ def parse(given: Sequence[str], under_systemd: Callable[[], bool] = _under_syste
             serve.error(f"there is no folder {folder!r}")
     if options.reload_dir and not options.reload_on_change:
         serve.error("--reload-dir says what --reload-on-change watches, which is not given")
-    app_dir = os.path.abspath(options.app_dir)
+    try:
+        app_dir = os.path.abspath(options.app_dir)
+        reload_dirs = [os.path.abspath(folder) for folder in options.reload_dir] or [app_dir]
+        pid_file = None if options.pid_file is None else os.path.abspath(options.pid_file)
+    except FileNotFoundError:
+        serve.error("the folder that this was started in has been removed, so no path can be relative to it")
     return Options(
         target=options.target,
         interface=options.interface,
@@ -229,8 +234,8 @@ def parse(given: Sequence[str], under_systemd: Callable[[], bool] = _under_syste
         request_timeout=options.request_timeout,
         reload_batch=options.reload_batch,
         reload_on_change=options.reload_on_change,
-        reload_dirs=[os.path.abspath(folder) for folder in options.reload_dir] or [app_dir],
-        pid_file=None if options.pid_file is None else os.path.abspath(options.pid_file),
+        reload_dirs=reload_dirs,
+        pid_file=pid_file,
         log_json=options.log_json,
         log_level=options.log_level.upper(),
         check=options.check,
