@@ -270,7 +270,7 @@ class Server:
                     self._backlog,
                     self._dispatch == "reuseport",
                     self._workers,
-                    predecessor.listeners if predecessor is not None else {},
+                    *((predecessor.listeners, predecessor.served) if predecessor is not None else ()),
                 )
             finally:
                 if predecessor is not None:

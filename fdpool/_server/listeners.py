@@ -27,6 +27,10 @@ class Listeners:
         inherited: of the process that this one is to replace, by the text of the bind they were opened for: slot, and
             the bind that makes each here. They are taken instead of opening others; until `take_over` that process
             serves there, too, and the files of its Unix sockets are left alone.
+        served: of how many slots those get connections.
+
+    Attributes:
+        served: of how many slots the listeners get connections, where each has its own.
 
     Raises: as `_bind.open_listeners`; nothing is left open.
     """
@@ -38,6 +42,7 @@ class Listeners:
         reuseport: bool,
         slots: int,
         inherited: Mapping[str, Sequence[tuple[int, str]]] = {},
+        served: int = 1,
     ) -> None:
         self._backlog = backlog
         self._shared = not reuseport
@@ -54,10 +59,11 @@ class Listeners:
                 self._open_first(key, given, inherited.get(key, ()))
             for key in inherited.keys() - groups.keys():
                 self._unwanted += _bind.open_listeners([bind for _, bind in inherited[key]])
-            if reuseport:
-                self.of(slots - 1)
-                if len(self._by_slot) > slots or inherited:
-                    self.steer(slots)  # as many as there are now, and not as there were
+            self.served = slots if reuseport else 1
+            if inherited:
+                self.steer(min(self.served, served))
+            elif reuseport:
+                self.prepare(slots)
             opened.pop_all()
 
     def _open_first(self, key: str, given: list[Given], handed: Sequence[tuple[int, str]]) -> None:
@@ -104,15 +110,26 @@ class Listeners:
                 os.set_blocking(listener.socket.fileno(), False)
                 self._add(slot, key, [listener])
 
+    def prepare(self, slots: int) -> None:
+        """Have the listeners of so many slots. Those that are new get connections as soon as `steer` says so; where
+        that cannot be, at once.
+
+        Raises:
+            BindFailed: one cannot be opened.
+        """
+        self.of(slots - 1)
+
     def steer(self, slots: int) -> bool:
         """With a listener for each slot: have only those of the first `slots` get connections. False if that cannot be.
 
-        The others stay open, for when they are wanted again.
+        The others stay open, for when they are wanted again. Who opens more has steered before, or those are chosen.
         """
-        if self._shared:
+        if len(self._by_slot) == 1 and self._shared:
             return True
-        self.of(slots - 1)
-        return all(steering.steer(listener.socket, slots) for listener in self.first)
+        steered = all(steering.steer(listener.socket, slots) for listener in self.first)
+        if steered:
+            self.served = slots
+        return steered
 
     def queued_above(self, slots: int) -> int:
         """How many connections wait at listeners of slots from `slots` on."""

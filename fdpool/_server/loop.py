@@ -33,6 +33,7 @@ from .plan import (
     Started,
     StartWorker,
 )
+from .states import State
 from .succession import Succession
 from .turns import Turns
 from .watch import Finding, Verdict, Watch
@@ -328,7 +329,7 @@ class Loop:
         say("scaled", "%d %s wanted, not %d", wanted, are, before, workers=wanted)
         if wanted < before:
             # Whoever has a listener of its own goes when that gets no connections any more, and has none left.
-            if not self._listeners.steer(wanted):
+            if not self._listeners.steer(min(wanted, self._listeners.served)):
                 say("scale_failed", _NO_STEERING, before, level=logging.ERROR)
                 self._wanted = before
                 return
@@ -336,7 +337,9 @@ class Loop:
             self.turns.later(pause_s, partial(self._scale_down, wanted, _SCALE_LOOKS))
             return
         try:
-            self._listeners.steer(wanted)
+            # Those that are new get none before somebody serves there (`_widen`).
+            self._listeners.steer(self._listeners.served)
+            self._listeners.prepare(wanted)
         except FdpoolError as error:
             say("scale_failed", "no more workers: %s", error, level=logging.ERROR, reason=str(error))
             self._wanted = before
@@ -350,6 +353,17 @@ class Loop:
             self.turns.later(_STEP_S, partial(self._scale_down, wanted, looks - 1))
             return
         self._perform(self._plan.scale(wanted, time.monotonic()))
+
+    def _widen(self) -> None:
+        """Have the listeners of slots get connections that are served now for the first time."""
+        if not self._listeners.are_apart:
+            return
+        serving = {each.slot for each in self._plan.workers.values() if each.state is State.SERVING}
+        served = self._listeners.served
+        while served < self._wanted and served in serving:
+            served += 1
+        if served > self._listeners.served:
+            self._listeners.steer(served)
 
     def _upgrade(self) -> None:
         if not self._stopping:
@@ -397,6 +411,7 @@ class Loop:
 
     def worker_ready(self, number: int) -> None:
         self._perform(self._plan.readied(number, time.monotonic()))
+        self._widen()
 
     def worker_retires(self, number: int) -> None:
         self._perform(self._plan.retire(number, time.monotonic()))

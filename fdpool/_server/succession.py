@@ -53,7 +53,7 @@ class Succession:
             say("upgrade_refused", _IS_PROCESS_1, level=logging.WARNING)
             return
         try:
-            coming = self._coming = Successor(self._listeners.all())
+            coming = self._coming = Successor(self._listeners.all(), self._listeners.served)
         except OSError as error:
             self._failed(f"it could not be started: {error}")
             return
@@ -98,6 +98,7 @@ class Succession:
         self._coming = None
 
     def _failed(self, why: str) -> None:
+        self._listeners.steer(self._listeners.served)  # it may have wanted fewer to get connections
         say(
             "upgrade_failed",
             "no successor, so this process goes on: %s",

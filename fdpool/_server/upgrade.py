@@ -3,7 +3,8 @@
 This process starts the same command again, with the listeners among its descriptors, and a variable that says which is
 which. When the successor's workers serve, it says so, and this one drains. If it fails before, nothing has happened.
 
-    FDPOOL_UPGRADE    {"of": our pid, "control": fd, "listeners": {bind: [[slot, "fd:7?owns=1-2"], ...]}}
+    FDPOOL_UPGRADE    {"of": our pid, "control": fd, "served": slots,
+                       "listeners": {bind: [[slot, "fd:7?owns=1-2"], ...]}}
 """
 
 from __future__ import annotations
@@ -35,10 +36,12 @@ class Predecessor:
     Attributes:
         listeners: which it hands to this one, until they are taken: by the bind that they were opened for, the slot
             and the bind that makes each here.
+        served: of how many slots they get connections.
     """
 
-    def __init__(self, control: StreamSocket, listeners: Inherited) -> None:
+    def __init__(self, control: StreamSocket, listeners: Inherited, served: int) -> None:
         self.listeners = listeners
+        self.served = served
         self._control: StreamSocket | None = control
 
     def tell_ready(self) -> None:
@@ -108,7 +111,7 @@ def _find(environment: MutableMapping[str, str]) -> Predecessor | None:
     for binds in listeners.values():
         for _, bind in binds:
             os.set_inheritable(_number_in(bind), False)
-    return Predecessor(control, listeners)
+    return Predecessor(control, listeners, int(found["served"]))
 
 
 def _announced(environment: Mapping[str, str]) -> dict[str, Any] | None:
@@ -125,12 +128,13 @@ class Successor:
 
     Args:
         listeners: every one, with the bind it was opened for and its slot; borrowed.
+        served: of how many slots they get connections.
 
     Raises:
         OSError: it cannot be started.
     """
 
-    def __init__(self, listeners: Iterable[tuple[str, int, Listener]]) -> None:
+    def __init__(self, listeners: Iterable[tuple[str, int, Listener]], served: int) -> None:
         self.control, theirs = StreamSocket.pair()
         said: dict[str, list[tuple[int, str]]] = {}
         passed = [theirs.fileno()]
@@ -138,7 +142,9 @@ class Successor:
             number = listener.socket.fileno()
             passed.append(number)
             said.setdefault(key, []).append((slot, listener.handover(number)))
-        text = json.dumps({"of": os.getpid(), "control": theirs.fileno(), "listeners": said})
+        text = json.dumps(
+            {"of": os.getpid(), "control": theirs.fileno(), "served": served, "listeners": said}
+        )
         environment = {**successor_environment(os.environ), VARIABLE: text}
         try:
             self.pid = _children.start(lambda: _spawn(environment, passed))

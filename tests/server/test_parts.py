@@ -296,6 +296,30 @@ def test_listeners_apart_are_chosen_among_by_the_kernel_as_it_is_told() -> None:
         listeners.close()
 
 
+@pytest.mark.parametrize("reuseport", [True, False])
+def test_listeners_of_who_is_to_come_get_no_connection_before_somebody_serves_there(reuseport: bool) -> None:
+    """Nor do those of who was there and is not to come."""
+    with contextlib.ExitStack() as opened:
+        first = Listeners("127.0.0.1:0", 100, reuseport=True, slots=2)
+        opened.callback(first.close)
+        handed = [(slot, listener.handover(listener.socket.fileno())) for _, slot, listener in first.all()]
+        successor = Listeners(
+            "127.0.0.1:0", 100, reuseport, slots=4, inherited={"127.0.0.1:0": handed}, served=first.served
+        )
+        opened.callback(successor.close)
+        successor.prepare(4)
+        address = first.of(0)[0].getsockname()
+        for _ in range(40):
+            opened.enter_context(socket.create_connection(address))
+        assert [queued(each.socket) > 0 for _, _, each in first.all()] == [True, reuseport]
+        assert sum(queued(each.socket) for _, _, each in first.all()) == 40
+        if reuseport:
+            assert successor.steer(4)
+            for _ in range(40):
+                opened.enter_context(socket.create_connection(address))
+            assert successor.queued_above(2) > 5
+
+
 def test_what_cannot_be_steered_says_so() -> None:
     with socket.socket(socket.AF_UNIX) as listener:
         assert not steer(listener, 2)

@@ -539,6 +539,20 @@ def test_listeners_apart_at_all_addresses_have_every_worker_serve_both_families(
             assert load.failed == []
 
 
+@pytest.mark.parametrize("dispatch", ["shared", "handoff", "reuseport"])
+def test_workers_more_that_cannot_boot_cost_no_connection(dispatch: Any, module: Path) -> None:
+    code = "from tests.server.helpers import echo_pid as app\n"
+    module.write_text(code)
+    with Server("served:app", ANY_PORT, workers=2, dispatch=dispatch) as server:
+        module.write_text("this is no python")
+        server.scale(4)
+        wait_until(lambda: server.stats().started > 4)  # those have failed
+        assert {ask(server)[0] for _ in range(20)} <= set(pids(server))
+        module.write_text(code)
+        wait_until(lambda: len(pids(server)) == 4, 60)
+        wait_until(lambda: ask(server)[0] in pids(server)[2:])
+
+
 def test_scaling_down_with_listeners_apart_leaves_no_connection_to_nobody() -> None:
     """S1, S3: the kernel chooses among the listeners that somebody accepts from; the others stay, and are empty."""
     with Server(echo_pid, ANY_PORT, workers=4, dispatch="reuseport") as server:
