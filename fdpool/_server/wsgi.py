@@ -31,6 +31,7 @@ from .threads import Threads
 
 _IDLE_S = 5.0  # how long a client that keeps its connection has for one more request, while the worker drains
 _TURN_S = 1.0
+_CUT_S = 0.2  # for a thread that is sending; one may read a file for that, which can take any time
 _LOG = logging.getLogger("fdpool.server")
 
 
@@ -129,6 +130,9 @@ class WsgiFace:
     def close(self) -> None:
         with self._waking:
             self._has_ended = True
+        for server in self._servers:
+            for channel in list(server.active_channels.values()):
+                _cut_off(channel)
         wasyncore.close_all(self._map, ignore_all=True)
         for server in self._servers:
             server.close()
@@ -377,6 +381,22 @@ def _channel_class(worker: ServerWorker, door: Door, tasks: Tasks) -> type[Any]:
             door.ended()
 
     return Channel
+
+
+def _cut_off(channel: Any) -> None:
+    """Close a connection whose request may still run: it hears of that as of a client that has gone.
+
+    With the lock that its thread holds as it sends: the descriptor's number may be another's in a moment.
+    """
+    has_lock = channel.outbuf_lock.acquire(timeout=_CUT_S)
+    try:
+        if has_lock:
+            channel.handle_close()
+        else:
+            channel.close()
+    finally:
+        if has_lock:
+            channel.outbuf_lock.release()
 
 
 def _has_input(channel: Any) -> bool:

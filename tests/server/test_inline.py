@@ -349,6 +349,23 @@ def test_a_client_that_goes_in_the_midst_of_its_answer_frees_the_worker(
         assert pids(server) == before
 
 
+def test_an_application_hears_that_its_client_is_cut_off_at_the_end_of_the_grace(tmp_path: Path) -> None:
+    told = tmp_path / "told"
+
+    def is_told(_: object = None) -> bool:
+        return told.read_bytes().endswith(b"x")
+
+    def wait(_: ServerWorker) -> None:
+        wait_until(is_told)
+
+    app = in_megabytes(200, told)
+    with Server(app, ANY_PORT, workers=1, threads=2, grace=0.5, on_worker_exit=wait) as server:
+        with asked(server, "/long"):
+            wait_until(lambda: told.exists() and told.stat().st_size > 16)
+            server.stop()
+    assert is_told()
+
+
 @pytest.mark.parametrize("ahead", [0, 1])
 @THREADS
 def test_a_file_that_becomes_shorter_as_it_is_sent_ends_its_connection(
