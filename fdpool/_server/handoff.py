@@ -41,6 +41,7 @@ class Laden(NamedTuple):
         open: those that it has taken, and not closed.
         most: how many of both it may have.
         slow: it has left its inbox alone for a while.
+        busy: one more would wait for a thread.
     """
 
     number: int
@@ -48,6 +49,7 @@ class Laden(NamedTuple):
     open: int
     most: int
     slow: bool
+    busy: bool = False
 
     @property
     def load(self) -> int:
@@ -56,17 +58,18 @@ class Laden(NamedTuple):
 
 
 def choose(workers: Iterable[Laden], last: int) -> int | None:
-    """Who gets the next connection: the least laden, in turn among equals; None if nobody has room.
+    """Who gets the next connection: of those that have a thread free, or else of all, the least laden, in turn among
+    equals; None if nobody has room. A connection that is kept is a load, and needs no thread.
 
     Args:
         last: who got the one before.
     """
-    best: tuple[int, bool, int] | None = None
+    best: tuple[bool, int, bool, int] | None = None
     for worker in workers:
         if not worker.slow and worker.load < worker.most:
-            key = (worker.load, worker.number <= last, worker.number)
+            key = (worker.busy, worker.load, worker.number <= last, worker.number)
             best = key if best is None else min(best, key)
-    return None if best is None else best[2]
+    return None if best is None else best[3]
 
 
 class _Seat:
@@ -99,7 +102,9 @@ class _Seat:
 
     def laden(self) -> Laden:
         taken, open_now = self.link.load()
-        return Laden(self.link.number, max(0, self.sent - taken), open_now, self.most, self.is_slow)
+        waiting = max(0, self.sent - taken)
+        busy = self.link.is_busy(waiting)
+        return Laden(self.link.number, waiting, open_now, self.most, self.is_slow, busy)
 
     @property
     def is_slow(self) -> bool:

@@ -148,6 +148,10 @@ class WorkerLink:
         """Connections that it has taken so far, and that it has open."""
         return self._page.load()
 
+    def is_busy(self, waiting: int) -> bool:
+        """True if it has no thread free for one more than so many connections that it has yet to take."""
+        return self._page.is_busy(waiting)
+
     def wait_for_end(self, wanted: bool) -> None:
         """Have it say when a request has ended, or no longer."""
         self._page.wait_for_end(wanted)

@@ -102,6 +102,11 @@ class SeenPage(_Page):
         """Connections that it has taken so far, and that are open now; looked at for each connection handed over."""
         return self._words[_TAKEN], self._words[_OPEN]
 
+    def is_busy(self, waiting: int) -> bool:
+        """True if none of its threads is free, as so many connections wait to be taken; looked at as `load` is."""
+        words = self._words
+        return 0 < words[_THREADS] <= words[BEGUN] - words[FINISHED] + waiting
+
     def wait_for_end(self, wanted: bool) -> None:
         """Have the worker say when its next request has ended, or no longer."""
         self._words[_WAITED_FOR] = int(wanted)

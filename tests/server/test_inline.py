@@ -685,3 +685,27 @@ def test_a_worker_that_is_busy_leaves_connections_to_others(gate: Gate) -> None:
             assert len(others) == 1
             gate.let_pass()
             assert int(client.getresponse().read()) not in others
+
+
+def test_a_connection_is_handed_to_a_worker_that_has_a_thread_free_however_many_it_has_open(
+    gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fdpool._server.handoff._LOOK_S", 600.0)  # nothing is taken back
+    with Server(waiting_at(gate), ANY_PORT, workers=2, threads=2, dispatch="handoff", grace=0) as server:
+        loop = server._loop
+        assert loop is not None
+        kept: dict[int, list[http.client.HTTPConnection]] = {pid: [] for pid in pids(server)}
+        with contextlib.ExitStack() as clients:
+            for _ in range(6):
+                client = clients.enter_context(asked(server, "/"))
+                kept[int(client.getresponse().read())].append(client)
+                wait_until(lambda: in_flight(server) == 0)
+            busy, idle = kept
+            assert len(kept[busy]) == len(kept[idle]) == 3
+            kept[busy].pop().close()
+            [link] = [each for each in loop.crew.links.values() if each.pid == busy]
+            wait_until(lambda: link.load()[1] == 2)
+            for client in kept[busy]:
+                client.request("GET", "/wait")
+            wait_until(lambda: in_flight(server) == 2)
+            assert int(get(server)[1]) == idle

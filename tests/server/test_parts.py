@@ -358,6 +358,12 @@ def test_the_least_laden_is_handed_the_next() -> None:
     assert choose([laden(1, open=1), laden(2)], 2) == 2
 
 
+def test_who_has_a_thread_free_is_handed_the_next_before_who_has_less_open() -> None:
+    crew = [laden(1, open=1)._replace(busy=True), laden(2, open=2)]
+    assert choose(crew, 0) == 2
+    assert choose([each._replace(busy=True) for each in crew], 0) == 1
+
+
 def test_equals_take_turns() -> None:
     last, order = 0, []
     for _ in range(6):
