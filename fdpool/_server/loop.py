@@ -371,6 +371,8 @@ class Loop:
 
     def _hand_over(self) -> None:
         """The successor serves."""
+        if self._reloads and self.started.done():
+            self._on_event("reloaded")  # it will not be, and nobody listens to the successor yet
         self._on_event("upgraded")
         self._stop(True, self._plan.settings.grace_s)
 

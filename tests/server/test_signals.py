@@ -241,6 +241,36 @@ def test_systemd_is_told_of_a_reload_that_a_hook_has_called_off(
         assert server.wait() == 0
 
 
+def test_systemd_is_told_that_a_reload_is_over_as_a_successor_serves_before_it_is(
+    tmp_path: Path, manager: socket.socket
+) -> None:
+    """By the predecessor: with NotifyAccess=main the successor is heard from when it is the main process."""
+    body = """
+    def never(worker):
+        while worker.generation == 2:
+            time.sleep(0.01)
+
+    sys.exit(fdpool.Server(pid, "127.0.0.1:0", workers=1, on_worker_start=never).run())
+    """
+    with program(tmp_path, body, NOTIFY_SOCKET=manager.getsockname()) as server:
+        server.expect("started")
+        server.signal(signal.SIGHUP)
+        server.expect("reloading")
+        server.signal(signal.SIGUSR2)
+        successor = server.expect("upgraded")["successor_pid"]
+        assert server.wait() == 0
+        server.pid = successor
+        server.signal(signal.SIGTERM)
+        said = states_told(manager)
+        assert said[:2] == ["READY=1", "RELOADING=1"]
+        assert said[2:] == [
+            "READY=1",
+            "READY=1",
+            f"MAINPID={successor}",
+            "STOPPING=1",
+        ]  # the first is the successor's
+
+
 def test_systemd_is_told_of_a_start_when_all_serve_also_after_a_reload_that_was_given_up(
     tmp_path: Path, manager: socket.socket
 ) -> None:
