@@ -13,6 +13,7 @@ import selectors
 import socket
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -92,15 +93,24 @@ def main(path: str) -> None:
             numbers = []
         _keep(door, answer, numbers)
     finally:
+        _give_up_name(path)
         door.close()
-        for name in (path, f"{path}.lock"):
-            Path(name).unlink(missing_ok=True)
         serve.close()
         pool.shutdown()
         try:
             os.rmdir(os.path.dirname(path))
         except OSError:
             pass  # other services are in it
+
+
+def _give_up_name(path: str) -> None:
+    """Remove the socket's name and the lock's, with the lock held, and the door open until then: who has the lock is
+    let in by a keeper, or there is none. Otherwise it could be the next one's name that is removed."""
+    # The folder has gone where temporary files were cleaned up.
+    with suppress(FileNotFoundError), open(f"{path}.lock", "ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for name in (path, lock.name):
+            Path(name).unlink(missing_ok=True)
 
 
 def _keep(door: socket.socket, answer: dict[str, Any], numbers: list[int]) -> None:

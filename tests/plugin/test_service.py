@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import re
 import socket
 import stat
 import subprocess
@@ -74,6 +76,21 @@ def test_a_holder_that_is_killed_lets_go(tmp_path: Path) -> None:
         server = psutil.Process(int(process.stdout.readline()))
         process.kill()
     assert seconds_until_gone([server]) < 2
+
+
+def test_a_service_that_ends_takes_no_name_from_the_next(tmp_path: Path) -> None:
+    """Who holds the name's lock, and is about to start a service, is at the door of the one that ends, or at none."""
+    services = Services(str(tmp_path))
+    services("pids", tell_pid)
+    path = f"{services._folder}/pids"
+    with open(f"{path}.lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        waits = re.compile(rf"-> FLOCK .*:{os.fstat(lock.fileno()).st_ino} ")
+        services.close()
+        wait_until(lambda: not os.path.exists(path) or waits.search(Path("/proc/locks").read_text()))
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(path)
+    wait_until(lambda: not os.path.exists(services._folder))
 
 
 def test_a_program_may_be_a_service() -> None:
