@@ -9,11 +9,12 @@ import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import contextmanager
 from types import FunctionType
 from typing import Any, Protocol
 
-from .._broken import WorkerLost
+from .._broken import WorkerLost, describe_status
 from .._completed import CompletedCommand
 from ..errors import NotPicklable
 from ..fds import Fd, HasFileno, is_readable
@@ -131,7 +132,7 @@ class FunctionRun:
         if self._pidfd is None:
             try:
                 self.future.exception(limit_s)
-            except TimeoutError:
+            except FutureTimeoutError:
                 return False
             return True
         return is_readable(self._pidfd, limit_s)
@@ -152,7 +153,7 @@ class FunctionRun:
             return f"exited with {error.code!r}"
         if isinstance(error, WorkerLost):
             if error.signal is not None:
-                return f"was killed by {signal.Signals(error.signal).name}"
+                return describe_status(error.signal)  # which is the wait status, too
             return f"exited with status {error.exit_code}"
         came = "".join(f"\n{cause}" for cause in [error.__cause__] if cause is not None)
         return f"raised {type(error).__name__}: {error}{came}"
@@ -225,7 +226,7 @@ class ProgramRun:
         if error is not None:
             return f"could not run: {error}"
         code = self.future.result().returncode
-        return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
+        return describe_status(-code) if code < 0 else f"exited with status {code}"
 
 
 # -- a function's way to the worker ------------------------------------------------------------------------

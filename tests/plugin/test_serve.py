@@ -97,6 +97,14 @@ def test_a_restart_goes_on_with_the_clients_that_wait(serve: Serve) -> None:
     assert served.logs == "first a\nfirst b\n"
 
 
+def test_a_signal_without_a_name_is_told_by_its_number(serve: Serve) -> None:
+    """Of the real-time ones only the first and the last have a name. The first two are the C library's own."""
+    nameless = signal.SIGRTMIN + 2
+    for served in (serve(shout), serve.command(["sleep", "60"])):
+        served.kill(nameless)
+        assert served.wait() == f"the server {served.name} was killed by signal {nameless}"
+
+
 def test_a_killed_server_may_be_started_again(serve: Serve) -> None:
     served = serve(shout)
     assert ask(served, b"a") == b"A"
@@ -138,6 +146,22 @@ def test_a_server_that_ignores_sigterm_is_killed_after_the_grace(serve: Serve) -
     process = psutil.Process(served.pid)
     served.stop(grace=0.05)
     assert not process.is_running()
+
+
+def test_a_server_that_ignores_sigterm_is_killed_without_pidfds_too(run_pytest: Run) -> None:
+    outcome = run_pytest(
+        """
+        import signal, time
+        def deaf(listening, ready):
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            ready()
+            while True: time.sleep(60)
+        def test_it(serve):
+            serve(deaf).stop(grace=0.05)
+        """,
+        env={"FDPOOL_WITHOUT": "pidfd"},
+    )
+    outcome.assert_counts(passed=1)
 
 
 # -- ends that nobody wanted (F2) ------------------------------------------------------------------------
