@@ -105,6 +105,12 @@ def test_a_double_dash_ends_our_own_options() -> None:
     assert (done.stdout, done.stderr) == (b"contents of 0000.txt\n", b"")
 
 
+@pytest.mark.parametrize("options", ["-0n 2", "-0n2", "-0kj 1 -n 2", "-0kj1 -n2"])
+def test_short_options_may_share_a_dash_and_the_last_have_a_value(options: str) -> None:
+    done = run(*options.split(), "echo", "-n", input=b"a\0b\0c\0")
+    assert (done.stdout, done.stderr) == (b"a bc", b"")
+
+
 def test_many_mebibytes_of_output_pass_through_little_memory() -> None:
     size = 64 << 20
     command = [*COMMAND, "run", "head", "-c", f"{size}", "/dev/zero", ":::", *write_files(2)]

@@ -148,8 +148,16 @@ def split(parser: argparse.ArgumentParser, given: list[str]) -> tuple[list[str],
     while end < len(given) and given[end].startswith("-"):
         if given[end] == "--":
             return given[:end], given[end + 1 :]
-        end += 2 if given[end] in takes_value else 1
+        end += 2 if _wants_next(given[end], takes_value) else 1
     return given[:end], given[end:]
+
+
+def _wants_next(word: str, takes_value: set[str]) -> bool:
+    """True if the value of an option comes as the next word: of the last one in `-0n`, and not in `-0n4`."""
+    if word.startswith("--"):
+        return word in takes_value
+    first = next((at for at, letter in enumerate(word) if f"-{letter}" in takes_value), None)
+    return first == len(word) - 1
 
 
 def check(
