@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from . import exec_client
 from ._exec_session import Request, Run
 from .exec_client import ExecRefused
+from .fds import SCM_MAX_FD
 
 _VARIABLE = "FDPOOL_EXEC_SOCKET"
 _DESCRIPTION = """\
@@ -49,6 +50,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not _is_open(fd):
             parser.error(f"--fd {fd}: no such descriptor is open here")
     numbers = list(dict.fromkeys([*filter(_is_open, (0, 1, 2)), *options.fd]))
+    if len(numbers) > SCM_MAX_FD:
+        parser.error(
+            f"--fd: {len(numbers)} descriptors, with the standard ones, are above the limit of {SCM_MAX_FD}"
+        )
     request = Request(_found(command[0]), command, _here(), dict(os.environ))
     try:
         with exec_client.connect(options.variable) as session:

@@ -25,6 +25,7 @@ import fdpool
 from fdpool import Pool
 from fdpool._exec_session import State
 from fdpool.exec_server import VARIABLE, Deny, Escalate, ExecServer, Request, Run
+from fdpool.fds import close_all
 from tests.conftest import seconds_until_gone, wait_until
 from tests.contract.helpers_programs import warm_pool
 
@@ -478,6 +479,25 @@ def test_a_descriptor_that_is_not_open_is_bad_usage(number: str) -> None:
     done = subprocess.run([*CLIENT, f"--fd={number}", "true"], env=ENVIRONMENT, stderr=PIPE, check=False)
     assert done.returncode == 2
     assert f"--fd {number}: no such descriptor is open".encode() in done.stderr
+
+
+def test_more_descriptors_than_a_message_carries_are_bad_usage() -> None:
+    with open(os.devnull) as null:
+        numbers = [os.dup(null.fileno()) for _ in range(251)]
+    try:
+        options = [f"--fd={number}" for number in numbers]
+        done = subprocess.run(
+            [*CLIENT, *options, "true"],
+            env=ENVIRONMENT,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            pass_fds=numbers,
+            check=False,
+        )
+    finally:
+        close_all(numbers)
+    assert done.returncode == 2
+    assert b"--fd: 254 descriptors, with the standard ones, are above the limit of 253" in done.stderr
 
 
 @pytest.mark.parametrize("decision", [Run(), Escalate()])
