@@ -199,7 +199,7 @@ def _input_bytes(given: bytes | str | None, how: Text | None) -> bytes | None:
         return given.replace("\n", os.linesep).encode(how.encoding, how.errors)
     if given is not None and how is not None:
         raise TypeError(f"input must be a str with text=True or an encoding, not {type(given).__name__}")
-    return None if given is None else bytes(given)
+    return None if given is None else bytes(memoryview(given))  # bytes(5) would be five of them
 
 
 def _pairs(rlimits: Mapping[int, Limit] | None) -> dict[int, tuple[int, int]] | None:

@@ -156,6 +156,8 @@ def test_a_program_starts_with_default_signals(pool: Pool) -> None:
         ({"fds": {5: 1023}}, ValueError),
         ({"input": "text"}, TypeError),
         ({"input": b"bytes", "text": True}, TypeError),
+        ({"input": 5}, TypeError),
+        ({"input": [5]}, TypeError),
         ({"encoding": "no-such"}, LookupError),
         ({"rlimits": {"NOFILE": 3}}, ValueError),
         ({"rlimits": {99: 3}}, ValueError),
