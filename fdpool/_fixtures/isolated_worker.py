@@ -96,12 +96,11 @@ class Channel:
             warnings.showwarning(*shown)  # past the filters, which it has passed
 
     def notes(self, kind: str) -> Iterator[Any]:
-        """The notes of one kind, in their order."""
+        """The notes of one kind, in their order, without one that the end of the worker has torn."""
         data = self._content("notes")
-        while len(data) >= 4:
-            size = int.from_bytes(data[:4], "little")
-            found, pickled, content = pickle.loads(data[4 : 4 + size])
-            data = data[4 + size :]
+        while (end := 4 + int.from_bytes(data[:4], "little")) <= len(data):
+            found, pickled, content = pickle.loads(data[4:end])
+            data = data[end:]
             if found == kind:
                 with suppress(Exception):  # of what the body's own classes do as they are loaded
                     content = pickle.loads(pickled)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from fdpool._fixtures.isolated import limits_of
+from fdpool._fixtures.isolated_worker import Channel
 from tests.plugin.conftest import Run
 
 here = os.getpid()
@@ -23,6 +24,17 @@ def test_the_body_runs_elsewhere_with_the_fixtures_that_were_set_up_here(tmp_pat
 
 def test_what_an_isolated_body_changed_did_not_change_here() -> None:
     assert touched == []
+
+
+def test_a_note_that_the_death_of_its_writer_has_torn_is_passed_over() -> None:
+    """Kernel: SIGKILL ends a write(2) between any two pages."""
+    with Channel() as channel:
+        channel.note("record", 1, 1)
+        whole = os.fstat(channel._files["notes"].fileno()).st_size
+        channel.note("record", 2, 2)
+        for size in reversed(range(whole, 2 * whole)):
+            os.truncate(channel._files["notes"].fileno(), size)
+            assert list(channel.notes("record")) == [1]
 
 
 BODIES = """
