@@ -28,10 +28,10 @@ import uvicorn
 from uvicorn.middleware import proxy_headers
 
 from ..fds import duplicate
+from . import room
 from .context import Order, ServerWorker
 from .doors import Door, HandedOver
 from .progress import BEGUN, FINISHED
-from .room import Room
 
 # uvicorn imports these, and what they stand for (httptools, websockets, uvloop), as it first needs them: in each worker
 # again, unless this module was imported in the supervisor.
@@ -120,7 +120,7 @@ class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may no
         self._worker = worker
         self._door = door
         self._loop_accepts = False  # the loop itself, and nothing comes by the door
-        self._room = Room(0)  # for what the loop accepts
+        self._margin = 0  # of descriptors, for what the loop accepts
         self._serving_loop: asyncio.AbstractEventLoop | None = None
         self._order: tuple[float, bool] | None = None  # a drain's end, and whether everybody leaves
         self._beat_s = min(_BEAT_S, (request_timeout_s or math.inf) / 4)
@@ -143,10 +143,10 @@ class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may no
         # With TLS nothing is known of what the loop has accepted until hands are shaken; no drain is to cut that off.
         if not isinstance(self._door, HandedOver) and self.config.ssl is None and _accepts_well(loop):
             listeners = sockets or []
-            self._room = Room(_KEPT_FREE + _KEPT_FREE_PER_LISTENER * len(listeners))
-            self._loop_accepts = self._room.is_ample()
+            self._margin = _KEPT_FREE + _KEPT_FREE_PER_LISTENER * len(listeners)
+            self._loop_accepts = room.unseen(self._margin) >= 0
             if self._loop_accepts:
-                self._connections.count(self._room, self._accept_by_door)
+                self._connections.unseen, self._connections.look = 0, self._look_for_room
                 # The door keeps its own. (A socket's `dup` would set O_NONBLOCK anew, which all workers share.)
                 own = [socket.socket(fileno=duplicate(listener.fileno())) for listener in listeners]
         try:
@@ -243,8 +243,8 @@ class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may no
 
     async def on_tick(self, counter: int) -> bool:
         self._beat()
-        if counter % 10 == 0:  # once a second
-            self._room.look_again()
+        if self._loop_accepts and counter % 10 == 0:  # once a second: others have had time to open something
+            self._connections.unseen = 0
         if self._order is not None:
             now = time.monotonic()
             until, _ = self._order
@@ -270,15 +270,20 @@ class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may no
 
     # -- connections that the loop accepts ----------------------------------------------------------------
 
+    def _look_for_room(self) -> float:
+        """How many more the loop may accept before the next look."""
+        unseen = room.unseen(self._margin)
+        if unseen >= 0 or self._serving_loop is None or self._order is not None:
+            return unseen
+        self._accept_by_door()
+        return math.inf
+
     def _accept_by_door(self) -> None:
         """Take connections by the door from now on: at the limit of descriptors, libuv accepts and closes.
 
         What the loop has accepted until now stays uvicorn's, which hears of it in its own time.
         """
-        if not self._loop_accepts or self._serving_loop is None or self._order is not None:
-            return
         self._loop_accepts = False
-        del self._connections.add
         for server in self.servers:
             server.close()
         self._open_door()
@@ -357,22 +362,24 @@ class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may no
 
 class _Connections(set[Any]):
     """uvicorn's connections. As one goes, its protocol calls `discard` or `remove`: a set's, as long as nobody wants to
-    know (to be told costs a connection 1 %)."""
+    know (to be told costs a connection 1 %).
 
-    def count(self, room: Room, scarce: Callable[[], None]) -> None:
-        """Call `scarce()` as one comes and there is no `room` for many more; until `add` is deleted.
+    Attributes:
+        unseen: so many more may come before `look` is called, which says anew how many.
+    """
 
-        The loop has just accepted it, and no other since (libuv accepts one in a turn). It is the place that costs a
-        connection the least: to have its protocol made by a function of ours, within the call of accept(2), was 2 %.
-        """
+    def __init__(self) -> None:
+        super().__init__()
+        self.unseen: float = math.inf
+        self.look: Callable[[], float] = lambda: math.inf
 
-        def add(connection: Any) -> None:
-            set.add(self, connection)
-            room.unseen -= 1
-            if room.unseen < 0 and not room.is_ample():
-                scarce()
-
-        self.add = add  # type: ignore[method-assign]
+    def add(self, connection: Any) -> None:
+        # The loop has just accepted it, and no other since (libuv accepts one in a turn). It is the place that costs a
+        # connection the least: to have its protocol made by a function of ours, within the call of accept(2), was 2 %.
+        set.add(self, connection)
+        self.unseen -= 1
+        if self.unseen < 0:
+            self.unseen = self.look()
 
     def tell(self, gone: Callable[[], None]) -> None:
         """Call `gone()` as one goes, from now on."""

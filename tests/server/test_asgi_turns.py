@@ -21,11 +21,11 @@ from tests.process_state import wait_until
 pytest.importorskip("uvicorn")
 
 from fdpool import wire
+from fdpool._server import room
 from fdpool._server.asgi import AsgiFace
 from fdpool._server.context import Order, ServerWorker
 from fdpool._server.doors import HANDED, Door, HandedOver, Listening
 from fdpool._server.progress import Progress, SeenPage
-from fdpool._server.room import Room
 from tests.server.helpers import Load, read_all
 
 with contextlib.suppress(ImportError):
@@ -106,10 +106,11 @@ def answer(client: socket.socket) -> bytes:
     return said
 
 
-def by_turns(ample: list[bool]) -> Callable[[Room], bool]:
-    """In place of `Room.is_ample`: these answers, and the last one again and again."""
+def by_turns(ample: list[bool]) -> Callable[[int], int]:
+    """In place of `room.unseen`, which is asked for each connection then: these answers, and the last one again and
+    again."""
     answers: Iterator[bool] = itertools.chain(ample, itertools.repeat(ample[-1]))
-    return lambda _: next(answers)
+    return lambda _: 0 if next(answers) else -1
 
 
 @pytest.mark.parametrize(
@@ -126,7 +127,7 @@ def test_a_connection_accepted_as_a_drain_is_asked_for_is_served_however_it_was_
 ) -> None:
     faces: list[AsgiFace] = []
     accepted = itertools.count(1)
-    take, is_ample = Listening.take, by_turns(ample)
+    take, unseen = Listening.take, by_turns(ample)
 
     def count() -> None:
         if next(accepted) == 2:
@@ -137,10 +138,10 @@ def test_a_connection_accepted_as_a_drain_is_asked_for_is_served_however_it_was_
             count()
         return connection
 
-    def counting_is_ample(room: Room) -> bool:
+    def counting_unseen(margin: int) -> int:
         if faces:  # and not at the start
             count()
-        return is_ample(room)
+        return unseen(margin)
 
     def go_on(face: AsgiFace, _page: SeenPage) -> None:
         faces.append(face)
@@ -155,7 +156,7 @@ def test_a_connection_accepted_as_a_drain_is_asked_for_is_served_however_it_was_
                     assert each.recv(1) == b""
 
     monkeypatch.setattr(Listening, "take", counting_take)
-    monkeypatch.setattr(Room, "is_ample", counting_is_ample)
+    monkeypatch.setattr(room, "unseen", counting_unseen)
     scenario: list[Future[None]] = []
     listener = socket.create_server(("127.0.0.1", 0))
     address = listener.getsockname()
@@ -198,7 +199,7 @@ def test_no_connection_is_lost_as_the_door_is_taken_in_the_midst_of_traffic(
             face.drain(30.0, True)
 
     monkeypatch.setattr(Listening, "take", counting_take)
-    monkeypatch.setattr(Room, "is_ample", by_turns([True] * 200 + [False]))
+    monkeypatch.setattr(room, "unseen", by_turns([True] * 200 + [False]))
     scenario: list[Future[None]] = []
     listener = socket.create_server(("127.0.0.1", 0))
     address = listener.getsockname()

@@ -22,12 +22,11 @@ from typing import Any
 import pytest
 
 from fdpool import BindFailed
-from fdpool._server import apps
+from fdpool._server import apps, room
 from fdpool._server.accept import Acceptor, Reserve
 from fdpool._server.handoff import Laden, _Seat, choose
 from fdpool._server.listeners import Listeners
 from fdpool._server.progress import Progress, Seen, SeenPage
-from fdpool._server.room import Room
 from fdpool._server.steering import queued, steer
 from fdpool._server.watch import Finding, Verdict, Watch, judge
 
@@ -96,37 +95,29 @@ def spare(request: pytest.FixtureRequest) -> Iterator[Callable[[int], None]]:
     resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
-def may_take(room: Room) -> bool:
-    """As who takes a descriptor counts."""
-    room.unseen -= 1
-    return room.unseen >= 0 or room.is_ample()
-
-
 @pytest.mark.parametrize("kernel_counts", [True, False])
 def test_room_is_ample_until_no_more_than_the_margin_is_free(
     kernel_counts: bool, spare: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not kernel_counts:  # Linux before 6.2, and others
         monkeypatch.setattr(os, "stat", lambda _: SimpleNamespace(st_size=0))
-    room = Room(50)
     spare(150)
     with contextlib.ExitStack() as opened:
-        count = 0
-        while may_take(room):
+        count = unseen = 0
+        while (unseen := unseen - 1) >= 0 or (unseen := room.unseen(50)) >= 0:
             opened.enter_context(open(os.devnull))
             count += 1
     assert 98 <= count <= 100  # a look may take one itself
     spare(50)
-    assert not may_take(room)
+    assert room.unseen(50) == -1
 
 
-def test_room_is_looked_at_again_when_told_and_not_at_each_question(spare: Callable[[int], None]) -> None:
-    room = Room(50)
-    assert may_take(room)
-    spare(10)
-    assert may_take(room)  # from what was seen
-    room.look_again()
-    assert not may_take(room)
+def test_no_more_than_a_quarter_of_what_is_spare_is_taken_unseen(spare: Callable[[int], None]) -> None:
+    for free in range(51, 100):
+        spare(free)
+        assert 0 <= room.unseen(50) <= (free - 50) // 4
+    spare(50 + 3200)
+    assert room.unseen(50) >= 100
 
 
 # -- accepting ---------------------------------------------------------------------------------------------
