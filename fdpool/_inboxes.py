@@ -87,15 +87,16 @@ class Inboxes:
             return self._dispatcher.finished(slot, tasks)
         call = record.call
         numbers = call.fds.numbers if call.fds else ()
+        flags = _messages.SPILLED if call.spilled else 0
         parts: tuple[bytes, ...]
         if type(record) is ChunkFuture:
             span = _messages.SPAN.pack(record.start, record.stop)
             size = len(span) + len(call.body)
-            header = _messages.pack_header(_messages.CHUNK, task, size, len(numbers), call.spilled)
+            header = _messages.pack_header(_messages.CHUNK, task, size, len(numbers), flags)
             parts = (header, span, call.body)
             self.watch(slot)
         else:
-            header = _messages.pack_header(_messages.TASK, task, len(call.body), len(numbers), call.spilled)
+            header = _messages.pack_header(_messages.TASK, task, len(call.body), len(numbers), flags)
             parts = (header, call.body)
         try:
             sent = wire.try_send(self._links[slot].mine, parts, numbers)

@@ -12,6 +12,7 @@ import errno
 import pickle
 from collections.abc import Callable
 from struct import Struct
+from struct import error as StructError
 from typing import NamedTuple, Union
 
 from .errors import WireError
@@ -25,13 +26,14 @@ MAX_DATAGRAM = 68 * 1024
 
 # -- task link -----------------------------------------------------------------------------------
 
-# version, kind, flags, (pad), descriptors, microseconds, body bytes, task id
-_HEADER = Struct("<BBBxHHIQ")
+_HEADER = Struct("<BBBxHHIQ")  # the fields of `Header`, and a byte of padding
 HEADER_BYTES = _HEADER.size
 MAX_BODY = MAX_DATAGRAM - HEADER_BYTES
-_SPILLED = 1
-_RELEASED = 2
-_WAITED = 4
+
+# Flags:
+SPILLED = 1  # the first descriptor is a memory file, which the rest of the payload is in
+RELEASED = 2  # of an answer: nobody sees the memory file of the task any more
+WAITED = 4  # of an answer: most of that time the worker did not run
 
 # Kinds. To the worker:
 TASK = 1  # body: the call
@@ -72,39 +74,31 @@ def explain_loss(wanted: int, got: int, receiver: str) -> str:
 
 
 class Header(NamedTuple):
-    """The first 20 bytes of a datagram, taken apart."""
+    """The first 20 bytes of a datagram, as they are unpacked."""
 
+    version: int
     kind: int
-    spilled: bool
+    flags: int
     fd_count: int
-    task: int
     micros: int  # of an answer: how long the worker was busy with it, 65535 for any longer
-    released: bool = False  # of an answer: nobody sees the memory file of the task any more
-    waited: bool = False  # of an answer: most of that time the worker did not run
+    body_bytes: int
+    task: int
+
+    @property
+    def spilled(self) -> bool:
+        """As in `Payload.spilled`."""
+        return bool(self.flags & SPILLED)
 
 
 _new: Callable[..., Header] = tuple.__new__  # half the cost of Header(...), which is a Python function
 
 
 def pack_header(
-    kind: int,
-    task: int = 0,
-    body_bytes: int = 0,
-    fd_count: int = 0,
-    spilled: bool = False,
-    micros: int = 0,
-    released: bool = False,
-    waited: bool = False,
+    kind: int, task: int = 0, body_bytes: int = 0, fd_count: int = 0, flags: int = 0, micros: int = 0
 ) -> bytes:
     """The header of a datagram whose body and descriptors are those counted here."""
     return _HEADER.pack(
-        VERSION,
-        kind,
-        (_SPILLED if spilled else 0) | (_RELEASED if released else 0) | (_WAITED if waited else 0),
-        fd_count,
-        micros if micros < 0xFFFF else 0xFFFF,
-        body_bytes,
-        task,
+        VERSION, kind, flags, fd_count, micros if micros < 0xFFFF else 0xFFFF, body_bytes, task
     )
 
 
@@ -114,17 +108,19 @@ def unpack_header(data: bytes) -> Header:
     Raises:
         WireError: too short, of another version, or its length is not what the header says.
     """
-    if len(data) < HEADER_BYTES:
-        raise WireError(f"a datagram of {len(data)} bytes is shorter than its {HEADER_BYTES}-byte header")
-    version, kind, flags, fd_count, micros, body_bytes, task = _HEADER.unpack_from(data)
-    if version != VERSION:
-        raise WireError(f"a datagram speaks version {version}, this side speaks {VERSION}")
-    if body_bytes != len(data) - HEADER_BYTES:
+    try:
+        header = _new(Header, _HEADER.unpack_from(data))
+    except StructError:
         raise WireError(
-            f"a header promises {body_bytes} bytes of body, the datagram has {len(data) - HEADER_BYTES}"
+            f"a datagram of {len(data)} bytes is shorter than its {HEADER_BYTES}-byte header"
+        ) from None
+    if header.version != VERSION:
+        raise WireError(f"a datagram speaks version {header.version}, this side speaks {VERSION}")
+    if header.body_bytes != len(data) - HEADER_BYTES:
+        raise WireError(
+            f"a header promises {header.body_bytes} bytes of body, the datagram has {len(data) - HEADER_BYTES}"
         )
-    released, waited = bool(flags & _RELEASED), bool(flags & _WAITED)
-    return _new(Header, (kind, bool(flags & _SPILLED), fd_count, task, micros, released, waited))
+    return header
 
 
 def split(data: bytes, start: int = HEADER_BYTES) -> list[tuple[int, int, bytes]]:

@@ -45,7 +45,7 @@ _KEEP_S = 0.002
 _LONG_S = 0.05  # waits that take longer are not worth it
 
 #: Of answers in a batch all else is known: they are small, and hold no descriptors.
-_PLAIN = {kind: Header(kind, False, 0, 0, 0) for kind in (_messages.DONE, _messages.FAILED)}
+_PLAIN = {kind: Header(_messages.VERSION, kind, 0, 0, 0, 0, 0) for kind in (_messages.DONE, _messages.FAILED)}
 _NOTHING: list[int] = []
 
 _OF_ONE_TASK = frozenset(
@@ -370,7 +370,7 @@ class Receiver:
         except WireError:
             close_all(numbers)
             return
-        kind, _, _, task, micros, _, waited = header
+        _, kind, flags, _, micros, _, task = header
         if kind not in _OF_ONE_TASK:
             self._take_word(slot, header, data, numbers)
         elif client.dispatcher.slot_of(task) != slot:
@@ -379,6 +379,7 @@ class Receiver:
             self._take_piece(slot, future, (header, data[HEADER_BYTES:], numbers))
         else:
             self._to_settle.append((task, (header, data[HEADER_BYTES:], numbers), None))
+            waited = bool(flags & _messages.WAITED)
             client.critical.post_blocked(client.dispatcher.finished, slot, (task,), micros / 1e6, waited)
 
     def _take_word(self, slot: int, header: Header, data: bytes, numbers: list[int]) -> None:
@@ -393,7 +394,8 @@ class Receiver:
             return
         close_all(numbers)
         if kind == _messages.ANSWERS:
-            self._take_answers(slot, data, HEADER_BYTES, header.task / 1e9, header.waited)
+            waited = bool(header.flags & _messages.WAITED)
+            self._take_answers(slot, data, HEADER_BYTES, header.task / 1e9, waited)
         elif kind == _messages.READY:
             client.critical.post_blocked(client.readied, slot)
         elif kind == _messages.GOING:
@@ -490,7 +492,8 @@ class Receiver:
         if call is not None:
             future.call = None
             if call.fds is not None:
-                if answer is not None and answer[0].released and call.spilled and not call.carries_fds:
+                released = answer is not None and answer[0].flags & _messages.RELEASED
+                if released and call.spilled and not call.carries_fds:
                     client.recycle(call)
                 call.close()
         if future.settle(result, error):

@@ -15,7 +15,7 @@ import socket
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -37,6 +37,7 @@ FLUSH_S = 200e-6
 _SHORT_WAIT_S = 50e-6  # for a page of memory, say
 
 _NONE = -1
+_NO_BODY = Payload(b"")
 
 _IDLE_MS = 20  # a worker that has had nothing to do for so long has time to look at what tasks have left
 
@@ -94,11 +95,11 @@ class Worker:
         if not self._initialize(boot):
             raise SystemExit(1)
         upkeep = self._upkeep = Upkeep(boot.recycling)
-        self._send(_messages.READY, 0, None)
+        self._send(_messages.READY, 0, _NO_BODY)
         spin = Spin()
         poll = select.poll()
         poll.register(self._inbox, select.POLLIN)
-        ready, clock, page = poll.poll, self._clock, self._page
+        ready, page = poll.poll, self._page
         while not upkeep.over and not page.is_last(self._ran):
             soon = spin.look(ready)
             if not soon and upkeep.has_unseen and not ready(_IDLE_MS):
@@ -108,46 +109,51 @@ class Worker:
             received = wire.receive(self._inbox, MAX_DATAGRAM, SCM_MAX_FD)
             if not soon:
                 spin.waited()
-            try:
-                header = _messages.unpack_header(received.data)
-                calls = _messages.split(received.data) if header.kind == _messages.TASKS else []
-            except WireError:
-                close_all(received.fds)  # nobody that we know of speaks like that: let the task link live
-                continue
-            if header.kind == _messages.LEAVE:
-                close_all(received.fds)
+            if not self._take(received):
                 break
-            if header.kind == _messages.TASKS:
-                close_all(received.fds)
-                self._run_batch(calls)
-                continue
-            if header.kind == _messages.FORGET:
-                close_all(received.fds)
-                _shared.forget(received.data[HEADER_BYTES:])
-                continue
-            if header.kind not in (_messages.TASK, _messages.CHUNK):
-                close_all(received.fds)
-                continue
-            if received.fds_lost or received.bytes_cut or len(received.fds) != header.fd_count:
-                self._refuse(header, received)
-                continue
-            if header.kind == _messages.CHUNK:
-                if self._may_begin(header):
-                    self._run_chunk(header, received)
-                del received
-                continue
-            if not self._may_begin(header):
-                continue
-            clock.start()
-            answer, kind = self._run_task(received.data[HEADER_BYTES:], received.fds, header.spilled)
             del received
-            released = self._memory is not None and self._memory.is_over()
+        self._send(_messages.GOING, 0, _NO_BODY)
+
+    def _take(self, received: wire.Received) -> bool:
+        """Do what a message says; False if that is to leave."""
+        data, fds, bytes_cut, fds_lost = received
+        try:
+            header = _messages.unpack_header(data)
+            kind = header.kind
+            calls = _messages.split(data) if kind == _messages.TASKS else []
+        except WireError:
+            close_all(fds)  # nobody that we know of speaks like that: let the task link live
+            return True
+        if kind == _messages.TASK or kind == _messages.CHUNK:
+            if fds_lost or bytes_cut or len(fds) != header.fd_count:
+                self._refuse(header, received)
+            elif self._may_begin(header):
+                if kind == _messages.TASK:
+                    self._run_one(header, data, fds)
+                else:
+                    self._run_chunk(header, received)
+            return True
+        close_all(fds)
+        if kind == _messages.TASKS:
+            self._run_batch(calls)
+        elif kind == _messages.FORGET:
+            _shared.forget(data[HEADER_BYTES:])
+        return kind != _messages.LEAVE
+
+    def _run_one(self, header: Header, data: bytes, fds: list[int]) -> None:
+        """Run a task that has come alone, and answer."""
+        self._clock.start()
+        answer, kind = self._run_task(data[HEADER_BYTES:], fds, header.spilled)
+        flags = 0
+        if self._memory is not None:
+            flags = _messages.RELEASED if self._memory.is_over() else 0
             self._memory = None
-            busy_s, waited = clock.read()
-            self._send(kind, header.task, answer, int(busy_s * 1e6), released, waited)
-            del answer
-            self._tell_left(upkeep.ran(self._name, 1, busy_s))
-        self._send(_messages.GOING, 0, None)
+        busy_s, waited = self._clock.read()
+        if waited:
+            flags |= _messages.WAITED
+        self._send(kind, header.task, answer, int(busy_s * 1e6), flags)
+        del answer
+        self._tell_left(self._upkeep.ran(self._name, 1, busy_s))
 
     def _may_begin(self, header: Header) -> bool:
         """Say that a task begins; or that it is returned, as the client wants nothing to begin after the one before.
@@ -238,7 +244,8 @@ class Worker:
         """Send what `answers` holds, if anything, and forget it. They have taken since the clock was started."""
         if answers:
             busy_s, waited = self._clock.read()
-            self._send(_messages.ANSWERS, int(busy_s * 1e9), Payload(b"".join(answers)), waited=waited)
+            flags = _messages.WAITED if waited else 0
+            self._send(_messages.ANSWERS, int(busy_s * 1e9), Payload(b"".join(answers)), flags=flags)
             answers.clear()
             self._page.forget_log()
 
@@ -332,20 +339,13 @@ class Worker:
         body = _messages.REFUSAL.pack(header.fd_count, min(got, 0xFFFF)) + reason.encode()
         self._send(_messages.REFUSED, header.task, Payload(body))
 
-    def _send(
-        self,
-        kind: int,
-        task: int,
-        answer: Payload | None,
-        micros: int = 0,
-        released: bool = False,
-        waited: bool = False,
-    ) -> None:
+    def _send(self, kind: int, task: int, answer: Payload, micros: int = 0, flags: int = 0) -> None:
         """Send one answer, waiting as long as it takes: the client reads, or it is dead and so are we."""
-        body = b"" if answer is None else answer.body
-        fds = answer.fds.numbers if answer is not None and answer.fds else []
-        spilled = answer is not None and answer.spilled
-        header = _messages.pack_header(kind, task, len(body), len(fds), spilled, micros, released, waited)
+        body, owned = answer.body, answer.fds
+        fds: Sequence[int] = () if owned is None else owned.numbers
+        if answer.spilled:
+            flags |= _messages.SPILLED
+        header = _messages.pack_header(kind, task, len(body), len(fds), flags, micros)
         pause_s = 0.001
         while True:
             try:
@@ -358,7 +358,7 @@ class Worker:
                     raise
                 select.select([], [], [], pause_s)
                 pause_s = min(pause_s * 2, 0.1)
-        if answer is not None:
+        if owned is not None:
             answer.close()
 
     def _on_sigint(self, _number: int, _frame: object) -> None:

@@ -24,6 +24,7 @@ import sys
 import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import islice, repeat, starmap
 from typing import Any, NamedTuple, TypeVar
 
@@ -125,7 +126,7 @@ def try_send(sock: socket.socket, buffers: Sequence[Bytes], fds: Sequence[int] =
 
 def send(sock: socket.socket, buffers: Sequence[Bytes], fds: Sequence[int] = ()) -> None:
     """Like `try_send`, but wait for room; ENOBUFS is waited out too, with pauses up to 50 ms."""
-    until_sent(lambda: try_send(sock, buffers, fds), sock)
+    until_sent(partial(try_send, sock, buffers, fds), sock)
 
 
 def try_receive(sock: socket.socket, max_bytes: int, max_fds: int = SCM_MAX_FD) -> Received | None:

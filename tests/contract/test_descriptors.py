@@ -239,8 +239,8 @@ def test_a_worker_that_receives_too_little_refuses_the_task(
     """T2, T15: the header counts one more than the datagram carries."""
     real = _messages.pack_header
 
-    def lie(kind: int, task: int = 0, body: int = 0, fd_count: int = 0, spilled: bool = False) -> bytes:
-        return real(kind, task, body, fd_count + (kind == _messages.TASK and fd_count > 0), spilled)
+    def lie(kind: int, task: int = 0, body: int = 0, fd_count: int = 0, flags: int = 0) -> bytes:
+        return real(kind, task, body, fd_count + (kind == _messages.TASK and fd_count > 0), flags)
 
     pool.submit(helpers.square, 1).result()
     with open(os.devnull) as null:
