@@ -24,6 +24,7 @@ this (`stalled`), and then what waits behind it goes to the others.
 from __future__ import annotations
 
 import itertools
+import math
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
@@ -98,7 +99,7 @@ class Where(Enum):
 class _Seat:
     """A slot with the tasks given to its worker, oldest first; only the oldest can have begun."""
 
-    __slots__ = ("given", "held_until", "kept", "moved_at", "rank", "slot", "worked", "works")
+    __slots__ = ("given", "held_until", "kept", "moved_at", "open", "rank", "slot", "worked")
 
     def __init__(self, slot: Slot) -> None:
         self.slot = slot
@@ -107,8 +108,13 @@ class _Seat:
         self.held_until: float | None = None  # the kernel would not take more; 0.0: until a task ends
         self.rank: int | None = None
         self.worked = 0  # how often it was given tasks
-        self.works = False  # its worker has tasks, and would be given more
+        self.open = False  # its worker is ready, and the kernel takes more
         self.moved_at = 0.0  # when it last ended a task, or was given one while it had none
+
+    @property
+    def works(self) -> bool:
+        """True if its worker has tasks, and would be given more."""
+        return self.open and bool(self.given)
 
     def gets_on(self, now: float) -> bool:
         """True if its worker ends one task after the other."""
@@ -136,6 +142,9 @@ class Dispatcher:
             innocent, but an initializer for which memory never suffices must not be tried for ever.
     """
 
+    batch: int  # most tasks in one message just now
+    _room: int  # most tasks given to one worker just now
+
     def __init__(
         self,
         max_slots: int,
@@ -149,7 +158,6 @@ class Dispatcher:
     ) -> None:
         self.queued: OrderedDict[TaskId, bool] = OrderedDict()  # to whether it travels alone
         self.full = False  # tasks are queued, as nobody has room: a new one can only be queued, too
-        self.batch = 1  # most tasks in one message just now
         self.boot_failures = 0
         self.postponed_until: dict[TaskId, float] = {}  # tasks that are to be tried again, and when
         self._batching = batching
@@ -158,15 +166,17 @@ class Dispatcher:
         self._waited = 0.0  # which part of late answers is of tasks that waited rather than ran
         self._processors = processors
         self._clock = clock
-        self._working = 0  # seats whose worker has tasks, and would be given more
+        self._open = 0  # seats whose worker is ready, and the kernel takes more
         self._boot_limit = boot_limit
         self._kill_limit = kill_limit
         self._depth = depth
+        self._send_together(1)
         self._seats = [_Seat(Slot(number)) for number in range(max_slots)]
         self._given_to: dict[TaskId, _Seat] = {}
         # Seats whose worker is starting or ready, by how soon a task given now would begin (see _rank):
         # picking the best seat costs the same for 2 workers and for 256.
         self._ranks: list[dict[SlotNumber, _Seat]] = [{} for _ in range(depth + 3)]
+        self._last = depth + 2  # the rank of who takes no more
         self._vacant = [seat.slot.number for seat in reversed(self._seats)]
         self._paused: dict[SlotNumber, _Seat] = {}  # cooling or held: the seats that wait for the clock
         self._dismissed = False
@@ -227,7 +237,7 @@ class Dispatcher:
         """A new task, behind all that are queued; `alone` if it may not travel with others."""
         if not self.queued:
             self.full = False
-            seat = self._best_seat(alone, start=False)
+            seat = self._best_seat(alone, False)
             if seat is not None:
                 # Beyond this, tasks had better gather to be sent together.
                 if self.batch > 1 and len(seat.given) >= self._depth:
@@ -236,7 +246,7 @@ class Dispatcher:
                     seat.given[task] = alone
                     seat.worked += 1
                     self._given_to[task] = seat
-                    self._place(seat)
+                    self._recount(seat)
                     return (SendTasks(seat.slot.number, (task,)),)
         self.queued[task] = alone
         return NOTHING if self.full else self._assign()
@@ -269,9 +279,12 @@ class Dispatcher:
                 del given[task], self._given_to[task]
         if len(given) == before:
             return NOTHING
-        seat.held_until = None
+        if seat.held_until is None:
+            self._recount(seat)
+        else:
+            seat.held_until = None
+            self._place(seat)
         seat.moved_at = self._clock()
-        self._place(seat)
         if self._batching and busy_s is not None:
             self._learn(busy_s / len(tasks), waited)
         if self.queued:
@@ -528,7 +541,11 @@ class Dispatcher:
         """
         self._waited += 0.2 * (waited - self._waited)
         known = self._busy_s
-        self._reckon_with(known + 0.2 * (min(busy_s, 4 * known + 1e-6, 2 * BATCH_S) - known))
+        known += 0.2 * (min(busy_s, 4 * known + 1e-6, 2 * BATCH_S) - known)
+        if self._shortest_s < known <= self._longest_s:
+            self._busy_s = known
+        else:
+            self._reckon_with(known)
 
     def _reckon_with(self, busy_s: float) -> None:
         """Tasks take so long: see how many may go together."""
@@ -539,9 +556,17 @@ class Dispatcher:
         while batch < LARGEST_BATCH and 2 * batch * busy_s <= BATCH_S:
             batch *= 2
         if batch != self.batch:
-            self.batch = batch
+            self._send_together(batch)
             for seat in [seat for rank in self._ranks[2:] for seat in rank.values()]:  # who has none stays
-                self._place(seat)
+                self._recount(seat)
+
+    def _send_together(self, batch: int) -> None:
+        """So many tasks may go in one message, as long as one takes longer than `_shortest_s` and no longer than
+        `_longest_s`."""
+        self.batch = batch
+        self._room = self._depth * batch
+        self._longest_s = BATCH_S / batch if batch > 1 else math.inf
+        self._shortest_s = BATCH_S / (2 * batch) if batch < LARGEST_BATCH else -math.inf
 
     def _best_seat(self, alone: bool, start: bool = True) -> _Seat | None:
         """Where the next task begins soonest, or None if there is no room. If it needs not go `alone`, and enough
@@ -553,7 +578,7 @@ class Dispatcher:
         if not alone and self._enough_are_awake():
             moving = self._least_laden()
             if moving is not None:
-                return moving if moving.rank != len(ranks) - 1 else None
+                return moving if moving.rank != self._last else None
         if ranks[0]:
             return next(reversed(ranks[0].values()))
         if ranks[1]:
@@ -567,13 +592,14 @@ class Dispatcher:
 
     def _enough_are_awake(self) -> bool:
         """True if one more worker would only take a processor from another."""
-        return self._working >= self._processors and self.batch > 1 and self._waited < 0.5
+        working = self._open - len(self._ranks[0])
+        return working >= self._processors and self.batch > 1 and self._waited < 0.5
 
     def _least_laden(self) -> _Seat | None:
         """Of those that work and get on with it; None if none of the first few does."""
         now = self._clock()
-        working = (seat for rank in self._ranks[2:] for seat in rank.values() if seat.works)
-        for seat in itertools.islice(working, 2 * self._processors):
+        seats = itertools.chain.from_iterable(map(dict.values, self._ranks[2:]))
+        for seat in itertools.islice((seat for seat in seats if seat.works), 2 * self._processors):
             if seat.gets_on(now):
                 return seat
         return None
@@ -600,37 +626,40 @@ class Dispatcher:
             self.queued.move_to_end(task, last=False)
 
     def _place(self, seat: _Seat) -> None:
-        """Put the seat where its rank says; if it is held, note that it waits for the clock."""
-        rank = self._rank(seat)
-        if rank != seat.rank:
-            number = seat.slot.number
-            if seat.rank is not None:
-                del self._ranks[seat.rank][number]
-            if rank is not None:
-                self._ranks[rank][number] = seat
-            seat.rank = rank
-        works = bool(seat.given) and seat.slot.state is READY and seat.held_until is None
-        if works != seat.works:
-            if works:
-                seat.moved_at = self._clock()
-            self._working += works - seat.works
-            seat.works = works
+        """What the seat holds has changed, or whether it is held: put it where its rank says."""
+        is_open = seat.slot.state is READY and seat.held_until is None
+        if is_open is not seat.open:
+            seat.open = is_open
+            self._open += 1 if is_open else -1
+            seat.moved_at = self._clock()
         if seat.held_until:
             self._paused[seat.slot.number] = seat
+        self._recount(seat)
+
+    def _recount(self, seat: _Seat) -> None:
+        """The seat's tasks have changed, or the size of a message, and nothing else: put it where its rank says."""
+        before, rank = seat.rank, self._rank(seat)
+        if rank == before:
+            return
+        number = seat.slot.number
+        if before is not None:
+            del self._ranks[before][number]
+            if before == 0:
+                seat.moved_at = self._clock()
+        if rank is not None:
+            self._ranks[rank][number] = seat
+        seat.rank = rank
 
     def _rank(self, seat: _Seat) -> int | None:
         """0: ready and idle; 1: starting and idle; 2 + n: n full messages wait already; last: takes no more."""
-        state = seat.slot.state
         given = len(seat.given)
-        if state is READY:
-            if seat.held_until is None and given < self._depth * self.batch:
-                return 2 + (given - 1) // self.batch if given else 0
-        elif state is STARTING:
-            if seat.held_until is None and given < self._depth * self.batch:
-                return 2 + given // self.batch if given else 1
-        else:
-            return None
-        return len(self._ranks) - 1
+        if seat.open:
+            if not given:
+                return 0
+            return 2 + (given - 1) // self.batch if given < self._room else self._last
+        if seat.slot.state is STARTING and seat.held_until is None and given < self._room:
+            return 2 + given // self.batch if given else 1
+        return self._last if seat.slot.state in (READY, STARTING) else None
 
     def _resumes(self, seat: _Seat) -> float | None:
         return seat.slot.not_before if seat.slot.state is COOLING else seat.held_until
@@ -647,16 +676,15 @@ class Dispatcher:
         # an inbox.
         for seat in self._seats:
             number = seat.slot.number
+            assert seat.open == (seat.slot.state is READY and seat.held_until is None)
             assert seat.rank == self._rank(seat)
             assert [i for i, rank in enumerate(self._ranks) if number in rank] == (
                 [] if seat.rank is None else [seat.rank]
             )
             assert not seat.given or seat.slot.state in (STARTING, READY, LEAVING, COOLING)
             assert seat.slot.state is not COOLING or seat.kept.issuperset(seat.given)
-        # Invariant: as many work as are counted.
-        assert self._working == sum(
-            seat.slot.state is READY and bool(seat.given) and seat.held_until is None for seat in self._seats
-        )
+        # Invariant: as many are open as are counted.
+        assert self._open == sum(seat.open for seat in self._seats)
         # Invariant: exactly the vacant slots can be filled, once each.
         vacant = [s.slot.number for s in self._seats if s.slot.state is VACANT]
         assert sorted(self._vacant) == sorted(vacant)

@@ -467,7 +467,7 @@ def test_so_does_one_that_travels_with_others(ledger: Path, monkeypatch: pytest.
             pool.submit(int).result()
         [worker] = pool.worker_pids()
         dispatcher = pool._client.dispatcher
-        dispatcher.batch = 4
+        dispatcher._send_together(4)
         os.kill(worker, signal.SIGSTOP)
         with monkeypatch.context() as queueing:  # until all are there, or the first would travel alone
             queueing.setattr(
