@@ -95,7 +95,7 @@ class Client:
         self.lost_workers = 0
         self.retried = 0
         self.newest = 0  # task
-        self.critical = Critical(self._handle, self.life.torn)
+        self.critical = Critical(self.perform, self.life.torn)
         self.new_id = itertools.count(1).__next__
         # Tokens of shared objects that are closed, and that tasks still to come may open again.
         self._forgotten: set[bytes] = set()
@@ -214,7 +214,7 @@ class Client:
             # Nothing to decide: it can only be queued, and whoever next gets the lock will do so. Looked at
             # again afterwards, as it may just have been too late for who had the lock.
             self.tasks[task] = future
-            self.critical.leave((dispatcher.submitted, task, alone))
+            self.critical.leave((dispatcher.submitted, (task, alone)))
             if not dispatcher.full:
                 self.critical.drain()
             if self.life.phase is not SERVING and self.withdraw(task):
@@ -394,18 +394,12 @@ class Client:
 
     # -- performing: each action returns what follows from it. The caller holds the lock --------------------
 
-    def _handle(self, event: Callable[..., Sequence[Action]], *arguments: Any) -> None:
-        actions = event(*arguments)
-        if actions:
-            self.perform(actions)
-
     def perform(self, actions: Sequence[Action]) -> None:
+        performers = self._performers
         while actions:
             follow: list[Action] = []
             for action in actions:
-                more = self._performers[type(action)](action)
-                if more:
-                    follow.extend(more)
+                follow += performers[type(action)](action)
             actions = follow
 
     def _start_worker(self, action: _dispatch.StartWorker) -> Sequence[Action]:

@@ -15,7 +15,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ._signals import Mask, sigmask
@@ -34,63 +34,72 @@ _BLOCKED = tuple(
         "SIGUSR2",
     )
 )
+_HOW_MANY = len(_BLOCKED)
 
-_last: Mask = sigmask(signal.SIG_BLOCK, ())
+_BLOCK, _SET = int(signal.SIG_BLOCK), int(signal.SIG_SETMASK)
+_last: Mask = sigmask(_BLOCK, ())
 
 
 def block_signals() -> Mask:
-    """Block, in this thread, the signals for which programs usually have handlers; returns its mask before.
+    """Block, in a thread that runs no handlers, the signals for which programs usually have some; returns its mask
+    before."""
+    return sigmask(_BLOCK, _BLOCKED)
+
+
+def block_in_main() -> Mask | None:
+    """`block_signals` if this is the main thread, the only one that runs handlers; else None.
 
     A program may have blocked some of them itself (for sigwait(3), say), so that mask is what is to be put back.
     Where a handler that is due raises, nothing is blocked.
     """
     global _last
+    if threading.get_ident() != _main_thread:
+        return None
     try:
         # Runs the handlers that are due, too, which take the mask before along with what they raise. Then it is
         # taken to be what it was the last time: asking first costs a system call each time.
-        before = sigmask(signal.SIG_BLOCK, _BLOCKED)
+        before = sigmask(_BLOCK, _BLOCKED)
     except BaseException:
-        sigmask(signal.SIG_SETMASK, _last)
+        sigmask(_SET, _last)
         raise
-    if len(before) < len(_BLOCKED) and threading.get_ident() == _main_thread:  # not a block within a block
+    if len(before) < _HOW_MANY:  # not a block within a block
         _last = before
     return before
-
-
-def block_in_main() -> Mask | None:
-    """`block_signals` if this is the main thread, the only one that runs handlers; else None."""
-    return block_signals() if threading.get_ident() == _main_thread else None
 
 
 def put_back(mask: Mask | None) -> None:
     """Undo what returned `mask`; a handler for what has come meanwhile runs in here, and may raise."""
     if mask is not None:
-        sigmask(signal.SIG_SETMASK, mask)
+        sigmask(_SET, mask)
 
 
 def mask_now() -> Mask:
     """This thread's mask."""
-    return sigmask(signal.SIG_BLOCK, ())
+    return sigmask(_BLOCK, ())
+
+
+Event = tuple[Callable[..., Sequence[Any]], tuple[Any, ...]]
 
 
 class Critical:
     """A lock with a queue of events.
 
+    An event is a function with its arguments. It is called with the lock held, must not wait, and returns actions.
     `with critical:` waits for the lock, and on leaving handles what was posted meanwhile.
 
     Args:
-        handle: called with an event's arguments, lock held; must not wait.
+        perform: called with the actions that an event has returned, if any, lock held; must not wait.
         torn: called with what was raised in the middle of a decision, lock held.
     """
 
-    def __init__(self, handle: Callable[..., None], torn: Callable[[BaseException], None]) -> None:
+    def __init__(self, perform: Callable[[Any], None], torn: Callable[[BaseException], None]) -> None:
         # Never entered twice. It knows by itself who holds it, also where that was interrupted on the way in.
         self._lock: Any = threading.RLock()
         self._mask: Mask | None = None  # of the holder, to be put back
-        self._events: deque[tuple[Any, ...]] = deque()
-        #: Leaves an event, as a tuple, to whoever handles events next. Never waits; from any thread or handler.
-        self.leave: Callable[[tuple[Any, ...]], None] = self._events.append
-        self._handle = handle
+        self._events: deque[Event] = deque()
+        #: Leaves an event to whoever handles events next. Never waits; from any thread or handler.
+        self.leave: Callable[[Event], None] = self._events.append
+        self._perform = perform
         self._torn = torn
 
     @property
@@ -104,17 +113,17 @@ class Critical:
         mine: bool = self._lock._is_owned()
         return mine
 
-    def post(self, *event: Any) -> None:
-        """Have `handle(*event)` called, now or by the present holder. Never waits; from any thread or handler."""
+    def post(self, event: Callable[..., Sequence[Any]], *arguments: Any) -> None:
+        """Have an event handled, now or by the present holder. Never waits; from any thread or handler."""
         mask = block_in_main()
         try:
-            self.post_blocked(*event)
+            self.post_blocked(event, *arguments)
         finally:
             put_back(mask)
 
-    def post_blocked(self, *event: Any) -> None:
+    def post_blocked(self, event: Callable[..., Sequence[Any]], *arguments: Any) -> None:
         """`post`, where the caller has called `block_in_main`."""
-        self._events.append(event)
+        self._events.append((event, arguments))
         self._drain()
 
     def drain(self) -> None:
@@ -133,19 +142,23 @@ class Critical:
                 if not lock.acquire(False):  # by name it would cost twice as much
                     return  # its holder will look again
                 self.handle_posted()
+                lock.release()
             except BaseException as error:
                 if lock._is_owned():
-                    self._torn(error)
+                    try:
+                        self._torn(error)
+                    finally:
+                        lock.release()
                 raise
-            finally:
-                if lock._is_owned():
-                    lock.release()
 
     def handle_posted(self) -> None:
         """The caller holds the lock: handle everything that is posted."""
         events = self._events
         while events:
-            self._handle(*events.popleft())
+            event, arguments = events.popleft()
+            actions = event(*arguments)
+            if actions:
+                self._perform(actions)
 
     def __enter__(self) -> None:
         if self.is_mine:

@@ -190,7 +190,7 @@ class Inboxes:
             if header.kind == _messages.LEAVE:
                 # It is to hear that all the same, if it lives: it would wait for ever, and nobody be given its slot.
                 generation = self._dispatcher.generation(slot)
-                self._client.critical.leave((self._client.tell_to_leave, slot, generation))
+                self._client.critical.leave((self._client.tell_to_leave, (slot, generation)))
             record = self._tasks.get(header.task)
             if record is None or header.kind not in (_messages.TASK, _messages.CHUNK):
                 close_all(received.fds)

@@ -95,15 +95,15 @@ class Limits:
         leave = self._client.critical.leave
         while self._timers and self._timers[0][0] <= now:
             _, _, event, arguments = heapq.heappop(self._timers)
-            leave((event, *arguments))
+            leave((event, arguments))
         for seconds, tasks in list(self._waiting.items()):
             while tasks and (tasks[0][0] <= now or tasks[0][1] not in self._tasks):
-                leave((self._give_up_waiting, tasks.popleft()[1], seconds))
+                leave((self._give_up_waiting, (tasks.popleft()[1], seconds)))
             if not tasks:
                 del self._waiting[seconds]
         for slot in [slot for slot, moment in self._looks.items() if moment <= now]:
             del self._looks[slot]
-            leave((self._look_at, slot))
+            leave((self._look_at, (slot,)))
         return ()
 
     def _give_up_waiting(self, task: int, seconds: float) -> Sequence[Action]:
