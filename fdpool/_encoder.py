@@ -135,35 +135,31 @@ class Encoder(Outgoing):
         """What `encode` does where all is simple: 2 microseconds, against 3.3. None if it is not, and nothing has
         happened."""
         pickler = self.pickler
-        if pickler is None or self.busy or self.outer is not None or _reducers.is_stale():
+        if pickler is None or self.busy or _reducers.is_stale():
             return None
         chunks = self.chunks
         self.busy = True
-        self.spill_bytes = SPILL_BYTES
-        self.fresh = False
         simple = small = False
         try:
             pickler.dump(obj)
-            small = len(chunks) == 1 and len(chunks[0]) <= _KEPT_BYTES
-            if len(chunks) == 1 and not self.fds and not self.buffers:
-                body = chunks[0]
-                if type(body) is bytes and len(body) <= SPILL_BYTES and not _needs_values(body):
-                    simple = True
-                    return Payload(body)
-            elif not any(map(_needs_values, chunks)):
-                return self.pack()
+            body = chunks[0]
+            small = len(chunks) == 1 and len(body) <= _KEPT_BYTES
+            if small and type(body) is bytes and not self.fds and not self.buffers and not self.in_band:
+                simple = True
+                return None if _refers_to_values(body) else Payload(body)
+            return None if any(map(_needs_values, chunks)) else self.pack()
         except Exception:
-            pass  # `encode` will meet it again, and explain
+            return None  # `encode` will meet it again, and explain
         finally:
             if small:
                 pickler.clear_memo()
             else:
                 self.pickler = None
-            chunks.clear()
-            if not simple or self.in_band:
+            if simple:
+                chunks.clear()
+            else:
                 self.clear()
             self.busy = False
-        return None
 
     def fill(self, obj: object) -> None:
         """Fill chunks, buffers and descriptors from `obj`, with plain pickle if that will do."""
@@ -268,6 +264,9 @@ def leave(encoder: Encoder, *, keep: bool) -> None:
     """
     if keep and encoder.outer is None and encoder.pickler is not None:
         encoder.pickler.clear_memo()
+        encoder.spill_bytes = SPILL_BYTES
+        encoder.max_fds = SCM_MAX_FD
+        encoder.fresh = False
         encoder.chunks.clear()
         encoder.lent = 0
         if encoder.fds or encoder.buffers or encoder.in_band:
@@ -328,20 +327,22 @@ def attempt(obj: object) -> Exception | None:
 
 
 def _needs_values(chunk: Bytes | pickle.PickleBuffer) -> bool:
-    """True if the bytes refer to something that has to travel by value, or to a subclass of one of our kinds.
-
-    The bytes are enough to know: a reference holds its module's name as a short string. A string that merely
-    says so costs a second pass, and nothing else.
-    """
+    """`_refers_to_values` of any chunk, of which only the beginning is looked at."""
     if isinstance(chunk, pickle.PickleBuffer):
         return False
-    if len(chunk) > _SEARCHED:
-        chunk = memoryview(chunk)[:_SEARCHED].tobytes()
-    if _reducers.find_telltale(chunk) is not None:
+    return _refers_to_values(chunk if len(chunk) <= _SEARCHED else memoryview(chunk)[:_SEARCHED].tobytes())
+
+
+def _refers_to_values(data: Any) -> bool:
+    """True if the bytes refer to something that has to travel by value, or to a subclass of one of our kinds.
+
+    They are enough to know: a reference holds its module's name as a short string. A string that merely
+    says so costs a second pass, and nothing else.
+    """
+    if _reducers.find_telltale(data) is not None:
         return True
     cloudpickle = sys.modules.get("cloudpickle")
     if cloudpickle is not None and hasattr(cloudpickle, "list_registry_pickle_by_value"):
-        data: Any = chunk
         # As prefixes: a registered package stands for its submodules.
         for name in cloudpickle.list_registry_pickle_by_value():
             if name.encode() in data:
