@@ -556,15 +556,16 @@ class Client:
         """The task that the slot's worker is in, and since when; (0, 0.0) for none."""
         return (0, 0.0) if self.board is None else self.board.running(slot)
 
-    def wanted_at(self) -> float | None:
-        """When the pump is wanted next, whatever comes or not. Lock held."""
-        moments = [self.dispatcher.next_deadline(), self.life.overdue_at, self.inboxes.looks_at]
+    def wanted_at(self, *moments: float | None) -> float | None:
+        """When the pump is wanted next, whatever comes or not: at these moments, among others. Lock held."""
         self._files_due = None  # first: a file that is kept just now is either seen here, or wakes the pump
         self._files_due = _spill.expires_at()
-        moments += (self.limits.next_look(), self._files_due)
-        if not self.supervision.flush():
-            moments.append(time.monotonic() + RETRY_S)
-        return min((moment for moment in moments if moment is not None), default=None)
+        flushed = self.supervision.flush()
+        moments += (self.life.overdue_at, self.inboxes.looks_at, self._files_due)
+        due = [moment for moment in moments if moment is not None]
+        if not flushed:
+            due.append(time.monotonic() + RETRY_S)
+        return min(due) if due else None
 
     def close(self, abandoned: bool = False) -> None:
         """Close everything. Safe to call again.

@@ -228,6 +228,8 @@ class Dispatcher:
 
     def next_deadline(self) -> float | None:
         """When `tick` wants to be called next, or None."""
+        if not self._paused and not self.postponed_until:
+            return None
         moments = [moment for seat in self._paused.values() if (moment := self._resumes(seat))]
         return min([*moments, *self.postponed_until.values()], default=None)
 

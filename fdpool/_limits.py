@@ -57,6 +57,8 @@ class Limits:
 
     def next_look(self) -> float | None:
         """When `look` is due next, or None."""
+        if not self._looks and not self._waiting and not self._timers:
+            return None
         moments = [*self._looks.values(), *(tasks[0][0] for tasks in self._waiting.values())]
         if self._timers:
             moments.append(self._timers[0][0])

@@ -37,6 +37,7 @@ class Pump:
         self._mask = mask  # the signals that callbacks find blocked
         thread = threading.Thread(target=self._run, name="fdpool-pump", daemon=True)
         self._thread: threading.Thread | None = thread
+        self._ident: int | None = None  # of the thread, as long as it runs
         self._callbacks: deque[TaskFuture[Any]] = deque()
         with fds.standard_numbers_taken():
             self._selector = selectors.DefaultSelector()
@@ -77,7 +78,7 @@ class Pump:
     @property
     def is_current(self) -> bool:
         """True if this is the pump's own thread."""
-        return self._thread is not None and threading.get_ident() == self._thread.ident
+        return threading.get_ident() == self._ident
 
     def join(self) -> None:
         """Wait for the thread's end; from that thread itself, return at once."""
@@ -117,6 +118,7 @@ class Pump:
 
     def _run(self) -> None:
         """Runs in: the pump. Never raises: what goes wrong here breaks the pool, and so settles every future."""
+        self._ident = threading.get_ident()
         # A signal that the main thread blocks must not find its way through this one instead.
         block_signals()
         try:
@@ -125,6 +127,7 @@ class Pump:
         except Exception as error:
             self._crash(error)
         self._client.close()
+        self._ident = None  # others may be given it
 
     def _turn(self) -> None:
         """Wait once, handle what came, settle futures, and see whether the pool can move on in its end."""
@@ -159,9 +162,9 @@ class Pump:
         """How long nothing needs to be done unless something comes."""
         client = self._client
         with client.critical:
-            deadline = client.wanted_at()
             self._ticks_at = client.dispatcher.next_deadline()
             self._limits_at = client.limits.next_look()
+            deadline = client.wanted_at(self._ticks_at, self._limits_at)
         if client.critical.pending or self.receiver.pending or self._callbacks or client.news:
             return 0.0
         look = self.receiver.next_look()
