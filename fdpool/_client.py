@@ -181,8 +181,11 @@ class Client:
         Raises:
             ForkedPool, PoolShutDown, PoolBroken: the pool takes no tasks.
         """
+        phase = self.life.phase
+        if phase is SERVING:
+            return  # whatever makes it of no use has it leave that phase
         self.life.check_usable()
-        if self.life.phase is NEW:
+        if phase is NEW:
             mask = block_in_main()
             try:
                 self.life.begin(mask)
