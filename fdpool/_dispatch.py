@@ -165,6 +165,7 @@ class Dispatcher:
         self._busy_s = BATCH_S  # what a task takes
         self._waited = 0.0  # which part of late answers is of tasks that waited rather than ran
         self._processors = processors
+        self._may_pile = max_slots > processors
         self._clock = clock
         self._open = 0  # seats whose worker is ready, and the kernel takes more
         self._boot_limit = boot_limit
@@ -195,7 +196,7 @@ class Dispatcher:
 
     def piles(self, slot: SlotNumber) -> bool:
         """True if the slot was given several tasks, and other workers might be idle while they wait."""
-        return len(self._seats[slot].given) > 1 and len(self._seats) > self._processors
+        return self._may_pile and len(self._seats[slot].given) > 1
 
     @property
     def live(self) -> int:
@@ -543,7 +544,9 @@ class Dispatcher:
         """
         self._waited += 0.2 * (waited - self._waited)
         known = self._busy_s
-        known += 0.2 * (min(busy_s, 4 * known + 1e-6, 2 * BATCH_S) - known)
+        most = 4 * known + 1e-6  # no min(), which takes as long as all the rest
+        most = most if most < 2 * BATCH_S else 2 * BATCH_S
+        known += 0.2 * ((busy_s if busy_s < most else most) - known)
         if self._shortest_s < known <= self._longest_s:
             self._busy_s = known
         else:

@@ -32,6 +32,8 @@ _LOOK_S = 0.004
 #: Pause before the kernel is asked again to take a message, where nothing of ours is in its way.
 RETRY_S = 0.01
 
+_NO_NUMBERS: list[int] = []
+
 
 class Inboxes:
     """All inboxes of `client`.
@@ -86,18 +88,18 @@ class Inboxes:
         if record is None or record.call is None:  # failed meanwhile
             return self._dispatcher.finished(slot, tasks)
         call = record.call
-        numbers = call.fds.numbers if call.fds else ()
-        flags = _messages.SPILLED if call.spilled else 0
+        body, numbers, flags = call.body, _NO_NUMBERS, 0
+        if call.fds is not None:
+            numbers = call.fds.numbers
+            flags = _messages.SPILLED if call.spilled else 0
         parts: tuple[bytes, ...]
         if type(record) is ChunkFuture:
             span = _messages.SPAN.pack(record.start, record.stop)
-            size = len(span) + len(call.body)
-            header = _messages.pack_header(_messages.CHUNK, task, size, len(numbers), flags)
-            parts = (header, span, call.body)
+            size = len(span) + len(body)
+            parts = (_messages.pack_header(_messages.CHUNK, task, size, len(numbers), flags), span, body)
             self.watch(slot)
         else:
-            header = _messages.pack_header(_messages.TASK, task, len(call.body), len(numbers), flags)
-            parts = (header, call.body)
+            parts = (_messages.pack_header(_messages.TASK, task, len(body), len(numbers), flags), body)
         try:
             sent = wire.try_send(self._links[slot].mine, parts, numbers)
         except OSError as error:
