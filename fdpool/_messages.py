@@ -89,6 +89,11 @@ class Header(NamedTuple):
         """As in `Payload.spilled`."""
         return bool(self.flags & SPILLED)
 
+    @property
+    def waited(self) -> bool:
+        """Of an answer: most of that time the worker did not run."""
+        return bool(self.flags & WAITED)
+
 
 _new: Callable[..., Header] = tuple.__new__  # half the cost of Header(...), which is a Python function
 

@@ -165,7 +165,7 @@ class Receiver:
 
     def _receive_until(self, future: TaskFuture[Any], deadline: float | None) -> bool:
         """Receive until `future` is settled or the time is over; False if it is another thread's turn."""
-        client, poll, look = self._client, self._inner.poll, self._spin.look
+        life, poll, look = self._client.life, self._inner.poll, self._spin.look
         mask = block_in_main()
         try:
             # A signal handler, or a result that is loaded, may wait in here too, in the midst of another wait.
@@ -178,7 +178,7 @@ class Receiver:
                 if not self._kept:
                     self._outer.modify(self._inner, 0)
                 try:
-                    while future._state in UNDONE and not client.life.is_over:
+                    while future._state in UNDONE and not life.is_over:
                         events = look(poll)
                         if not events:
                             events = self._block(deadline, mask)
@@ -187,7 +187,14 @@ class Receiver:
                             if not events:
                                 break
                         self._taken_at = time.monotonic()
-                        self._take_and_settle(events)
+                        try:
+                            self.take(events)
+                            self.settle()
+                        except BaseException as error:
+                            # A signal that another of the program's threads got in the main thread's place: an answer
+                            # may be lost.
+                            life.torn(error)
+                            raise
                 finally:
                     if outer is None:
                         self._give_back(began)
@@ -202,15 +209,6 @@ class Receiver:
         finally:
             put_back(mask)
         return True
-
-    def _take_and_settle(self, events: list[tuple[int, int]]) -> None:
-        try:
-            self.take(events)
-            self.settle()
-        except BaseException as error:
-            # A signal that another of the program's threads got in the main thread's place: an answer may be lost.
-            self._client.life.torn(error)
-            raise
 
     def _give_back(self, began: float) -> None:
         """Let the pump see answers again; or not yet, if waits follow each other quickly."""
@@ -265,10 +263,11 @@ class Receiver:
 
     def _block(self, deadline: float | None, mask: set[int] | None) -> list[tuple[int, int]]:
         """Wait in the kernel, with signals let through; nothing if the time is over."""
-        remaining = -1.0
-        if deadline is not None and (remaining := deadline - time.monotonic()) <= 0:
-            return []
-        remaining = min(remaining, LONGEST_POLL_S)
+        remaining = -1.0  # for ever
+        if deadline is not None:
+            remaining = min(deadline - time.monotonic(), LONGEST_POLL_S)
+            if remaining <= 0:
+                return []
         events: list[tuple[int, int]]
         try:
             kept = self._kept
@@ -324,15 +323,14 @@ class Receiver:
         for fd, _ in events:
             link = self._links.get(fd)
             if link is not None:
-                self.take_from(link)
+                self._receive(link, _BATCH)
             elif self._turn.acquire(False):  # else it is for who waits
                 self._waker.clear()
                 self._turn.release()
 
     def take_from(self, link: SlotLink) -> None:
         """Receive from one slot, as far as a turn goes."""
-        with self._receiving:
-            self._receive(link, _BATCH)
+        self._receive(link, _BATCH)
 
     def take_last(self, link: SlotLink, board: Board, event: Callable[..., Any], *arguments: Any) -> None:
         """Take all that a dead worker has sent and logged, then post its death, with no answer in between."""
@@ -352,14 +350,15 @@ class Receiver:
 
     def _receive(self, link: SlotLink, most: int) -> None:
         """Receive; after `most` datagrams epoll will say that there is more."""
-        slot, has_given = link.slot, self._client.dispatcher.has_given
-        for _ in range(most):
-            received = wire.try_receive(link.mine, MAX_DATAGRAM, SCM_MAX_FD)
-            if received is None:
-                return
-            self._take_answer(slot, received)
-            if most is _BATCH and not has_given(slot):
-                return  # nothing more is expected
+        slot = link.slot
+        with self._receiving:
+            for _ in range(most):
+                received = wire.try_receive(link.mine, MAX_DATAGRAM, SCM_MAX_FD)
+                if received is None:
+                    return
+                self._take_answer(slot, received)
+                if most is _BATCH and not self._client.dispatcher.has_given(slot):
+                    return  # nothing more is expected
 
     def _take_answer(self, slot: int, received: wire.Received) -> None:
         """Post what a datagram means. One that answers no task of this slot is closed and passed over."""
@@ -370,8 +369,8 @@ class Receiver:
         except WireError:
             close_all(numbers)
             return
-        _, kind, flags, _, micros, _, task = header
-        if kind not in _OF_ONE_TASK:
+        task = header.task
+        if header.kind not in _OF_ONE_TASK:
             self._take_word(slot, header, data, numbers)
         elif client.dispatcher.slot_of(task) != slot:
             close_all(numbers)
@@ -379,8 +378,9 @@ class Receiver:
             self._take_piece(slot, future, (header, data[HEADER_BYTES:], numbers))
         else:
             self._to_settle.append((task, (header, data[HEADER_BYTES:], numbers), None))
-            waited = bool(flags & _messages.WAITED)
-            client.critical.post_blocked(client.dispatcher.finished, slot, (task,), micros / 1e6, waited)
+            client.critical.post_blocked(
+                client.dispatcher.finished, slot, (task,), header.micros / 1e6, header.waited
+            )
 
     def _take_word(self, slot: int, header: Header, data: bytes, numbers: list[int]) -> None:
         """Post what a worker says that is no answer to one task."""
@@ -394,8 +394,7 @@ class Receiver:
             return
         close_all(numbers)
         if kind == _messages.ANSWERS:
-            waited = bool(header.flags & _messages.WAITED)
-            self._take_answers(slot, data, HEADER_BYTES, header.task / 1e9, waited)
+            self._take_answers(slot, data, HEADER_BYTES, header.task / 1e9, header.waited)
         elif kind == _messages.READY:
             client.critical.post_blocked(client.readied, slot)
         elif kind == _messages.GOING:
@@ -448,27 +447,22 @@ class Receiver:
 
     def settle(self) -> None:
         """Settle what is due. Objects are loaded here, which is user code; callbacks are the pump's."""
-        due, settle = self._to_settle, self._settle
+        due, tasks = self._to_settle, self._client.tasks
         while due:
             try:
                 task, answer, error = due.popleft()
             except IndexError:
                 return  # another thread was faster
-            settle(task, answer, error)
-
-    def _settle(self, task: int, answer: Answer | None, error: BaseException | None) -> None:
-        client = self._client
-        future = client.tasks.get(task)
-        if future is None:
-            if answer is not None:
-                close_all(answer[2])
-            return
-        if type(future) is ChunkFuture:
-            with self._opening:  # its end and a failure of the pool may come together
-                self._open_pieces(future)
-                self._settle_with(task, future, answer, error)
-        else:
-            self._settle_with(task, future, answer, error)
+            future = tasks.get(task)
+            if future is None:
+                if answer is not None:
+                    close_all(answer[2])
+            elif type(future) is ChunkFuture:
+                with self._opening:  # its end and a failure of the pool may come together
+                    self._open_pieces(future)
+                    self._settle(task, future, answer, error)
+            else:
+                self._settle(task, future, answer, error)
 
     def _open_pieces(self, chunk: ChunkFuture) -> None:
         if chunk._state not in UNDONE:
@@ -481,7 +475,7 @@ class Receiver:
             chunk.results += results or ()
         chunk.pieces.clear()
 
-    def _settle_with(
+    def _settle(
         self, task: int, future: TaskFuture[Any], answer: Answer | None, error: BaseException | None
     ) -> None:
         client = self._client
