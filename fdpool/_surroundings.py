@@ -24,7 +24,6 @@ _NUMBERS = [number for number in _signals.EVERY if number < 32]
 # They count processor time, so they are not due soon.
 _SLOW_TIMERS = (signal.ITIMER_VIRTUAL, signal.ITIMER_PROF)
 _FROM_OUTSIDE = {signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT}
-_STREAMS = ("stdin", "stdout", "stderr")
 _LIMITS = sorted({value for name, value in vars(resource).items() if name.startswith("RLIMIT_")})
 
 
@@ -41,7 +40,7 @@ class Surroundings:
         self._timers = {
             timer: any(_signals.getitimer(timer)) for timer in (signal.ITIMER_REAL, *_SLOW_TIMERS)
         }
-        self._streams = [getattr(sys, name) for name in _STREAMS]
+        self._streams = (sys.stdin, sys.stdout, sys.stderr)
         self._environ = os.environ
         self._environment = dict(os.environ._data)  # type: ignore[attr-defined]  # bytes: to compare, none is decoded
         self._locale = _locale.setlocale(_locale.LC_ALL)
@@ -70,8 +69,7 @@ class Surroundings:
         os.environ = self._environ  # noqa: B003 - the object itself, not its contents
         if os.environ._data != self._environment:  # type: ignore[attr-defined]
             self._put_environment_back(imported)
-        for name, stream in zip(_STREAMS, self._streams):
-            setattr(sys, name, stream)
+        sys.stdin, sys.stdout, sys.stderr = self._streams
         if (os.geteuid(), os.getegid()) != self._ids:
             return "it changed the worker's user or group"
         return self._put_cwd_back()
