@@ -1,11 +1,12 @@
 """What a task takes its client in instructions, as valgrind counts them: for who works on the way of a task.
 
-    python -m tests.benchmarks.instructions [round-trip | flood] [--pools fdpool,ppe] [--functions]
+    python -m tests.benchmarks.instructions [round-trip | flood] [--pools fdpool,ppe] [--functions | --worker]
 
 Times of the same code differ by a tenth and more from run to run; instructions by a few hundredths, however busy the
 machine is. But a program runs some fifty times as long under valgrind: what goes by the clock (messages of several
 tasks, looks at who stands still) happens more often than it does elsewhere. `--functions` needs no valgrind: it says
-which functions of fdpool's the client is in, and how much of their bytecode it runs for a task.
+which functions of fdpool's the client is in, and how much of their bytecode it runs for a task; `--worker` says so of
+the worker. Counting takes fifty times as long, too: the pump wakes for nearly every task.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ import threading
 from collections.abc import Callable
 from types import CodeType, FrameType
 from typing import Any
+
+import fdpool
 
 from . import peers
 from .work import noop
@@ -56,31 +59,78 @@ def counted(name: str, what: str, tasks: int) -> int:
         return max(totals)
 
 
-def by_function(what: str, tasks: int) -> tuple[collections.Counter[CodeType], collections.Counter[CodeType]]:
-    """How many bytecodes each function of the client runs, in all its threads, and how often it is called."""
-    codes: collections.Counter[CodeType] = collections.Counter()
-    calls: collections.Counter[CodeType] = collections.Counter()
+class Counts:
+    """How many bytecodes each function runs, and how often it is called.
 
-    def inside(frame: FrameType, event: str, _argument: object) -> Callable[..., Any]:
+    Functions are told by code, file and first line, as what is counted in a worker has to come here.
+    """
+
+    def __init__(self) -> None:
+        self.codes: collections.Counter[tuple[str, str, int]] = collections.Counter()
+        self.calls: collections.Counter[tuple[str, str, int]] = collections.Counter()
+
+    def inside(self, frame: FrameType, event: str, _argument: object) -> Callable[..., Any]:
         if event == "opcode":
-            codes[frame.f_code] += 1
-        return inside
+            self.codes[_told(frame.f_code)] += 1
+        return self.inside
 
-    def called(frame: FrameType, _event: str, _argument: object) -> Callable[..., Any]:
+    def called(self, frame: FrameType, _event: str, _argument: object) -> Callable[..., Any]:
         frame.f_trace_opcodes, frame.f_trace_lines = True, False
-        calls[frame.f_code] += 1
-        return inside
+        self.calls[_told(frame.f_code)] += 1
+        return self.inside
 
-    threading.settrace(called)  # for the pump, which is yet to start
+
+def _told(code: CodeType) -> tuple[str, str, int]:
+    return code.co_name, os.path.basename(code.co_filename), code.co_firstlineno
+
+
+def of_client(what: str, tasks: int) -> Counts:
+    """Counts of the client, in all its threads."""
+    counts = Counts()
+    threading.settrace(counts.called)  # for the pump, which is yet to start
     with peers.opened("fdpool") as pool:
         run(pool, what, _WARM)
-        codes.clear()
-        calls.clear()
-        sys.settrace(called)
+        counts.codes.clear()
+        counts.calls.clear()
+        sys.settrace(counts.called)
         run(pool, what, tasks)
         sys.settrace(None)
         threading.settrace(None)  # type: ignore[arg-type]
-        return codes.copy(), calls.copy()
+        found = Counts()
+        found.codes, found.calls = counts.codes.copy(), counts.calls.copy()
+        return found
+
+
+def of_worker(what: str, tasks: int) -> Counts:
+    """Counts of the one worker of a pool."""
+    with fdpool.Pool(1) as pool:
+        peer = peers.Fdpool.__new__(peers.Fdpool)
+        peer._take(pool)
+        run(peer, what, _WARM)
+        pool.submit(_count).result()
+        run(peer, what, tasks)
+        codes, calls = pool.submit(_counted).result()
+    found = Counts()
+    found.codes, found.calls = codes, calls
+    return found
+
+
+def _count() -> None:
+    """Runs in: a worker. Count from now on, in the functions too that it is in: its loop is one of them."""
+    counts = sys._counts = Counts()  # type: ignore[attr-defined]  # for `_counted`, whatever module that is in
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        frame.f_trace = counts.inside
+        frame = frame.f_back
+    sys.settrace(counts.called)
+
+
+def _counted() -> tuple[Any, Any]:
+    """Runs in: that worker. Count no more; returns what was counted."""
+    sys.settrace(None)
+    counts: Counts = sys._counts  # type: ignore[attr-defined]
+    return counts.codes, counts.calls
 
 
 def main() -> None:
@@ -88,18 +138,21 @@ def main() -> None:
     parser.add_argument("what", choices=sorted(_TASKS), nargs="?", default="flood")
     parser.add_argument("--pools", default="fdpool,ppe,mp")
     parser.add_argument("--functions", action="store_true")
+    parser.add_argument("--worker", action="store_true")
     parser.add_argument("--tasks", type=int, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     few, many = _TASKS[asked.what]
     if asked.tasks is not None:
         with peers.opened(asked.pools) as pool:
             run(pool, asked.what, _WARM + asked.tasks)
-    elif asked.functions:
-        codes, calls = by_function(asked.what, many)
-        print(f"{codes.total() / many:9,.0f} bytecodes a task, in {calls.total() / many:.0f} calls")
-        for code, count in codes.most_common(40):
-            where = f"{os.path.basename(code.co_filename)}:{code.co_firstlineno}"
-            print(f"{count / many:9,.0f} {calls[code] / many:7.2f}  {code.co_name:24} {where}")
+    elif asked.functions or asked.worker:
+        counts = (of_worker if asked.worker else of_client)(asked.what, many)
+        print(
+            f"{counts.codes.total() / many:9,.0f} bytecodes a task, in {counts.calls.total() / many:.0f} calls"
+        )
+        for code, count in counts.codes.most_common(40):
+            name, file, line = code
+            print(f"{count / many:9,.0f} {counts.calls[code] / many:7.2f}  {name:24} {file}:{line}")
     elif shutil.which("valgrind") is None:
         parser.error("valgrind is not installed; --functions does without")
     else:
