@@ -18,6 +18,8 @@ from .fds import close_all
 #: The header, the body, and the descriptors of a DONE, FAILED or REFUSED message; these are owned.
 Answer = tuple[Header, bytes, list[int]]
 
+_RESULTS = frozenset((_messages.DONE, _messages.PIECE, _messages.CUT))
+
 
 def open_answer(header: Header, body: bytes, numbers: list[int]) -> tuple[Any, BaseException | None]:
     """The result, or the error, that a DONE, FAILED or REFUSED datagram settles its future with.
@@ -25,7 +27,7 @@ def open_answer(header: Header, body: bytes, numbers: list[int]) -> tuple[Any, B
     Takes its descriptors over. Never raises: user code runs in here, and what that raises is the error.
     """
     kind = header.kind
-    if kind != _messages.FAILED and kind != _messages.REFUSED and not numbers and not header.fd_count:
+    if kind in _RESULTS and not numbers and not header.fd_count:
         try:
             return payload.loads(body, numbers, False), None
         except BaseException as error:

@@ -425,7 +425,7 @@ class Receiver:
     ) -> None:
         """Post what answers mean that come together, from the offset `start` on."""
         client = self._client
-        slot_of = client.dispatcher.slot_of
+        slot_of, keep = client.dispatcher.slot_of, self._to_settle.append
         done: list[int] = []
         returned: list[int] = []
         try:
@@ -433,11 +433,13 @@ class Receiver:
         except WireError:
             return
         for kind, task, body in found:
-            if kind == _messages.RETURNED:
+            header = _PLAIN.get(kind)
+            if header is not None:
+                if slot_of(task) == slot:
+                    done.append(task)
+                    keep((task, (header, body, _NOTHING), None))
+            elif kind == _messages.RETURNED:
                 returned.append(task)
-            elif kind in _PLAIN and slot_of(task) == slot:
-                done.append(task)
-                self._to_settle.append((task, (_PLAIN[kind], body, _NOTHING), None))
         if done:
             client.critical.post_blocked(client.dispatcher.finished, slot, done, busy_s, waited)
         if returned:
