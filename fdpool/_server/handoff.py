@@ -121,7 +121,7 @@ class _Seat:
     @property
     def is_busy(self) -> bool:
         """True if it takes nothing for now because all of its threads have requests."""
-        return self.link.see().is_busy
+        return self.link.is_busy()
 
     @property
     def could_take(self) -> bool:

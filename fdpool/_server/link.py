@@ -148,7 +148,7 @@ class WorkerLink:
         """Connections that it has taken so far, and that it has open."""
         return self._page.load()
 
-    def is_busy(self, waiting: int) -> bool:
+    def is_busy(self, waiting: int = 0) -> bool:
         """True if it has no thread free for one more than so many connections that it has yet to take."""
         return self._page.is_busy(waiting)
 

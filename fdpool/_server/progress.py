@@ -37,17 +37,11 @@ class Seen(NamedTuple):
     beat: float | None
     taken: int = 0
     open: int = 0
-    threads: int = 0
 
     @property
     def in_flight(self) -> int:
         """Requests begun and not finished."""
         return max(0, self.begun - self.finished)
-
-    @property
-    def is_busy(self) -> bool:
-        """True if it takes no connection because all of its threads have requests."""
-        return 0 < self.threads <= self.in_flight
 
     def stuck_s(self, now: float) -> float:
         """Seconds that the worker has gone without moving on: its oldest request, or its event loop."""
@@ -95,15 +89,15 @@ class SeenPage(_Page):
             beat / 1e9 if beat else None,
             words[_TAKEN],
             words[_OPEN],
-            words[_THREADS],
         )
 
     def load(self) -> tuple[int, int]:
         """Connections that it has taken so far, and that are open now; looked at for each connection handed over."""
         return self._words[_TAKEN], self._words[_OPEN]
 
-    def is_busy(self, waiting: int) -> bool:
-        """True if none of its threads is free, as so many connections wait to be taken; looked at as `load` is."""
+    def is_busy(self, waiting: int = 0) -> bool:
+        """True if none of its threads is free for one more than so many connections that wait to be taken; looked at
+        as `load` is."""
         words = self._words
         return 0 < words[_THREADS] <= words[BEGUN] - words[FINISHED] + waiting
 
