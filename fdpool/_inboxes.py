@@ -32,8 +32,6 @@ _LOOK_S = 0.004
 #: Pause before the kernel is asked again to take a message, where nothing of ours is in its way.
 RETRY_S = 0.01
 
-_NO_NUMBERS: list[int] = []
-
 
 class Inboxes:
     """All inboxes of `client`.
@@ -88,7 +86,8 @@ class Inboxes:
         if record is None or record.call is None:  # failed meanwhile
             return self._dispatcher.finished(slot, tasks)
         call = record.call
-        body, numbers, flags = call.body, _NO_NUMBERS, 0
+        body, flags = call.body, 0
+        numbers: Sequence[int] = ()
         if call.fds is not None:
             numbers = call.fds.numbers
             flags = _messages.SPILLED if call.spilled else 0

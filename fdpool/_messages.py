@@ -90,6 +90,11 @@ class Header(NamedTuple):
         return bool(self.flags & SPILLED)
 
     @property
+    def released(self) -> bool:
+        """Of an answer: nobody sees the memory file of the task any more."""
+        return bool(self.flags & RELEASED)
+
+    @property
     def waited(self) -> bool:
         """Of an answer: most of that time the worker did not run."""
         return bool(self.flags & WAITED)

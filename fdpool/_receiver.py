@@ -323,19 +323,27 @@ class Receiver:
         for fd, _ in events:
             link = self._links.get(fd)
             if link is not None:
-                self._receive(link, _BATCH)
+                self.take_from(link)
             elif self._turn.acquire(False):  # else it is for who waits
                 self._waker.clear()
                 self._turn.release()
 
-    def take_from(self, link: SlotLink) -> None:
-        """Receive from one slot, as far as a turn goes."""
-        self._receive(link, _BATCH)
+    def take_from(self, link: SlotLink, most: int = _BATCH) -> None:
+        """Receive from one slot, as far as a turn goes; after `most` datagrams epoll will say that there is more."""
+        slot = link.slot
+        with self._receiving:
+            for _ in range(most):
+                received = wire.try_receive(link.mine, MAX_DATAGRAM, SCM_MAX_FD)
+                if received is None:
+                    return
+                self._take_answer(slot, received)
+                if most is _BATCH and not self._client.dispatcher.has_given(slot):
+                    return  # nothing more is expected
 
     def take_last(self, link: SlotLink, board: Board, event: Callable[..., Any], *arguments: Any) -> None:
         """Take all that a dead worker has sent and logged, then post its death, with no answer in between."""
         with self._receiving:
-            self._receive(link, _ALL)
+            self.take_from(link, _ALL)
             self._take_answers(link.slot, board.logged(link.slot), 0, None)
             event(*arguments)
 
@@ -347,18 +355,6 @@ class Receiver:
             if board.logged(slot) == data:
                 with self._receiving:
                     self._take_answers(slot, data, 0, None)
-
-    def _receive(self, link: SlotLink, most: int) -> None:
-        """Receive; after `most` datagrams epoll will say that there is more."""
-        slot = link.slot
-        with self._receiving:
-            for _ in range(most):
-                received = wire.try_receive(link.mine, MAX_DATAGRAM, SCM_MAX_FD)
-                if received is None:
-                    return
-                self._take_answer(slot, received)
-                if most is _BATCH and not self._client.dispatcher.has_given(slot):
-                    return  # nothing more is expected
 
     def _take_answer(self, slot: int, received: wire.Received) -> None:
         """Post what a datagram means. One that answers no task of this slot is closed and passed over."""
@@ -488,8 +484,7 @@ class Receiver:
         if call is not None:
             future.call = None
             if call.fds is not None:
-                released = answer is not None and answer[0].flags & _messages.RELEASED
-                if released and call.spilled and not call.carries_fds:
+                if answer is not None and answer[0].released and call.spilled and not call.carries_fds:
                     client.recycle(call)
                 call.close()
         if future.settle(result, error):
