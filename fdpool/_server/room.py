@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 import resource
 
-# A look at each descriptor would cost a connection 3 %.
-_TAKEN_UNSEEN = 8
-_SHARE_UNSEEN = 32
+_TAKEN_UNSEEN = 8  # a look at each descriptor would cost a connection 3 %
+_SHARE_UNSEEN = 32  # of what is spare: where that is much, one in eight is more than is needed
 
 
 def unseen(margin: int) -> int:
@@ -17,12 +16,12 @@ def unseen(margin: int) -> int:
     margin are for what else the process opens meanwhile.
     """
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)  # each time: it may be changed
+    if soft == resource.RLIM_INFINITY:
+        return _TAKEN_UNSEEN  # it may be set meanwhile
     try:
         taken = _count()
     except OSError:  # there is none left to look with, or nothing to look at
         return -1
-    if soft == resource.RLIM_INFINITY:
-        return max(_TAKEN_UNSEEN, taken)
     # Those above the limit are counted, too, so there may be more than this, and never fewer.
     spare = soft - taken - margin
     if spare <= 0:
