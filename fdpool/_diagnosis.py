@@ -5,8 +5,6 @@ once per level. That is slow and meant to be: it is the difference between "cann
 object" and the name of the argument that holds it.
 """
 
-from __future__ import annotations
-
 import functools
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence

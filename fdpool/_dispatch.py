@@ -21,8 +21,6 @@ else each would cost two switches between processes. One that takes longer than 
 this (`stalled`), and then what waits behind it goes to the others.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 import sys

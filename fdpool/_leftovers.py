@@ -4,8 +4,6 @@ It may be a cache that the next task is to find: a connection, a helper process.
 as the worker lives; the client is told, and all of it goes with the worker. Runs in: a worker.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """What the client holds of a slot: both ends of its datagram pair, and the worker that serves it now."""
 
-from __future__ import annotations
-
 import os
 import signal
 import socket

@@ -6,8 +6,6 @@ Control link (client <-> supervisor): each frame is one of the records below, pi
 this package's own code, and no worker holds an end of it.
 """
 
-from __future__ import annotations
-
 import errno
 import pickle
 from collections.abc import Callable

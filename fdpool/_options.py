@@ -1,7 +1,5 @@
 """What `Pool.with_options` can say of a task: how long it may wait and run, how often it is tried, and its name."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple

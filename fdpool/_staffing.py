@@ -3,8 +3,6 @@
 All of it runs with the client's lock held. An idle pool that has no more workers than it must have is not woken.
 """
 
-from __future__ import annotations
-
 import random
 import time
 from collections.abc import Sequence
@@ -38,7 +36,7 @@ class Staff(NamedTuple):
 class Staffing:
     """Of `client`."""
 
-    def __init__(self, client: Client, staff: Staff) -> None:
+    def __init__(self, client: "Client", staff: Staff) -> None:
         self._client = client
         self._dispatcher = client.dispatcher
         self._staff = staff

@@ -4,8 +4,6 @@ it was killed; buried.
 Nothing here waits, save `bury`. With the client's lock held, where it does not say otherwise.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -51,7 +49,7 @@ class Supervision:
         restarts: how often it had to be replaced.
     """
 
-    def __init__(self, client: Client, setup: Setup) -> None:
+    def __init__(self, client: "Client", setup: Setup) -> None:
         self._client = client
         self._setup: Setup | None = setup
         self.control: _control.ControlLink | None = None

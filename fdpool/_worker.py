@@ -5,8 +5,6 @@ task can do wrong ends here as an answer to that task: what it raises (anything,
 what cannot be loaded or pickled, descriptors that did not arrive.
 """
 
-from __future__ import annotations
-
 import errno
 import os
 import select

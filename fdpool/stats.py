@@ -1,7 +1,5 @@
 """Snapshots of a pool, as `Pool.stats()` takes them: plain values, true for a moment."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 

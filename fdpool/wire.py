@@ -14,8 +14,6 @@ thread and the Python one always runs in the main one. So what is received goes 
 and later run no handler. `Inbox` and the public sockets do so; `try_receive` and `receive` do not.
 """
 
-from __future__ import annotations
-
 import errno
 import os
 import select
