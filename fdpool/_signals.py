@@ -14,7 +14,7 @@ from typing import Any
 _signal: Any = importlib.import_module("_signal")
 
 #: Every signal there is.
-EVERY: tuple[int, ...] = tuple(sorted(int(number) for number in signal.valid_signals()))
+EVERY: tuple[int, ...] = tuple(sorted(_signal.valid_signals()))
 
 #: A set of the signals that a thread has blocked.
 Mask = set[int]

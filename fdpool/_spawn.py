@@ -66,7 +66,7 @@ def spawn_supervisor(control_fd: int) -> int:
         file_actions=actions,
         setpgroup=0,
         setsigmask=(),
-        setsigdef=sorted(signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}),
+        setsigdef=[number for number in _signals.EVERY if number not in (signal.SIGKILL, signal.SIGSTOP)],
     )
 
 
