@@ -9,7 +9,8 @@ from __future__ import annotations
 import fcntl
 import os
 import sys
-from typing import Any
+from collections.abc import Callable
+from functools import partial
 
 # fcntl(2); the names are in Python's fcntl module only where it was built against new enough headers.
 _F_ADD_SEALS = 1033
@@ -89,18 +90,21 @@ def signal_when_parent_dies(signal_number: int) -> bool:
     return has("pdeathsig") and _prctl(_PR_SET_PDEATHSIG, signal_number)
 
 
-_libc: Any = None
+_call_prctl: Callable[[tuple[int, ...]], int] | None = None
 
 
 def _prctl(option: int, argument: int) -> bool:
-    global _libc
+    global _call_prctl
     if sys.platform != "linux":
         return False
-    if _libc is None:
+    if _call_prctl is None:
         try:
-            import ctypes  # 6 ms, and only processes that call prctl need it
+            # What ctypes is made of, and all that is needed of it: 0.5 ms in place of 1.8, and 40 pages fewer.
+            import _ctypes
         except ImportError:
             return False  # an interpreter that was built without libffi
 
-        _libc = ctypes.CDLL(None, use_errno=True)
-    return bool(_libc.prctl(option, argument, 0, 0, 0) == 0)
+        # typeshed has it that dlopen takes no None, which is this process.
+        libc = _ctypes.dlopen(None, 0)  # type: ignore[arg-type]
+        _call_prctl = partial(_ctypes.call_function, _ctypes.dlsym(libc, "prctl"))
+    return _call_prctl((option, argument, 0, 0, 0)) == 0
