@@ -140,14 +140,22 @@ class Page:
     """
 
     def __init__(self, fd: int, slot: int) -> None:
-        global here
         self._area = _map_area(fd, slot)
         self._words = memoryview(self._area)[:_TAIL_AT].cast("Q")
         self._used = 0
         self.slot = slot
         self._words[_STARTED] = self._words[_SAID] = 0
         self.forget_log()
+
+    def enter(self) -> None:
+        """Runs in: the worker whose it is."""
+        global here
         here = self
+
+    def close(self) -> None:
+        """Unmap it, in a process that has made it for a worker."""
+        self._words.release()
+        self._area.close()
 
     def begin(self, task: int) -> None:
         """Say that `task` begins now."""

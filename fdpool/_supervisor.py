@@ -211,9 +211,12 @@ class Supervisor:
         stacks_fd = _new_stacks_file()
         mark = f"{_trees.supervisor_mark(os.getpid(), self._configuration.token)}{slot}.{generation}"
         os.environ[_trees.WORKER_MARK] = mark
+        page: Page | None = None
         try:
+            # Here, as a worker that made it would copy 90 pages of memory for that: 0.3 ms of its start.
+            page = Page(self._board_fd, slot)
             pid = _spawn.fork_worker(
-                lambda: self._be_worker(slot, inbox_fd, stacks_fd), close=self._own_fds()
+                lambda: self._be_worker(page, inbox_fd, stacks_fd), close=self._own_fds()
             )
         except OSError as error:
             if stacks_fd is not None:
@@ -223,6 +226,8 @@ class Supervisor:
         finally:
             del os.environ[_trees.WORKER_MARK]
             fds.close_all(numbers)
+            if page is not None:
+                page.close()
         self._children[pid] = child = _Child(slot, generation, mark, pid, stacks_fd)
         if child.pidfd is not None:
             self._poll.register(child.pidfd, select.POLLIN)
@@ -230,13 +235,13 @@ class Supervisor:
             _messages.WorkerStarted(slot, generation, pid), [] if child.pidfd is None else [child.pidfd]
         )
 
-    def _be_worker(self, slot: int, inbox_fd: int, stacks_fd: int | None) -> None:
+    def _be_worker(self, page: Page, inbox_fd: int, stacks_fd: int | None) -> None:
         """Runs in: the forked worker."""
         if stacks_fd is not None:
             _forensics.write_stacks_to(stacks_fd)
         configuration = self._configuration
         assert configuration is not None
-        page = Page(self._board_fd, slot)
+        page.enter()
         os.close(self._board_fd)
         boot = _worker.Boot(
             page,

@@ -13,7 +13,7 @@ import time
 from collections.abc import Set
 from typing import TYPE_CHECKING
 
-from . import _platform
+from . import _platform, _signals
 
 if TYPE_CHECKING:
     import psutil
@@ -249,7 +249,7 @@ def end_with_parent(parent: int) -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [number])
         os.kill(os.getpid(), number)
 
-    signal.signal(signal.SIGHUP, on_sighup)
+    _signals.set_handler(signal.SIGHUP, on_sighup)
 
 
 def _reap_if_child(pid: int, deadline: float) -> None:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
-from . import _by_value, _chunks, _forensics, _messages, _shared, _spill, payload, wire
+from . import _by_value, _chunks, _forensics, _messages, _shared, _signals, _spill, payload, wire
 from ._board import Page
 from ._leftovers import Leftovers, encode
 from ._messages import HEADER_BYTES, MAX_DATAGRAM, Header, Recycling
@@ -90,8 +90,8 @@ class Worker:
 
     def run(self, boot: Boot) -> None:
         """Run the initializer, say READY, and serve until told to leave, or until the worker has had its time."""
-        signal.signal(signal.SIGINT, self._on_sigint)
-        signal.signal(signal.SIGURG, self._on_sigurg)
+        _signals.set_handler(signal.SIGINT, self._on_sigint)
+        _signals.set_handler(signal.SIGURG, self._on_sigurg)
         if not self._initialize(boot):
             raise SystemExit(1)
         upkeep = self._upkeep = Upkeep(boot.recycling)

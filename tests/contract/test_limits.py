@@ -544,6 +544,7 @@ def test_the_board_never_names_the_task_before_as_the_one_that_runs(monkeypatch:
     monkeypatch.setattr("fdpool._board.here", None)
     board = Board(1)
     page = Page(board.fd, 0)
+    page.enter()
     seen = []
 
     class Words:
