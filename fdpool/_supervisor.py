@@ -387,6 +387,7 @@ def _serve(
     control: StreamSocket, inherited: Callable[[], object] | None, client_pidfd: int | None
 ) -> NoReturn:
     _platform.become_subreaper()
+    _forensics.make_audible()
     supervisor = Supervisor(control, client_pidfd, inherited)
     supervisor.run()
     os._exit(0)
