@@ -185,6 +185,7 @@ def _start(fork: bool, inherited: Callable[[], object] | None) -> _Started:
     def main() -> NoReturn:
         from . import _supervisor
 
+        _spawn.reset_stdin()
         mine.close()
         _supervisor.main(theirs.into_inner().detach(), inherited)
 

@@ -91,7 +91,6 @@ def fork_supervisor(main: Callable[[], NoReturn]) -> int:
         def child() -> None:
             for number in _RESET:  # also what C code has set, of which Python does not know
                 _signals.set_handler(number, _signals.DEFAULT)
-            _reset_stdin()
             main()
 
         _run_child(child)
@@ -194,8 +193,8 @@ def _reset_signals() -> None:
     _signals.sigmask(signal.SIG_SETMASK, ())
 
 
-def _reset_stdin() -> None:
-    """Forget the parent's half-read stdin: there is nothing to read."""
+def reset_stdin() -> None:
+    """Runs in: a fork of a client. Forget the parent's half-read stdin: there is nothing to read."""
     null = os.open(os.devnull, os.O_RDONLY)
     if null != 0:
         os.dup2(null, 0)

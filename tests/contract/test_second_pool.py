@@ -100,6 +100,27 @@ def test_relative_entries_of_the_search_path_lead_where_they_lead_now(
         assert is_borrowed(pool)
 
 
+@pytest.mark.parametrize("was_there", [False, True])
+def test_a_module_that_was_written_meanwhile_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, was_there: bool
+) -> None:
+    monkeypatch.setattr(_control, "_BIRTH_S", 20.0)
+    folder = tmp_path / "lib"
+    if was_there:
+        folder.mkdir()
+    times = os.stat(folder if was_there else tmp_path)
+    monkeypatch.setattr(sys, "path", [str(folder), *sys.path])  # ahead of all that a supervisor looks for
+    with Pool(1) as first:
+        first.submit(helpers.nothing).result(timeout=20)
+        wait_until(lambda: first._client.control is not None and first._client.control.was_heard)
+        folder.mkdir(exist_ok=True)
+        (folder / "found_by_relative_path.py").write_text("NAME = 'later'\n")
+        os.utime(folder, ns=(times.st_atime_ns, times.st_mtime_ns))  # as if within the clock's resolution
+        with Pool(1) as second:
+            assert second.submit(name_found).result(timeout=20) == "later"
+            assert is_borrowed(second)
+
+
 def test_it_goes_on_when_the_first_pool_ends(first: Pool) -> None:
     with Pool(1) as second:
         second.submit(helpers.nothing).result(timeout=20)
