@@ -222,12 +222,13 @@ def test_one_that_never_becomes_ready_is_ended_and_fails_with_what_it_wrote(serv
         print("pid", os.getpid())
         time.sleep(60)
 
+    serve(shout).stop()  # what the first server of a process takes is not of the time that the next one has
     with pytest.raises(
         ServerDied, match="the server hangs was not ready within 1.5 s; it had written:\npid "
     ) as caught:
         serve(hangs, ready_timeout=1.5)
     pid = int(caught.value.logs.split()[1])
-    wait_until(lambda: not psutil.pid_exists(pid), 1)  # it has ended; its supervisor may have yet to reap it
+    wait_until(lambda: not psutil.pid_exists(pid), 4)  # it has ended; its supervisor may have yet to reap it
 
 
 @pytest.mark.parametrize("kind", ["tcp", "unix"])
@@ -450,7 +451,7 @@ def test_a_programs_children_go_with_it(serve: Serve) -> None:
     wait_until(lambda: served.logs.endswith("\n"))
     child = psutil.Process(int(served.logs))
     served.stop()
-    assert seconds_until_gone([child]) < 2
+    assert seconds_until_gone([child]) < 4
 
 
 def test_a_log_can_be_what_a_test_waits_for(serve: Serve) -> None:
@@ -533,7 +534,7 @@ def test_everything_of_a_server_goes_with_its_factory(listener_factory: Listener
         served = [servers(shout, listener=mine), servers(shout), servers.command(["sleep", "60"])]
         processes = [psutil.Process(each.pid) for each in served]
         servers.close()
-        assert seconds_until_gone(processes) < 1
+        assert seconds_until_gone(processes) < 4
         assert mine.fileno() > 0
         assert served[1].listener.fileno() < 0
         assert served[0].logs == ""

@@ -188,11 +188,12 @@ def test_no_connection_is_lost_as_the_door_is_taken_in_the_midst_of_traffic(
 
     def clients(face: AsgiFace) -> None:
         try:
-            with socket.create_connection(address) as kept, Load(request, clients=8) as load:
+            with socket.create_connection(address) as kept:
                 answer(kept)
                 assert next(by_door) == 0
-                load.go_on(400)
-                answer(kept)
+                with Load(request, clients=8) as load:
+                    load.go_on(400)
+                    answer(kept)
             assert not load.failed
             assert next(by_door) > 100
         finally:

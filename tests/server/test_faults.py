@@ -249,15 +249,17 @@ def test_a_worker_that_is_ended_by_a_signal_is_replaced(number: int) -> None:
             assert ask(server)[0] != before
 
 
-def test_a_worker_that_is_sent_sigterm_finishes_and_has_a_successor_first() -> None:
+def test_a_worker_that_is_sent_sigterm_finishes_and_has_a_successor_first(tmp_path: Path) -> None:
     """W1."""
-    with Server(slow_then_pid, ANY_PORT, workers=1) as server:
+    gate = tmp_path / "gate"
+    with Server(waiting_for(gate, "handler"), ANY_PORT, workers=1) as server:
         [before] = pids(server)
         with connect(server) as client:
-            client.sendall(b"0.5")
+            client.sendall(b"x")
             wait_until(lambda: server.stats().workers[0].in_flight)
             os.kill(before, signal.SIGTERM)
             wait_until(lambda: pids(server) not in ([before], []))
+            gate.touch()
             assert int(read_all(client)) == before
 
 
@@ -479,7 +481,7 @@ def test_handing_a_connection_over_is_no_occasion_to_look_at_every_worker(
         tick = plan.tick
         monkeypatch.setattr(plan, "tick", lambda now: [ticks.append(now), tick(now)][1])
         assert len({ask(server)[0] for _ in range(50)}) == 2
-        assert len(ticks) < 10
+        assert len(ticks) < 25  # of the time that this takes, and not of each
 
 
 def assert_failing_requests_concern_no_other(server: Server) -> None:
@@ -854,8 +856,15 @@ def test_a_request_that_hangs_is_killed_with_its_programs_and_the_log_has_its_st
         connection.sendall(b"%d" % child.pid)
         ctypes.PyDLL(None).usleep(600_000_000)
 
+    def import_first(_: ServerWorker) -> None:
+        import ctypes
+        import subprocess
+
+        assert ctypes, subprocess  # importing them takes a busy machine as long as a request may take
+
+    options: dict[str, Any] = {"request_timeout": 0.5, "on_worker_start": import_first}
     with records(caplog) as logged:
-        with Server(hang_in_c, ANY_PORT, workers=1, request_timeout=0.5) as server:
+        with Server(hang_in_c, ANY_PORT, workers=1, **options) as server:
             [before] = pids(server)
             with connect(server) as client:
                 child = psutil.Process(int(client.recv(100)))
@@ -935,15 +944,19 @@ def test_a_worker_that_stands_still_is_logged_with_its_stacks_and_left_alone_whe
 ) -> None:
     pytest.importorskip("uvicorn" if app is asgi else "waitress")
     monkeypatch.setattr("fdpool._server.watch._SLOW_S", 0.3)
+
+    def told() -> list[Any]:
+        """That it is the application which stands still; on a busy machine a loop that does nothing may as well."""
+        return [each for each in logged("worker_slow") if "helpers.py" in each.stacks]
+
     with records(caplog) as logged, Server(app, ANY_PORT, workers=1, threads=threads) as server:
         before = pids(server)
         with connect(server) as client:
             client.sendall(f"GET {path} HTTP/1.0\r\n\r\n".encode())
-            wait_until(lambda: logged("worker_slow"))
+            wait_until(told)
             assert pids(server) == before
             server.stop(0)
-        [slow] = logged("worker_slow")
-        assert "helpers.py" in slow.stacks
+        [slow] = told()
         assert slow.stacks in slow.getMessage()
         assert slow.worker_pid == before[0]
 
@@ -969,7 +982,7 @@ def test_an_event_loop_that_stands_still_is_killed(loop: str, caplog: pytest.Log
 def test_a_worker_whose_event_loop_turns_is_left_alone_until_its_end(loop: str, tmp_path: Path) -> None:
     """In its lifespan's shutdown, and in its hook after that, when there is no loop any more."""
     pytest.importorskip("uvicorn")
-    limit_s = 0.6
+    limit_s = 1.2
     said = tmp_path / "said"
 
     async def slow_to_end(scope: Any, receive: Any, send: Any) -> None:
@@ -979,11 +992,11 @@ def test_a_worker_whose_event_loop_turns_is_left_alone_until_its_end(loop: str, 
         await receive()
         await send({"type": "lifespan.startup.complete"})
         await receive()
-        await asyncio.sleep(3 * limit_s)
+        await asyncio.sleep(1.5 * limit_s)
         await send({"type": "lifespan.shutdown.complete"})
 
     def slow_hook(worker: ServerWorker) -> None:
-        time.sleep(3 * limit_s)
+        time.sleep(1.5 * limit_s)
         said.write_text(str(worker.pid))
 
     with Server(
@@ -1098,14 +1111,16 @@ def leave_room_for(count: int) -> Any:
 
 
 def cpu_in_a_second(server: Server, pid: int) -> float:
-    """Seconds of processor time that the one worker takes in a second, in which it stays."""
+    """Seconds of processor time that the one worker takes in a second, in which it stays. One that spins takes what
+    there is, so none of that is spent here."""
     process = psutil.Process(pid)
     before = process.cpu_times()
     begun = time.monotonic()
-    while time.monotonic() - begun < 1.0:
+    while (passed_s := time.monotonic() - begun) < 1.0:
         assert pids(server) == [pid]
+        time.sleep(0.02)
     used = process.cpu_times()
-    return used.user + used.system - before.user - before.system
+    return (used.user + used.system - before.user - before.system) / passed_s
 
 
 @pytest.mark.parametrize("dispatch", ["shared", "handoff"])
@@ -1176,7 +1191,7 @@ def test_an_asgi_worker_without_descriptors_says_so_once_and_serves_all_as_they_
             assert client.recv(8) == b"HTTP/1.1"
             client.close()  # which lets the next one in
             wait_until(lambda n=answered: server.stats().workers[0].requests >= min(n, count))  # type: ignore[misc]
-        assert time.monotonic() - begun < 5.0  # and not after a pause of up to 0.5 s each
+        assert time.monotonic() - begun < 4.0 + count / 25  # and not after a pause of up to 0.5 s each
         said = capfd.readouterr().err
         assert said.count("\n") <= 2, said  # one at most, but for what happens in the same turn
 
@@ -1321,7 +1336,7 @@ def test_a_worker_holds_nothing_of_its_siblings_or_of_the_server() -> None:
 
     seen: dict[int, int] = {}
     with Server(count, ANY_PORT, workers=4) as server:
-        wait_until(lambda: seen.update([(s, int(n)) for s, n in [ask(server, b"")]]) or len(seen) == 4)
+        wait_until(lambda: seen.update([(s, int(n)) for s, n in [ask(server, b"")]]) or len(seen) == 4, 60)
     assert len(set(seen.values())) == 1
     assert seen[0] <= 5  # the listener, its control stream, the pool's inbox, the connection
 

@@ -450,9 +450,18 @@ def test_a_server_that_gives_up_closes_its_listeners(module: Path) -> None:
 # -- several things at once ---------------------------------------------------------------------------
 
 
+def boot_for_long_at_first(worker: ServerWorker) -> None:
+    """A hook: those of the first reload do not come to serve, so that whatever comes meanwhile does not come late."""
+    if worker.generation == 2:
+        worker.wait_drain()
+
+
 def test_of_several_reloads_the_last_wins_and_all_get_its_outcome() -> None:
     """S3."""
-    with Server(echo_pid, ANY_PORT, workers=2) as server, Load(lambda: ask(server)[0], clients=2) as load:
+    with (
+        Server(echo_pid, ANY_PORT, workers=2, on_worker_start=boot_for_long_at_first) as server,
+        Load(lambda: ask(server)[0], clients=2) as load,
+    ):
         reloads = [server.reload()]
         wait_until(lambda: any(each.generation == 2 for each in server.stats().workers))
         reloads += [server.reload() for _ in range(5)]
@@ -503,7 +512,7 @@ def test_scaling_during_a_reload_loses_nothing() -> None:
 
 def test_a_stop_during_a_reload_ends_both() -> None:
     """S3."""
-    with Server(echo_pid, ANY_PORT, workers=2) as server:
+    with Server(echo_pid, ANY_PORT, workers=2, on_worker_start=boot_for_long_at_first) as server:
         reload = server.reload()
         server.stop()
         with pytest.raises(ReloadFailed):
@@ -550,7 +559,7 @@ def test_workers_more_that_cannot_boot_cost_no_connection(dispatch: Any, module:
         assert {ask(server)[0] for _ in range(20)} <= set(pids(server))
         module.write_text(code)
         wait_until(lambda: len(pids(server)) == 4, 60)
-        wait_until(lambda: ask(server)[0] in pids(server)[2:])
+        wait_until(lambda: ask(server)[0] in pids(server)[2:], 60)
 
 
 def test_scaling_down_with_listeners_apart_leaves_no_connection_to_nobody() -> None:

@@ -54,7 +54,7 @@ class Upper(socketserver.StreamRequestHandler):
 def test_a_function_serves_connections_in_every_worker() -> None:
     with Server(echo_pid, ANY_PORT, workers=2) as server:
         seen: set[int] = set()
-        wait_until(lambda: seen.add(ask(server)[0]) or len(seen) == 2)  # type: ignore[func-returns-value]
+        wait_until(lambda: seen.add(ask(server)[0]) or len(seen) == 2, 60)  # type: ignore[func-returns-value]
         assert seen == set(pids(server))
         assert os.getpid() not in seen
 
@@ -366,7 +366,7 @@ def test_tls_clients_that_never_finish_the_handshake_keep_no_worker_from_its_end
             assert is_answered_by_tls()
             server.stop(wait=False)
             assert is_over(silent)
-            assert server.wait(10)
+            assert server.wait(30)
 
 
 # -- beginning and end ---------------------------------------------------------------------------------
@@ -408,7 +408,7 @@ def test_a_stop_with_a_grace_of_its_own_lets_what_is_shorter_finish(threads: int
     with Server(sleep_and_tell, ANY_PORT, workers=1, threads=threads, grace=0) as server:
         with connect(server) as client:
             client.sendall(b"0.5")
-            wait_until(lambda: server.stats().workers[0].in_flight)
+            wait_until(lambda: (worker := server.stats().workers[0]).in_flight or worker.requests)
             server.stop(60)
             assert read_all(client) == b"done"
 

@@ -6,7 +6,6 @@ import os
 import signal
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -438,12 +437,21 @@ def test_of_a_program_with_two_servers_an_upgrade_replaces_the_one_that_was_aske
 
 def test_a_stop_while_a_successor_boots_ends_both(tmp_path: Path) -> None:
     """What was asked for last counts: also where requests in flight leave the successor the time to come to serve."""
-    with program(tmp_path, PLAIN.replace("workers=2", "workers=1, grace=60")) as server:
+    body = """
+    def wait_to_be_let(worker):
+        while os.path.exists("wait"):
+            time.sleep(0.01)
+
+    sys.exit(fdpool.Server(pid, "127.0.0.1:0", workers=1, grace=60, on_worker_start=wait_to_be_let).run())
+    """
+    with program(tmp_path, body) as server:
         first, port = server.pid, port_in(server.expect("started"))
         with begin_sleeping(port, 60):
+            (tmp_path / "wait").touch()  # until the server is told to stop, however late that is
             server.signal(signal.SIGUSR2)
             server.pid = server.expect("upgrading")["successor_pid"]
             os.kill(first, signal.SIGTERM)
+            (tmp_path / "wait").unlink()
             wait_until(lambda: not psutil.pid_exists(server.pid))
             for _ in range(2):
                 server.expect("stopping")
@@ -471,16 +479,17 @@ def test_a_crash_loop_ends_with_an_exit_code_and_takes_little_time_of_the_proces
     body = """
     (open("broken.py", "w")).write("raise ValueError('no settings')")
     server = fdpool.Server("broken:app", "127.0.0.1:0", workers=1, boot_limit=4)
+    begun, before = time.monotonic(), time.process_time()
     code = server.run()
-    times = os.times()
-    log.info("times", extra={"event": "times", "cpu": times.user + times.system, "children": times.children_user})
+    times = {"cpu": time.process_time() - before, "took": time.monotonic() - begun}
+    log.info("times", extra={"event": "times", **times})
     sys.exit(code)
     """
     with program(tmp_path, body) as server:
-        begun = time.monotonic()
         assert "no settings" in server.expect("gave_up")["reason"]
-        assert time.monotonic() - begun >= 0.1 + 0.2 + 0.4
-        assert server.expect("times")["cpu"] < 2
+        times = server.expect("times")
+        assert times["took"] >= 0.1 + 0.2 + 0.4
+        assert times["cpu"] < 0.5
         assert server.wait() == 3
         failed = [record for record in server.heard if record["event"] == "worker_failed"]
         assert len(failed) == 4
@@ -531,7 +540,7 @@ def test_nothing_outlives_a_killed_server_and_a_killed_supervisor_is_replaced(
             server.signal(signal.SIGKILL)
         else:
             supervisor.kill()
-        assert seconds_until_gone(below) < 1
+        assert seconds_until_gone(below) < 4  # on a busy machine; they would be there for ten minutes
         if victim == "supervisor":
             server.expect("worker_ready")
             assert ask_port(port) not in [each.pid for each in below]
