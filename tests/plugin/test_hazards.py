@@ -114,7 +114,8 @@ def test_nothing_is_left_a_second_after_pytest_has_ended(  # type: ignore[no-unt
             process.wait(30)
         finally:
             process.kill()
-        assert seconds_until_gone(started) < 1.0
+        # On a busy machine; what is left would be there for a minute.
+        assert seconds_until_gone(started) < 4.0
         assert process.returncode != 0
         said.seek(0)
         assert (" Timeout " in said.read()) == (plugin == "timeout")

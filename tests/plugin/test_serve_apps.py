@@ -112,8 +112,12 @@ def test_an_asgi_application_ends_at_once_but_answers_first_and_has_its_shutdown
     assert connection.getresponse().read().startswith(b"asgi ")
     connection.close()
     assert "lifespan.shutdown" in served.logs
-    assert min(seconds_to_stop(served) for _ in range(3)) < 0.1
-    assert served.logs.count("lifespan.shutdown") == 4
+    # Either of uvicorn's rests is a tenth of a second each time; a busy machine is as slow, but not every time.
+    took_s = [seconds_to_stop(served)]
+    while took_s[-1] >= 0.1:
+        assert len(took_s) < 12, took_s
+        took_s.append(seconds_to_stop(served))
+    assert served.logs.count("lifespan.shutdown") == 1 + len(took_s)
 
 
 def seconds_to_stop(served: Served) -> float:

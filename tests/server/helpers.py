@@ -203,7 +203,7 @@ class Load:
     def go_on(self, requests: int = 12) -> None:
         """Return when so many more were answered."""
         until = self.count + requests
-        wait_until(lambda: self.count >= until or self.failed)
+        wait_until(lambda: self.count >= until or self.failed, 60)
 
 
 class KeptAlive:

@@ -160,11 +160,13 @@ def test_what_befalls_one_connection_is_no_error(moody: Moody, number: int) -> N
 
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM])
 def test_where_nothing_is_left_it_pauses_ever_longer_and_recovers(
-    moody: Moody, number: int, caplog: pytest.LogCaptureFixture
+    moody: Moody, number: int, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """S9."""
     acceptor = Acceptor()
     moody.moods = [number] * 6
+    now = time.monotonic()
+    monkeypatch.setattr("fdpool._server.accept.time", SimpleNamespace(monotonic=lambda: now))
     with socket.create_connection(moody.getsockname()):
         pauses = []
         for _ in range(3):
