@@ -215,10 +215,10 @@ def test_at_the_end_of_its_time_a_job_goes_with_its_whole_tree_and_what_it_wrote
     write_files(2)
     script = "cat; case $1 in 0000*) setsid sleep 98765.6 & trap '' TERM; sleep 98765.6; sleep 98765.6;; esac"
     done = run(
-        "--timeout", "0.5", "--joblog", "log", "sh", "-c", script, "sh", "{}", ":::", "0000.txt", "0001.txt"
+        "--timeout", "1.0", "--joblog", "log", "sh", "-c", script, "sh", "{}", ":::", "0000.txt", "0001.txt"
     )
     assert done.stdout == b"contents of 0000.txt\ncontents of 0001.txt\n"
-    assert done.stderr == b"fdpool: 0000.txt: sh timed out after 0.5 s\n"
+    assert done.stderr == b"fdpool: 0000.txt: sh timed out after 1 s\n"
     assert done.returncode == 1
     assert not still_running("98765.6")
     assert {fields[6] for fields in log_lines()} == {"-1", "0"}
@@ -672,7 +672,8 @@ def test_hundreds_of_outputs_need_few_descriptors() -> None:
 @pytest.mark.parametrize("without", ["", "tmpfile"])
 def test_ctrl_c_leaves_no_half_file_and_no_process(without: str) -> None:
     names = write_files(8)
-    script = "echo half; : >$1.begun; sleep 98766.1 & exec sleep 98766.1"
+    seconds = "98767.1" if without else "98766.1"  # both may run at the same time
+    script = f"echo half; : >$1.begun; sleep {seconds} & exec sleep {seconds}"
     with subprocess.Popen(
         [*COMMAND, "run", "-j", "2", "--out", "{.}.out", "sh", "-c", script, "sh", "{}", ":::", *names],
         env={**os.environ, "FDPOOL_WITHOUT": without},
@@ -681,7 +682,7 @@ def test_ctrl_c_leaves_no_half_file_and_no_process(without: str) -> None:
         wait_until(lambda: sum(name.endswith(".begun") for name in os.listdir()) == 2)
         os.killpg(program.pid, signal.SIGINT)
         assert program.wait(10) == 130
-    assert not still_running("98766.1")
+    assert not still_running(seconds)
     assert [name for name in os.listdir() if name.endswith(".out")] == []
     assert leftovers() == []
 

@@ -286,7 +286,7 @@ def test_a_number_that_no_process_can_have_is_a_command_that_does_not_start(pool
 
 
 def test_silent_sessions_hold_up_no_other_and_are_closed_in_time(pool: Pool) -> None:
-    with serving(pool, patience_s=0.3) as server:
+    with serving(pool, patience_s=1.0) as server:
         with RawClient(server) as silent, RawClient(server) as half, RawClient(server) as undecided:
             half.send_raw(b"\x10\0")
             undecided.ask(["true"])
@@ -676,7 +676,7 @@ def test_a_client_that_reads_no_answer_and_goes_is_forgotten_at_once(pool: Pool)
 
 
 def test_a_client_that_talks_on_instead_of_reading_the_end_gains_no_time(pool: Pool) -> None:
-    with serving(pool, Deny("n" * 10_000), patience_s=0.3) as server:
+    with serving(pool, Deny("n" * 10_000), patience_s=0.6) as server:
         with RawClient(server, queue_bytes=1) as client:
             client.send({"file": "x", "argv": ["x"], "workdir": "/", "env": {}})
 

@@ -263,13 +263,12 @@ def test_a_worker_that_has_grown_too_large_is_replaced_after_the_task() -> None:
 def test_a_worker_that_is_too_old_is_replaced_and_no_task_is_lost() -> None:
     """P15."""
     with Pool(2, max_age=0.3) as pool:
-        deadline = time.monotonic() + 2
+        deadline = time.monotonic() + 20
         pids: set[int] = set()
-        while time.monotonic() < deadline:
+        while len(pids) < 4 or pool.stats().recycled < 2:
+            assert time.monotonic() < deadline
             futures = [pool.submit(helpers.spin, 0.001) for _ in range(50)]
             pids.update(future.result(timeout=20) for future in futures)
-        assert len(pids) >= 4
-        assert pool.stats().recycled >= 2
 
 
 @pytest.mark.parametrize(
@@ -299,11 +298,13 @@ def test_a_worker_that_cannot_leave_for_a_thread_is_ended(monkeypatch: pytest.Mo
         assert pool.submit(os.getpid).result(timeout=20) != pid
 
 
-def test_idle_workers_go_and_the_least_number_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_idle_workers_go_and_the_least_number_stays(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("fdpool._staffing._LEAVE_S", 0.1)
     with Pool(4, min_workers=2, idle_timeout=0.2) as pool:
-        for future in [pool.submit(helpers.spin, 0.2) for _ in range(4)]:
-            future.result(timeout=20)
+        together = [
+            pool.submit(helpers.meet, str(tmp_path), n, 4) for n in range(4)
+        ]  # so all four have started
+        assert all(future.result(timeout=30) for future in together)
         wait_until(lambda: len(pool.worker_pids()) == 2)
         left = pool.worker_pids()
         wait_until(lambda: pool._client.limits.next_look() is None)
