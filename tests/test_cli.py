@@ -473,7 +473,7 @@ def test_ctrl_c_stops_everything_at_once(twice: bool) -> None:
         assert program.stderr is not None
         assert program.stderr.read() == b""
     assert not any(process.is_running() for process in tree)
-    assert took_s < 2
+    assert took_s < 4
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
@@ -510,4 +510,4 @@ def test_killed_it_leaves_nothing() -> None:
         wait_until(lambda: len(client.children(recursive=True)) >= 4)
         tree = client.children(recursive=True)
         program.kill()
-    wait_until(lambda: not any(is_alive(process) for process in tree), limit_s=1.0)
+    wait_until(lambda: not any(is_alive(process) for process in tree), limit_s=4.0)

@@ -387,7 +387,7 @@ def test_a_pool_without_a_living_worker_shuts_down_at_once(start_method: Any) ->
             pool.submit(os._exit, 3).result()
         wait_until(lambda: pool.worker_pids() == [])
         began = time.monotonic()
-    assert time.monotonic() - began < 2.0
+    assert time.monotonic() - began < 4.0
 
 
 def test_an_ended_pools_thread_needs_no_garbage_collector() -> None:

@@ -74,11 +74,11 @@ def test_a_result_that_comes_too_late_is_a_timeout(pool: Pool) -> None:
 
 def test_an_iterator_that_is_closed_cancels_what_has_not_begun() -> None:
     with Pool(1) as pool:
-        results = pool.map(helpers.spin, [0.05] * 100)
+        results = pool.map(helpers.spin, [0.05] * 400)
         next(results)
         begun = time.monotonic()
         results.close()  # type: ignore[attr-defined]
-    assert time.monotonic() - begun < 2.5
+    assert time.monotonic() - begun < 10
 
 
 @pytest.mark.parametrize("arguments", [{}, {"chunksize": 1}, {"chunksize": 2}, {"buffersize": 8}])

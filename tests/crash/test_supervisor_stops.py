@@ -93,7 +93,7 @@ def test_a_supervisor_killed_at_any_point_costs_what_ran_and_leaves_no_process(
     with pool_whose_supervisor_stops_at(name, tmp_path, monkeypatch) as (pool, futures, _):
         tree = psutil.Process(points.stopped(tmp_path)).children(recursive=True)
         points.signal_stopped(tmp_path, signal.SIGKILL)
-        assert seconds_until_gone(tree) < 1.0
+        assert seconds_until_gone(tree) < 4.0
         errors = [future.exception(20) for future in futures]
         lost = [error for error in errors if error is not None]
         assert len(lost) <= 2, "more than the workers can have run"
