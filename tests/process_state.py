@@ -35,7 +35,7 @@ def children() -> dict[int, str]:
     return found
 
 
-def wait_until(condition: Callable[[], object], limit_s: float = 10.0) -> None:
+def wait_until(condition: Callable[[], object], limit_s: float = 30.0) -> None:
     """Return as soon as `condition()` is true; fail the test if that takes too long."""
     deadline = time.monotonic() + limit_s
     while not condition():
