@@ -234,6 +234,9 @@ class Supervisor:
         self._tell(
             _messages.WorkerStarted(slot, generation, pid), [] if child.pidfd is None else [child.pidfd]
         )
+        if child.pidfd is None and not _trees.is_ours(pid):
+            # The kernel reaps, and has been quicker: nothing would tell of it later.
+            self._report_death(child, None)
 
     def _be_worker(self, page: Page, inbox_fd: int, stacks_fd: int | None) -> None:
         """Runs in: the forked worker."""

@@ -76,6 +76,16 @@ def test_a_worker_that_the_kernel_has_reaped_is_seen_to_be_dead(monkeypatch: pyt
         pool.kill_workers()
 
 
+def test_a_worker_that_the_kernel_reaps_at_once_is_seen_to_be_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """S13: before it has a pidfd, which would tell."""
+    monkeypatch.setenv(reaping_by_others.VARIABLE, "quick kernel")
+    with Pool(1, preload=["tests.crash.reaping_by_others"]) as pool:
+        futures = [pool.submit(os._exit, 3) for _ in range(2)]
+        assert [type(future.exception(20)) for future in futures] == 2 * [fdpool.WorkerLost]
+        assert pool.submit(helpers.square, 3).result(20) == 9
+        assert pool.stats().supervisor_restarts == 0
+
+
 @pytest.mark.parametrize("name", points.SUPERVISOR)
 def test_a_supervisor_that_stands_still_at_any_point_and_goes_on_loses_nothing(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
