@@ -129,7 +129,7 @@ def test_a_kept_connection_that_is_closed_early_is_counted_though_nobody_used_it
 
     with behaving(once) as address:
         tally = Client(address, rps=20, keep_alive=1.0).run(0.3)
-    assert tally.cut == tally.opened > 0
+    assert 1 < tally.opened <= tally.cut + 1  # the last may come after the end
 
 
 def test_latency_counts_from_when_a_request_was_due() -> None:
