@@ -32,8 +32,8 @@ def pytest_addoption(pluginmanager: pytest.PytestPluginManager) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    """Half as many processes again as processors, with `-n auto`: a quarter of the time a test waits for something."""
-    return (3 * usable_cpus() + 1) // 2
+    """Twice as many processes as processors, with `-n auto`: a third of its time a test waits for something."""
+    return 2 * usable_cpus()
 
 
 @pytest.fixture
