@@ -98,17 +98,21 @@ class Listeners:
         return [listener.socket for _, each, listener in self.all() if each == slot]
 
     def _have(self, slot: int) -> None:
-        if slot not in self._by_slot:
-            with contextlib.ExitStack() as opened:
-                found = [
-                    (key, opened.enter_context(_bind.open_beside(listener, backlog=self._backlog)))
-                    for key, listeners in self._by_slot[0].items()
-                    for listener in listeners
-                ]
-                opened.pop_all()
-            for key, listener in found:
-                os.set_blocking(listener.socket.fileno(), False)
-                self._add(slot, key, [listener])
+        missing = [
+            (key, listener)
+            for key, listeners in self._by_slot[0].items()
+            if key not in self._by_slot.get(slot, {})  # also a bind that the process before did not have
+            for listener in listeners
+        ]
+        with contextlib.ExitStack() as opened:
+            found = [
+                (key, opened.enter_context(_bind.open_beside(listener, backlog=self._backlog)))
+                for key, listener in missing
+            ]
+            opened.pop_all()
+        for key, listener in found:
+            os.set_blocking(listener.socket.fileno(), False)
+            self._add(slot, key, [listener])
 
     def prepare(self, slots: int) -> None:
         """Have the listeners of so many slots. Those that are new get connections as soon as `steer` says so; where

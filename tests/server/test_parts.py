@@ -313,6 +313,22 @@ def test_listeners_of_who_is_to_come_get_no_connection_before_somebody_serves_th
             assert successor.queued_above(2) > 5
 
 
+def test_a_bind_that_the_process_before_did_not_have_has_a_listener_of_each_slot_too() -> None:
+    with contextlib.ExitStack() as opened:
+        first = Listeners("127.0.0.1:0", 100, reuseport=True, slots=2)
+        opened.callback(first.close)
+        handed = [(slot, listener.handover(listener.socket.fileno())) for _, slot, listener in first.all()]
+        binds, inherited = ["127.0.0.1:0", "127.0.0.2:0"], {"127.0.0.1:0": handed}
+        successor = Listeners(binds, 100, True, slots=2, inherited=inherited, served=2)
+        opened.callback(successor.close)
+        addresses = [[each.getsockname() for each in successor.of(slot)] for slot in range(2)]
+        assert addresses[0] == addresses[1]
+        assert [host for host, _ in addresses[0]] == ["127.0.0.1", "127.0.0.2"]
+        for _ in range(40):
+            opened.enter_context(socket.create_connection(addresses[0][1]))
+        assert min(queued(successor.of(slot)[1]) for slot in range(2)) > 5
+
+
 def test_what_cannot_be_steered_says_so() -> None:
     with socket.socket(socket.AF_UNIX) as listener:
         assert not steer(listener, 2)
