@@ -300,7 +300,7 @@ class Server:
                     Pools(serves, self._preload, self._start_method),
                     listeners,
                     Watch(*self._watch_for),
-                    self._dispatch == "handoff",
+                    self._dispatch,
                     tell,
                 )
                 self._loop.start()

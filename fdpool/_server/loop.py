@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import _process
 from ..errors import FdpoolError, ReloadFailed, ServerFailed
+from .checks import check_descriptors
 from .crew import Crew, Task
 from .handoff import Handoff
 from .logs import reopen_logs
@@ -58,7 +59,7 @@ class Loop:
 
     Args:
         listeners: the loop's from `start` on, and closed at its end.
-        hands_over: this thread accepts, and hands each connection to a worker.
+        dispatch: of the server; with "handoff" this thread accepts, and hands each connection to a worker.
         on_event: called in the loop's thread with "started", "reloading", "reloaded" (or it will not be), "upgraded",
             "stopping", "over" (no worker is left), "ended" (nothing is).
 
@@ -76,7 +77,7 @@ class Loop:
         pools: Pools,
         listeners: Listeners,
         watch: Watch,
-        hands_over: bool,
+        dispatch: str,
         on_event: Callable[[str], None],
     ) -> None:
         self._task = task
@@ -84,10 +85,11 @@ class Loop:
         self._pools = pools
         self._listeners = listeners
         self._watch = watch
+        self._dispatch = dispatch
         self._on_event = on_event
         self.turns = Turns()
         self.handoff: Handoff | None = None
-        if hands_over:
+        if dispatch == "handoff":
             self.handoff = Handoff(self.turns, [listener.socket for listener in listeners.first])
         self.succession = Succession(
             self.turns, listeners, plan.settings.boot_timeout_s + _SUCCESSOR_S, self._hand_over
@@ -337,6 +339,7 @@ class Loop:
             self.turns.later(pause_s, partial(self._scale_down, wanted, _SCALE_LOOKS))
             return
         try:
+            check_descriptors(wanted, self._dispatch)
             # Those that are new get none before somebody serves there (`_widen`).
             self._listeners.steer(self._listeners.served)
             self._listeners.prepare(wanted)

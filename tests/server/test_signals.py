@@ -107,6 +107,27 @@ def test_sighup_reloads_and_ttin_and_ttou_scale(tmp_path: Path) -> None:
         assert server.wait() == 0
 
 
+def test_ttin_wants_no_more_workers_than_there_may_be_descriptors_for(tmp_path: Path) -> None:
+    body = """
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    """
+    with program(tmp_path, body + PLAIN) as server:
+        port = port_in(server.expect("started"))
+        server.signal(signal.SIGTTIN)
+        assert "3 workers take about" in server.expect("scale_failed")["reason"]
+        server.signal(signal.SIGTTOU)
+        assert server.expect("scaled")["workers"] == 1
+        server.expect("worker_exited")
+        server.signal(signal.SIGTTIN)
+        assert server.expect("scaled")["workers"] == 2
+        server.expect("worker_ready")
+        assert ask_port(port)
+        server.signal(signal.SIGTERM)
+        assert server.wait() == 0
+
+
 def test_a_flood_of_signals_ends_where_the_last_ones_point(tmp_path: Path) -> None:
     """S3."""
     with program(tmp_path, PLAIN) as server:
