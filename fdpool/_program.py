@@ -116,12 +116,12 @@ class Run:
         wanted = set(alarms) if _has_pidfds() else {*alarms, signal.SIGCHLD}
         # With SIGCHLD ignored, which a task may have left so, the kernel throws exit statuses away (M38).
         self._ignored = signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN
-        if self._ignored:
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        self.progeny = Progeny()
-        if wanted:
+        if wanted:  # first, as it fails where no descriptor is left
             self._alarm = Alarm(wanted)
             self.watch(self._alarm.fd, select.POLLIN, self._alarmed)
+        if self._ignored and signal.SIGCHLD not in wanted:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        self.progeny = Progeny()
 
     # -- before it runs --------------------------------------------------------------------------------
 
