@@ -22,7 +22,6 @@ from typing import Any, TypeVar
 from . import _budget, _dispatch, _messages, _process, _spill, wire
 from ._answers import task_lost
 from ._board import Board
-from ._broken import PoolBroken
 from ._control import ControlLink
 from ._critical import Critical, block_in_main, put_back
 from ._dispatch import Action, Dispatcher, Where
@@ -422,7 +421,7 @@ class Client:
             self._refusals += 1
             others = any(other.alive for other in self.links.values())
             if not others and (error.errno not in _budget.FULL or not 0 < self._refusals <= _MOST_REFUSALS):
-                return self.life.break_pool(PoolBroken(f"worker {slot} cannot be asked for: {error}"))
+                return self.life.break_pool(f"worker {slot} cannot be asked for: {error}")
             self.wake()  # the pump must learn when to try again
             return self.dispatcher.refused(slot, time.monotonic())
         return ()
@@ -497,8 +496,9 @@ class Client:
 
     def _break_pool(self, action: _dispatch.BreakPool) -> Sequence[Action]:
         how_many, last = action.failures, self.life.last_death
-        reason = f"{how_many} workers in a row died before they were ready; the last one {last}"
-        return self.life.break_pool(PoolBroken(reason))
+        return self.life.break_pool(
+            f"{how_many} workers in a row died before they were ready; the last one {last}"
+        )
 
     def _was_cut_short(self, slot: int) -> bool:
         return any(

@@ -385,7 +385,7 @@ class Inboxes:
             if self._client.life.dropping or (type(record) is ChunkFuture and record.abandoned):
                 self._client.fail(task, CancelledError())
             elif not self._client.life.runs_tasks:
-                self._client.fail(task, self._client.life.copy_of_broken())
+                self._client.fail(task, self._client.life.broken_error())
             elif record.call is None:
                 self._client.fail(
                     task, PoolBroken("no descriptor is left for the rest of a map's items (RLIMIT_NOFILE)")

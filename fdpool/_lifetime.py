@@ -69,7 +69,7 @@ class Lifetime:
         self._ends_at = 0.0  # when LEAVING or QUITTING has taken its time
         self.dropping = False
         self.last_death = ""
-        self._broken: PoolBroken | None = None
+        self._broken: tuple[str, BaseException | None] | None = None  # why, and what of
         self._torn_by: BaseException | None = None
         # SIGTERM to SIGKILL, once the workers are to be ended, not dismissed.
         self._grace_s: float | None = None
@@ -104,7 +104,7 @@ class Lifetime:
                 "make a new Pool here"
             )
         if self._broken is not None:
-            raise self.copy_of_broken()
+            raise self.broken_error()
         if _process.exiting():
             raise PoolShutDown("cannot schedule new futures after interpreter shutdown")
         if self.phase not in (NEW, SERVING):
@@ -134,8 +134,7 @@ class Lifetime:
                     client.perform(client.dispatcher.staffed())
                 # User code runs in there, too: streams are flushed, a path is made a string.
                 except Exception as error:
-                    self._broken = PoolBroken(f"the pool's supervisor could not be started: {said(error)}")
-                    self._broken.__cause__ = error
+                    self._broken = (f"the pool's supervisor could not be started: {said(error)}", error)
                     client.supervision.bury(0.0)
                     self._release()
                     client.pump = None  # a thread that has not started cannot be joined
@@ -177,7 +176,7 @@ class Lifetime:
     def end(self, grace_s: float, reason: str) -> None:
         """End every worker and what descends from it: SIGTERM, `grace_s` seconds, SIGKILL. Does not wait."""
         self.shut_down(cancel=True)
-        self.client.critical.post(self.break_pool, PoolBroken(reason), grace_s)
+        self.client.critical.post(self.break_pool, reason, None, grace_s)
 
     @property
     def may_wait(self) -> bool:
@@ -199,18 +198,20 @@ class Lifetime:
 
     # -- it breaks -------------------------------------------------------------------------------------------
 
-    def break_pool(self, error: PoolBroken, grace_s: float = 0.0) -> Sequence[Action]:
+    def break_pool(
+        self, reason: str, cause: BaseException | None = None, grace_s: float = 0.0
+    ) -> Sequence[Action]:
         """Event: the pool is of no use any more. Fail every task, have the workers ended."""
         if self.phase in (QUITTING, OVER, FORKED):
             return ()
-        self._broken = self._broken or error
+        self._broken = self._broken or (reason, cause)
         self._grace_s = grace_s
         # First: who submits enters its task, and looks at the phase second.
         phase, self.phase = self.phase, LEAVING
         if phase is not LEAVING:
             self.client.dispatcher.closed()
             for task in list(self.client.tasks):
-                self.client.fail(task, self.copy_of_broken())
+                self.client.fail(task, self.broken_error())
         self._enter_leaving()
         self.client.wake()
         return ()
@@ -228,16 +229,17 @@ class Lifetime:
         error = self._torn_by
         if error is not None:
             self._torn_by = None
-            broken = PoolBroken(f"interrupted in the middle of a decision by {type(error).__name__}: {error}")
-            broken.__cause__ = error
+            reason = f"interrupted in the middle of a decision by {type(error).__name__}: {error}"
             with self.client.critical:
-                self.break_pool(broken)
+                self.break_pool(reason, error)
 
-    def copy_of_broken(self) -> PoolBroken:
-        """A new instance each time: futures that share one would pile their tracebacks onto it."""
+    def broken_error(self) -> PoolBroken:
+        """What a task of a pool that is broken fails with. A new instance each time: futures that share one would pile
+        their tracebacks onto it."""
         assert self._broken is not None
-        error = PoolBroken(*self._broken.args)
-        error.__cause__ = self._broken.__cause__
+        reason, cause = self._broken
+        error = PoolBroken(reason)
+        error.__cause__ = cause
         return error
 
     def supervisor_gone(self) -> bool:
@@ -256,7 +258,7 @@ class Lifetime:
                 if self._start_again(f"because {how}"):
                     news = f"{how} (it was process {pid}); its workers have been killed, and a new one was started"
                 else:
-                    self.break_pool(PoolBroken(f"{how}; its workers have been killed"))
+                    self.break_pool(f"{how}; its workers have been killed")
         if news:
             import logging
 

@@ -13,7 +13,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from . import _messages, _spill, fds
-from ._broken import PoolBroken, describe_status
+from ._broken import describe_status
 from ._critical import block_signals, put_back
 from ._links import Exit, SlotLink, Waker
 from ._receiver import Receiver
@@ -176,10 +176,8 @@ class Pump:
     def _crash(self, error: Exception) -> None:
         """A defect of our own. Closing the control link has every worker killed; nobody waits in vain."""
         client = self._client
-        broken = PoolBroken(f"a defect in fdpool's pump: {type(error).__name__}: {error}")
-        broken.__cause__ = error
         with client.critical:
-            client.life.break_pool(broken)
+            client.life.break_pool(f"a defect in fdpool's pump: {type(error).__name__}: {error}", error)
             if client.control is not None:
                 client.control.socket.close()
         self.settle()
@@ -233,9 +231,7 @@ class Pump:
             self.worker_gone(report.slot, Exit(0, None))
         else:
             reason = f"module {report.module!r} of preload= cannot be imported: {report.reason}"
-            broken = PoolBroken(reason)
-            broken.__cause__ = RemoteTraceback(report.traceback)
-            client.critical.post(client.life.break_pool, broken)
+            client.critical.post(client.life.break_pool, reason, RemoteTraceback(report.traceback))
 
     def worker_gone(self, slot: int, death: Exit) -> None:
         """Settle a dead worker's slot: first every answer that it sent, then what it left unread, then the loss."""

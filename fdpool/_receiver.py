@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any
 from . import _messages, _platform, payload, wire
 from ._answers import Answer, open_answer
 from ._board import SETTLE_S, Board
-from ._broken import PoolBroken
 from ._chunks import raised
 from ._critical import block_in_main, put_back
 from ._links import SlotLink, Waker
@@ -384,9 +383,8 @@ class Receiver:
         kind = header.kind
         if kind == _messages.BOOT_FAILED and client.dispatcher.state(slot) is State.STARTING:
             cause = payload.loads_failure(data[HEADER_BYTES:], numbers, header.spilled)
-            broken = PoolBroken(f"the pool's initializer failed: {payload.said(cause)}")
-            broken.__cause__ = cause
-            client.critical.post_blocked(client.life.break_pool, broken)
+            reason = f"the pool's initializer failed: {payload.said(cause)}"
+            client.critical.post_blocked(client.life.break_pool, reason, cause)
             return
         close_all(numbers)
         if kind == _messages.ANSWERS:
