@@ -96,7 +96,7 @@ class ServerFailed(FdpoolError, RuntimeError):
 
 
 class ReloadFailed(FdpoolError, RuntimeError):
-    """New code that does not boot, or a server that is ending; what served before a reload goes on."""
+    """New code that does not boot, an `on_reload` that raised, or a server that ends; what served before goes on."""
 
 
 # -- the other side ------------------------------------------------------------------------------

@@ -94,9 +94,10 @@ class Pool(Executor):
             while a task runs, see `with_options`.
         max_age: seconds after which a worker is replaced, when it has done what it runs; a tenth of it earlier at
             most, so that not all go together.
-        max_fds_growth: a worker is replaced that has so many descriptors more than when it started.
+        max_fds_growth: a worker that has more than so many descriptors beyond those that it started with is replaced.
         min_workers: so many workers are started with the first task, and kept. By default none before they are needed.
-        idle_timeout: seconds after which a worker beyond `min_workers` goes that has nothing to do; None for never.
+        idle_timeout: a worker beyond `min_workers` ends when it has had nothing to do for so many seconds; None for
+            never.
         log_level: a level of `logging`, as a number or by name: what workers log from that level up is handled by
             this process's loggers, in order for each worker. None: workers log as a new interpreter does, to stderr.
         start_method: "forkserver": workers are forked from a fresh, single-threaded interpreter, so it
@@ -203,10 +204,14 @@ class Pool(Executor):
             DescriptorRefused: an argument holds a file or socket that cannot be handed over.
             PayloadTooLarge: more than 253 descriptors in one task.
             PoolShutDown, PoolBroken, ForkedPool: this pool takes no tasks.
+            DescriptorsExhausted: no descriptor is left here for what it carries, and none becomes free.
+            OSError: no memory is left here.
 
         The future fails with:
             what the task raised, with the worker's traceback as its `__cause__`;
+            RemoteError: that exception cannot be rebuilt here;
             NotPicklable, NotLoadable: an argument or the result could not travel;
+            FdTransferError: descriptors were lost on the way, and the task did not run (or its result's were);
             WorkerLost: the worker died while it ran this task;
             PoolBroken: the pool broke or was ended before.
         """
@@ -465,11 +470,12 @@ class Pool(Executor):
 
         Raises:
             ValueError, TypeError, DescriptorRefused: nothing was run.
+            LookupError: there is no such encoding.
 
         The future fails with `CommandFailed` (with `check`; a `subprocess.CalledProcessError`),
         `CommandTimedOut` (a `subprocess.TimeoutExpired`, with what was captured until then),
-        `SpawnError` (an `OSError`: the program could not be started), and as for `submit`. Its `cancel()`
-        also ends a program that runs, as its timeout would.
+        `SpawnError` (an `OSError`: the program could not be started), and as for `submit`. Its `cancel()` and
+        `terminate()` also end a program that runs, as its timeout would.
         """
         from . import commands
 

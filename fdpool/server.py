@@ -99,9 +99,9 @@ class Server:
             application (needs `fdpool[asgi]`) or a WSGI one (`fdpool[wsgi]`); a function `serve(listeners)` or
             `serve(listeners, worker)` that accepts for itself. Or its name, "module:attribute", or
             "module:factory()": only so does a reload bring new code.
-        bind: where to listen; see `fdpool serve`'s manual. One or several of "host:port", a port,
-            "unix:path?mode=660", "fd:N", "systemd", and listening sockets (borrowed).
-        workers: how many; by default as many as processors may be used.
+        bind: where to listen. One or several of "host:port", a number (that port of 127.0.0.1), "unix:path?mode=660",
+            "fd:N", "systemd", "systemd:name", and listening sockets (borrowed).
+        workers: how many, 512 at most; by default as many as processors may be used.
         interface: which kind of application it is, where that cannot be told: "handler", "socketserver", "asgi",
             "wsgi" or "listeners".
         dispatch: who accepts. "shared": whichever worker is first. "handoff": this process, and it hands each
@@ -132,7 +132,8 @@ class Server:
     Raises:
         ValueError, TypeError: an argument is of no use.
         NotPicklable: the application, or a hook, cannot travel to a worker.
-        ImportError: what speaks HTTP is not installed.
+        ImportError: what speaks HTTP is not installed. (Of a named application without `interface` the workers find
+            that out: they fail to boot.)
 
     Nothing is opened or started before `run`, `start` or `with`. A server serves once. Thread-safe. In a forked child
     of this process `stop` does nothing, orders raise `ForkedPool`, and the parent's server is left alone.
@@ -235,7 +236,8 @@ class Server:
             raise
 
     def run(self) -> int:
-        """Serve until a signal ends it; the exit code for whoever started this program: 0, or 3 if it gave up.
+        """Serve until a signal ends it; the exit code for whoever started this program: 0, 3 if it gave up, 70 after a
+        defect of its own.
 
         SIGTERM ends it within `grace`; SIGINT and SIGQUIT give what is in flight one second, and none the second time.
         SIGHUP reloads, SIGTTIN and SIGTTOU have one worker more or less, SIGUSR1 opens log files anew. SIGUSR2 has a
