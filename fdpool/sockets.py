@@ -151,9 +151,9 @@ class StreamSocket(_Face):
     errors. One at a time may receive, a second one gets a RuntimeError. Close it when no thread is using it.
     Not to be used from a signal handler.
 
-    Signals: a handler that raises out of a receive loses nothing, the next receive goes on (module's note).
-    Out of a send: if a byte of the frame had gone, the next send or `drain` sends the rest first, and
-    otherwise it was never sent; the exception does not say which.
+    Signals: a handler that raises out of a receive loses nothing, the next receive goes on (not so on Python 3.10, see
+    the note of `fdpool.wire`). Out of a send: if a byte of the frame had gone, the next send or `drain` sends the rest
+    first, and otherwise it was never sent; the exception does not say which.
     """
 
     __slots__ = ("__weakref__", "_lock", "_reader", "_writer")
@@ -449,14 +449,14 @@ class DatagramSocket(_Face):
     (numbers, or anything with `fileno()`); those received belong to the caller, and are close-on-exec.
 
     An empty message is legal. A datagram socket has no end of stream: when the peer has died, a send
-    raises ConnectionRefusedError, but a receive waits for ever (M8), so learn of deaths elsewhere. After
+    raises ConnectionRefusedError, but a receive waits for ever, so learn of deaths elsewhere. After
     a `shutdown(SHUT_RD)` receives give b"".
 
     Threads: any number may send. One at a time may receive, a second one gets a RuntimeError. Close it
     when no thread is using it.
 
-    Signals: a handler that raises out of a receive loses nothing (module's note); out of a send, it does
-    not say whether the datagram was sent.
+    Signals: a handler that raises out of a receive loses nothing (not so on Python 3.10, see the note of
+    `fdpool.wire`); out of a send, it does not say whether the datagram was sent.
     """
 
     __slots__ = ("__weakref__", "_inbox")
