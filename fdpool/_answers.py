@@ -74,7 +74,7 @@ def task_lost(record: TaskFuture[Any], slot: int, death: Exit, begun: bool) -> B
         late.attempts = (*record.attempts,)
         return late
     if record.cut_short is CutShort.TOOK_TOO_MUCH and options.max_memory is not None:
-        return MemoryLimitExceeded(
+        fat = MemoryLimitExceeded(
             f"{record.label} took {record.used_memory:,} bytes of memory, its max_memory is {options.max_memory:,}; "
             f"its worker {death.pid} (slot {slot}) was ended, with all that descended from it{_again(record)}"
             f"{_remains(death)}",
@@ -83,6 +83,8 @@ def task_lost(record: TaskFuture[Any], slot: int, death: Exit, begun: bool) -> B
             death.stacks,
             death.said,
         )
+        fat.attempts = (*record.attempts,)
+        return fat
     return _worker_lost(record, slot, death, begun)
 
 

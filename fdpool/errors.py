@@ -190,7 +190,7 @@ class MemoryLimitExceeded(FdpoolError, MemoryError):
 
     Attributes:
         limit, used: bytes of resident memory.
-        stacks, stderr: as of `TaskTimeout`.
+        stacks, stderr, attempts: as of `TaskTimeout`.
     """
 
     may_have_run = True
@@ -203,6 +203,7 @@ class MemoryLimitExceeded(FdpoolError, MemoryError):
         self.used = used
         self.stacks = stacks
         self.stderr = stderr
+        self.attempts: tuple[BaseException, ...] = ()
 
 
 class TaskTerminated(BaseException):

@@ -35,7 +35,7 @@ signals:
 
 exit status:
   0 when it was told to stop; 1 if it cannot begin (as where the port is taken); 2 for
-  bad usage; 3 if it gave up, as no worker could be started
+  bad usage; 3 if it gave up, as no worker could be started; 70 for a defect of the server
 
 examples:
   fdpool serve app:app
@@ -155,7 +155,10 @@ def parser() -> argparse.ArgumentParser:
         help="replace a worker that has grown to this, as in 500M",
     )
     workers.add_argument(
-        "--grace", type=_seconds, metavar="SECONDS", help="for requests that run when it is to go (30)"
+        "--grace",
+        type=_seconds_or_none,
+        metavar="SECONDS",
+        help="for requests that run when it is to go (30)",
     )
     workers.add_argument(
         "--boot-timeout", type=_seconds, metavar="SECONDS", help="for importing and starting (60)"
@@ -298,6 +301,10 @@ def _seconds(text: str) -> float:
     if not 0 < seconds < math.inf:
         raise argparse.ArgumentTypeError(f"it must be a number of seconds above 0, not {text!r}")
     return seconds
+
+
+def _seconds_or_none(text: str) -> float:
+    return 0.0 if text in ("0", "0.0") else _seconds(text)
 
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}

@@ -143,6 +143,9 @@ def test_a_task_that_takes_too_much_memory_is_ended() -> None:
             view.submit(hoard).result(timeout=20)
         assert isinstance(caught.value, MemoryError)
         assert caught.value.used > caught.value.limit == 200 * MIB
+        hopeless = view.with_options(retries=1, retry_delay=0).submit(hoard).exception(timeout=20)
+        assert isinstance(hopeless, MemoryLimitExceeded)
+        assert [type(attempt) for attempt in hopeless.attempts] == [MemoryLimitExceeded]
         assert pool.submit(helpers.square, 4).result(timeout=20) == 16
 
 
