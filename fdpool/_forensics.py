@@ -90,6 +90,9 @@ class _Overheard(io.FileIO):
 
 _stderr: io.TextIOWrapper | None = None  # as `make_audible` has made it
 _overheard: _Overheard | None = None
+#: What was `sys.stderr` before, and what was made of it: one that is collected closes what is below it, by which others
+#: may write.
+_kept: list[io.TextIOWrapper] = []
 
 
 def make_audible() -> None:
@@ -116,6 +119,7 @@ def make_audible() -> None:
             line_buffering=stream.line_buffering,
             write_through=stream.write_through,
         )
+        _kept.extend((stream, _stderr))
 
 
 def overhear_stderr(hear: Callable[[bytes], None]) -> None:

@@ -64,6 +64,30 @@ def test_what_an_earlier_worker_wrote_is_not_taken_for_the_next_ones() -> None:
     assert second.stderr == ""
 
 
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import io, sys\nsys.stderr = kept = io.TextIOWrapper(sys.stderr.buffer, line_buffering=True)\n",
+        "import sys\nsys.stderr = open(2, 'w', buffering=1)\n",
+    ],
+    ids=["by the same buffer", "by the same descriptor"],
+)
+def test_stderr_stays_open_for_all_where_a_preloaded_module_puts_its_own_stream_there(
+    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def complain() -> None:
+        print("by the module", file=getattr(sys.modules["puts_its_own"], "kept", sys.stderr))
+        print("by the task", file=sys.stderr)
+        os._exit(3)
+
+    (tmp_path / "puts_its_own.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    with Pool(1, preload=["puts_its_own"]) as pool, pytest.raises(WorkerLost, match="code 3") as caught:
+        pool.submit(complain).result(timeout=20)
+    assert caught.value.stderr.endswith("by the task\n")
+    assert capfd.readouterr().err == "by the module\nby the task\n"
+
+
 def test_a_kill_from_outside_is_said_to_be_none_of_the_pools() -> None:
     with Pool(1) as pool, pytest.raises(WorkerLost, match=r"SIGKILL \(not by the pool") as caught:
         pool.submit(helpers.die, int(signal.SIGKILL)).result(timeout=20)
