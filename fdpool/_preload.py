@@ -14,24 +14,31 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from . import _trees
+from ._spawn import flush_standard_streams
 
 _MOST_TRACEBACK = 32 * 1024
 _LOOK_MS = 500  # where there is no pidfd
 
 
-def load(modules: Iterable[str], client_pidfd: int | None) -> tuple[str, str, str] | None:
+def load(modules: Iterable[str], client_pidfd: int | None, flush: bool) -> tuple[str, str, str] | None:
     """Import `modules`; returns the first that cannot be, why, and the traceback, or None.
 
     Args:
         client_pidfd: readable once the client is dead, or None where there is no such thing; borrowed.
+        flush: what they have printed, or each worker would write what is left of it. Not in a fork of the client: a
+            stream's lock may be held by a thread that is not here.
     """
     with _ending_with(client_pidfd):
-        for module in modules:
-            try:
-                importlib.import_module(module)
-            except BaseException as error:
-                formatted = "".join(traceback.format_exception(error))
-                return module, f"{type(error).__name__}: {error}", formatted[-_MOST_TRACEBACK:]
+        try:
+            for module in modules:
+                try:
+                    importlib.import_module(module)
+                except BaseException as error:
+                    formatted = "".join(traceback.format_exception(error))
+                    return module, f"{type(error).__name__}: {error}", formatted[-_MOST_TRACEBACK:]
+        finally:
+            if flush:
+                flush_standard_streams()
     return None
 
 

@@ -57,13 +57,19 @@ class Supervisor:
         client_pidfd: readable once the client is dead, or None; owned. The link's EOF alone would not do:
             a child that the client forked may hold a copy of its end.
         inherited: what each worker calls first if there is no payload of it; only in a fork of the client.
+        fresh: this is no fork of the client.
     """
 
     def __init__(
-        self, control: StreamSocket, client_pidfd: int | None, inherited: Callable[[], object] | None
+        self,
+        control: StreamSocket,
+        client_pidfd: int | None,
+        inherited: Callable[[], object] | None,
+        fresh: bool,
     ) -> None:
         self._control = control
         self._inherited = inherited
+        self._fresh = fresh
         self._client_pidfd = client_pidfd
         self._configuration: Configure | None = None
         self._board_fd = -1
@@ -165,7 +171,7 @@ class Supervisor:
         if message.preload:
             from . import _preload
 
-            failed = _preload.load(message.preload, self._client_pidfd)
+            failed = _preload.load(message.preload, self._client_pidfd, flush=self._fresh)
             if failed is not None:
                 self._tell(_messages.PreloadFailed(*failed))
                 self._configuration = None
@@ -360,7 +366,7 @@ def _new_stacks_file() -> int | None:
 
 def main(control_fd: int, inherited: Callable[[], object] | None = None) -> NoReturn:
     """Runs in: a fork of the client. Serve on `control_fd`, then exit; `inherited` as for `Supervisor`."""
-    _serve(StreamSocket.from_fd(control_fd), inherited, _platform.open_pidfd(os.getppid()))
+    _serve(StreamSocket.from_fd(control_fd), inherited, _platform.open_pidfd(os.getppid()), fresh=False)
 
 
 def main_fresh(control_fd: int) -> NoReturn:
@@ -383,14 +389,14 @@ def _serve_fresh(control: StreamSocket, client_pidfd: int | None) -> NoReturn:
     from multiprocessing import process  # 2 ms
 
     process.current_process().authkey = key
-    _serve(control, None, client_pidfd)
+    _serve(control, None, client_pidfd, fresh=True)
 
 
 def _serve(
-    control: StreamSocket, inherited: Callable[[], object] | None, client_pidfd: int | None
+    control: StreamSocket, inherited: Callable[[], object] | None, client_pidfd: int | None, fresh: bool
 ) -> NoReturn:
     _platform.become_subreaper()
     _forensics.make_audible()
-    supervisor = Supervisor(control, client_pidfd, inherited)
+    supervisor = Supervisor(control, client_pidfd, inherited, fresh)
     supervisor.run()
     os._exit(0)

@@ -675,6 +675,26 @@ def test_a_supervisor_that_hangs_in_an_import_does_not_outlive_its_client(tmp_pa
     assert seconds_until_gone(tree) < 4.0
 
 
+def test_what_a_preloaded_module_writes_is_written_once(tmp_path: Path) -> None:
+    (tmp_path / "writes.py").write_text(
+        "import sys\nprint('out', end='.')\nprint('err', end='.', file=sys.stderr)\n"
+    )
+    source = """
+import os, sys, fdpool
+def write_and_die():
+    print("a task", flush=True)
+    print("a task", file=sys.stderr)
+    os._exit(3)
+with fdpool.Pool(1, preload=["writes"]) as pool:
+    assert [pool.submit(write_and_die).exception(20).stderr for _ in range(2)] == 2 * ["a task\\n"]
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    environment["PYTHONPATH"] = os.pathsep.join([os.getcwd(), str(tmp_path)])
+    program = [sys.executable, "-c", source]
+    done = subprocess.run(program, check=False, env=environment, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("out.a task\na task\n", "err.a task\na task\n")
+
+
 def test_a_preloaded_module_that_takes_the_signal_of_dead_children_leaves_the_supervisor_hearing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
