@@ -215,14 +215,12 @@ class Supervisor:
             return
         inbox_fd = numbers[0]
         stacks_fd = _new_stacks_file()
+        page = _new_page(self._board_fd, slot)
         mark = f"{_trees.supervisor_mark(os.getpid(), self._configuration.token)}{slot}.{generation}"
         os.environ[_trees.WORKER_MARK] = mark
-        page: Page | None = None
         try:
-            # Here, as a worker that made it would copy 90 pages of memory for that: 0.3 ms of its start.
-            page = Page(self._board_fd, slot)
             pid = _spawn.fork_worker(
-                lambda: self._be_worker(page, inbox_fd, stacks_fd), close=self._own_fds()
+                lambda: self._be_worker(slot, page, inbox_fd, stacks_fd), close=self._own_fds()
             )
         except OSError as error:
             if stacks_fd is not None:
@@ -244,12 +242,13 @@ class Supervisor:
             # The kernel reaps, and has been quicker: nothing would tell of it later.
             self._report_death(child, None)
 
-    def _be_worker(self, page: Page, inbox_fd: int, stacks_fd: int | None) -> None:
+    def _be_worker(self, slot: int, page: Page | None, inbox_fd: int, stacks_fd: int | None) -> None:
         """Runs in: the forked worker."""
         if stacks_fd is not None:
             _forensics.write_stacks_to(stacks_fd)
         configuration = self._configuration
         assert configuration is not None
+        page = page or Page(self._board_fd, slot)
         page.enter()
         os.close(self._board_fd)
         boot = _worker.Boot(
@@ -360,6 +359,15 @@ def _new_stacks_file() -> int | None:
     """For a worker's stacks; None if there is no descriptor, or no memory, left for that: it must do without."""
     try:
         return fds.above_stdio(_platform.anonymous_file("fdpool-stacks"))
+    except OSError:
+        return None
+
+
+def _new_page(board_fd: int, slot: int) -> Page | None:
+    """For a worker, which would copy 90 pages of memory for making it: 0.3 ms of its start. None if there is no
+    descriptor left for that: it has room, once it has closed what is not its own."""
+    try:
+        return Page(board_fd, slot)
     except OSError:
         return None
 

@@ -365,3 +365,26 @@ def test_a_pool_whose_only_worker_dies_while_there_is_no_room_goes_on_when_there
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         assert future.result(timeout=20) == 4
+
+
+@pytest.mark.parametrize("room", [0, 1, 2])
+def test_a_supervisor_without_descriptors_starts_workers_all_the_same(
+    room: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """R3: they have those that they close."""
+    (tmp_path / "leaves_no_room.py").write_text(
+        f"""
+from fdpool._supervisor import Supervisor
+from tests.chaos.disorder import room_for
+start = Supervisor._start_worker
+def start_without_room(*arguments):
+    with room_for({room}):
+        start(*arguments)
+Supervisor._start_worker = start_without_room
+"""
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with fdpool.Pool(1, preload=["leaves_no_room"]) as pool:
+        assert pool.submit(square, 3).result(timeout=20) == 9
+        assert isinstance(pool.submit(os._exit, 3).exception(timeout=20), fdpool.WorkerLost)
+        assert pool.submit(square, 3).result(timeout=20) == 9
