@@ -101,17 +101,18 @@ def adopt(message: _messages.Lend, numbers: Sequence[int]) -> int:
 
 
 def _forget_search_path() -> None:
-    """Forget where relative entries have led, and which were no folders; the others will be listed anew.
+    """Forget where relative entries have led, and which were no folders, or are none; the others will be listed anew.
 
     Not by clearing all: what they have listed would be freed here, which copies 170 pages, and takes 1 ms.
     `importlib.invalidate_caches` imports `importlib.metadata`.
     """
     finders = sys.path_importer_cache
     for path, finder in list(finders.items()):
-        if finder is None or not os.path.isabs(path):
+        if finder is not None and hasattr(finder, "invalidate_caches"):
+            finder.invalidate_caches()  # also for the next finder of an archive, as `zipimport` keeps what is in one
+        # An archive's finder has no `path`. There may be a folder now, as there may be an archive where one was.
+        if not (os.path.isabs(path) and hasattr(finder, "path") and os.path.isdir(path)):
             del finders[path]
-        elif hasattr(finder, "invalidate_caches"):
-            finder.invalidate_caches()
 
 
 def is_as_confined(supervisor: int) -> bool:

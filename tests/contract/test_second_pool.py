@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -118,6 +119,35 @@ def test_a_module_that_was_written_meanwhile_is_found(
         os.utime(folder, ns=(times.st_atime_ns, times.st_mtime_ns))  # as if within the clock's resolution
         with Pool(1) as second:
             assert second.submit(name_found).result(timeout=20) == "later"
+            assert is_borrowed(second)
+
+
+@pytest.mark.parametrize("before", ["folder", "archive"])
+@pytest.mark.parametrize("now", ["folder", "archive"])
+def test_an_entry_of_the_search_path_may_be_put_in_place_of_another(
+    before: str, now: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def put(kind: str, name: str) -> None:
+        source = f"NAME = {name!r}\n"
+        if kind == "folder":
+            entry.mkdir()
+            (entry / "found_by_relative_path.py").write_text(source)
+        else:
+            with zipfile.ZipFile(entry, "w") as archive:
+                archive.writestr(f"{name}.py", name)  # so that what follows is elsewhere in each
+                archive.writestr("found_by_relative_path.py", source)
+
+    monkeypatch.setattr(_control, "_BIRTH_S", 20.0)
+    entry = tmp_path / "lib.zip"
+    put(before, "before")
+    monkeypatch.setattr(sys, "path", [str(entry), *sys.path])
+    with Pool(1) as first:
+        first.submit(helpers.nothing).result(timeout=20)
+        wait_until(lambda: first._client.control is not None and first._client.control.was_heard)
+        entry.rename(tmp_path / "away")
+        put(now, "now")
+        with Pool(1) as second:
+            assert second.submit(name_found).result(timeout=20) == "now"
             assert is_borrowed(second)
 
 
