@@ -14,6 +14,8 @@ import signal
 import sys
 from collections.abc import Callable
 
+from ._spawn import BOOT
+
 #: Asks a worker for its stacks. One that programs do not use: the last but one of the real-time signals, as valgrind
 #: keeps the last for itself; or SIGINFO, where there are none of these, which does nothing to who does not know it.
 ASK_SIGNAL: int | None = (
@@ -23,7 +25,7 @@ ASK_SIGNAL: int | None = (
 _MOST_BYTES = 32 * 1024
 
 #: The line of a fresh supervisor that calls its loop, in what `_spawn` has the interpreter run.
-_BOOT_LINE = 'File "<string>", line 4 in <module>'
+_BOOT_LINE = f'File "<string>", line {len(BOOT.splitlines())} in <module>'
 
 
 def write_stacks_to(fd: int) -> None:

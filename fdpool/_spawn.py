@@ -16,10 +16,10 @@ from typing import NoReturn
 
 from . import _platform, _signals, _trees, fds
 
-# What the interpreter runs first: the client's own search path, so that the same fdpool is found, and
-# nothing from the working directory that the client would not have found either. While it imports nothing becomes
-# garbage, and looking for some takes a sixth of the time.
-_BOOT = """import gc, sys
+#: What the interpreter runs first: the client's own search path, so that the same fdpool is found, and
+#: nothing from the working directory that the client would not have found either. While it imports nothing becomes
+#: garbage, and looking for some takes a sixth of the time.
+BOOT = """import gc, sys
 gc.disable()
 sys.path[:] = sys.argv[2:]
 from fdpool._supervisor import main_fresh
@@ -51,7 +51,7 @@ def spawn_supervisor(control_fd: int) -> int:
     # The public way to pass on -W, -X, -E ... of this interpreter does not exist; multiprocessing uses
     # the same function (multiprocessing/util.py).
     flags: list[str] = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
-    arguments = [sys.executable, *flags, "-c", _BOOT, str(control_fd), *map(str, sys.path)]
+    arguments = [sys.executable, *flags, "-c", BOOT, str(control_fd), *map(str, sys.path)]
     # dup2 of a descriptor onto itself clears close-on-exec in posix_spawn(3), which is all that is wanted.
     # Missing standard streams become the null device, or the first file opened would be taken for stdout.
     actions: list[tuple[object, ...]] = [(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)]

@@ -28,6 +28,7 @@ def test_a_fault_shows_where_it_happened() -> None:
     assert "Fatal Python error: Segmentation fault" in caught.value.stacks
     assert "in read_nowhere" in caught.value.stacks
     assert "in read_nowhere" in str(caught.value)
+    assert "<string>" not in caught.value.stacks  # as our own frames are not
 
 
 @pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE])
