@@ -164,13 +164,18 @@ class Waker:
         except (BlockingIOError, OSError):
             pass
 
-    def clear(self) -> None:
-        """Forget the wake-ups so far."""
+    def clear(self) -> set[int]:
+        """Forget the wake-ups so far; the signals among them, where `signal.set_wakeup_fd` wakes, and 0."""
+        woke_by: set[int] = set()
         try:
-            while len(os.read(self._read, 4096)) == 4096:
-                pass
+            while True:
+                found = os.read(self._read, 4096)
+                woke_by.update(found)
+                if len(found) < 4096:
+                    break
         except BlockingIOError:
             pass
+        return woke_by
 
     def close(self) -> None:
         """Close both ends."""

@@ -31,6 +31,9 @@ from .logs import reopen_logs
 from .progress import STACKS_AT, Progress
 
 _EXIT_S = 5.0  # how long threads and exit handlers may keep a worker that has served
+_HEEDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+#: When the main thread is interrupted again after one of these, in milliseconds from the time before.
+_AGAIN_MS = (20, 40, 80, 160)
 _LOG = logging.getLogger("fdpool.server")
 
 
@@ -140,6 +143,11 @@ class _Listening:
     """The thread that listens to the server, and to signals: SIGTERM asks for a successor, SIGUSR1 reopens logs.
 
     A signal handler only writes a byte, as a stream is not to be used in one.
+
+    Python runs it as the main thread comes back from what that waits in; and a signal that comes just before a system
+    call that blocks does not end that. (So it was with one in two hundred of those that came as a worker began to
+    drain, beside other work.) So the main thread is interrupted again a few times: the kernel's own handler says at
+    once that something has come (`signal.set_wakeup_fd`).
     """
 
     def __init__(self, stream: StreamSocket, worker: ServerWorker) -> None:
@@ -155,6 +163,8 @@ class _Listening:
         """Begin; in the main thread."""
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._on_signal)
+        signal.set_wakeup_fd(self._waker.write_fileno(), warn_on_full_buffer=False)
+        self._main, self._on_sigurg = threading.get_ident(), signal.getsignal(signal.SIGURG)
         threading.Thread(target=self._run, name="fdpool-server-control", daemon=True).start()
 
     def serves(self, face: Face) -> None:
@@ -172,10 +182,15 @@ class _Listening:
         poll = select.poll()
         poll.register(self._stream.fileno(), select.POLLIN)
         poll.register(self._waker.fileno(), select.POLLIN)
+        again: list[int] = []
         while True:
-            ready = {fd for fd, _ in poll.poll()}
+            ready = {fd for fd, _ in poll.poll(again[0] if again else None)}
+            if not ready:
+                del again[0]
+                self._interrupt_main()
             if self._waker.fileno() in ready:
-                self._waker.clear()
+                if not self._waker.clear().isdisjoint(_HEEDED):
+                    again = [*_AGAIN_MS]
                 self._heed_signals()
             if self._stream.fileno() in ready:
                 try:
@@ -184,6 +199,11 @@ class _Listening:
                     return  # the server is gone, and the pool's supervisor ends this process
                 if received is not None:
                     self._do(received[0])
+
+    def _interrupt_main(self) -> None:
+        """By a signal that means nothing where no task is to be terminated; unless the application has taken it."""
+        if signal.getsignal(signal.SIGURG) is self._on_sigurg:
+            signal.pthread_kill(self._main, signal.SIGURG)
 
     def _heed_signals(self) -> None:
         if signal.SIGUSR1 in self._signalled:

@@ -8,6 +8,8 @@ import itertools
 import os
 import random
 import resource
+import select
+import signal
 import socket
 import socketserver
 import subprocess
@@ -17,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -29,6 +31,8 @@ from fdpool._server.listeners import Listeners
 from fdpool._server.progress import Progress, Seen, SeenPage
 from fdpool._server.steering import queued, steer
 from fdpool._server.watch import Finding, Verdict, Watch, judge
+from fdpool._server.worker import _Listening
+from fdpool.sockets import StreamSocket
 
 # -- kinds of applications -------------------------------------------------------------------------------
 
@@ -267,6 +271,38 @@ def test_two_workers_at_a_listener_that_blocks_do_not_wait_in_accept() -> None:
         assert listener.getblocking()
         assert os.get_blocking(listener.fileno())
         acceptor.close()
+
+
+# -- signals to a worker --------------------------------------------------------------------------------------
+
+
+def test_a_signal_that_came_just_before_the_main_thread_blocked_is_heeded_soon() -> None:
+    class Heeded(Exception):
+        pass
+
+    missed = [Heeded]
+
+    def on_sigurg(*_: object) -> None:
+        if missed:
+            raise missed.pop()
+
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGURG)
+    with contextlib.ExitStack() as opened:
+        for number in numbers:
+            opened.callback(signal.signal, number, signal.getsignal(number))
+        opened.callback(signal.set_wakeup_fd, -1)
+        mine, theirs = StreamSocket.pair()
+        opened.callback(mine.close)
+        signal.signal(signal.SIGURG, on_sigurg)
+        listening = _Listening(mine, cast("Any", None))
+        listening.start()
+        [thread] = [each for each in threading.enumerate() if each.name == "fdpool-server-control"]
+        opened.callback(listening._waker.close)
+        opened.callback(thread.join)
+        opened.callback(theirs.close)
+        with pytest.raises(Heeded):
+            os.write(listening._waker.write_fileno(), bytes([signal.SIGINT]))  # as the kernel's handler does
+            select.select([], [], [], 20)
 
 
 # -- listeners ----------------------------------------------------------------------------------------------
