@@ -108,10 +108,14 @@ def _forget_search_path() -> None:
     """
     finders = sys.path_importer_cache
     for path, finder in list(finders.items()):
-        if finder is not None and hasattr(finder, "invalidate_caches"):
-            finder.invalidate_caches()  # also for the next finder of an archive, as `zipimport` keeps what is in one
         # An archive's finder has no `path`. There may be a folder now, as there may be an archive where one was.
-        if not (os.path.isabs(path) and hasattr(finder, "path") and os.path.isdir(path)):
+        keeps = os.path.isabs(path) and hasattr(finder, "path") and os.path.isdir(path)
+        if finder is not None and hasattr(finder, "invalidate_caches"):
+            try:
+                finder.invalidate_caches()  # also for an archive's next finder, as `zipimport` keeps what is in one
+            except Exception:
+                keeps = False  # as where that has been cut short (EOFError)
+        if not keeps:
             del finders[path]
 
 

@@ -19,7 +19,7 @@ import psutil
 import pytest
 
 import fdpool
-from fdpool import Pool, _control, _messages
+from fdpool import Pool, _control, _lending, _messages
 from tests.contract import helpers
 from tests.process_state import seconds_until_gone, wait_until
 
@@ -149,6 +149,20 @@ def test_an_entry_of_the_search_path_may_be_put_in_place_of_another(
         with Pool(1) as second:
             assert second.submit(name_found).result(timeout=20) == "now"
             assert is_borrowed(second)
+
+
+def test_a_finder_that_cannot_read_its_entry_any_more_is_forgotten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Finder:
+        path = str(tmp_path)
+
+        def invalidate_caches(self) -> None:
+            raise EOFError("the archive has been cut short")
+
+    monkeypatch.setattr(sys, "path_importer_cache", {str(tmp_path): Finder()})
+    _lending._forget_search_path()
+    assert not sys.path_importer_cache
 
 
 def test_it_goes_on_when_the_first_pool_ends(first: Pool) -> None:
