@@ -9,6 +9,7 @@ from collections import deque
 from concurrent.futures import Future
 from concurrent.futures._base import CANCELLED, CANCELLED_AND_NOTIFIED, FINISHED, PENDING, RUNNING
 from enum import Enum
+from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,6 +20,7 @@ from ._trees import GRACE_S
 from .errors import TaskTerminated
 
 if TYPE_CHECKING:
+    import asyncio
     from collections.abc import Callable, Generator
 
     from ._answers import Answer
@@ -141,13 +143,22 @@ class TaskFuture(Future[T]):
         return True
 
     def __await__(self) -> Generator[Any, None, T]:
+        # Not by `asyncio.wrap_future`: up to Python 3.11, that never tells of a task that has raised StopIteration.
         import asyncio
 
+        loop = asyncio.get_running_loop()
+        waiter = loop.create_future()
+        self.add_done_callback(partial(_wake_in, loop, waiter))
         try:
-            return (yield from asyncio.wrap_future(self).__await__())
+            yield from waiter
+            if self.cancelled():
+                raise asyncio.CancelledError
+            return self.result()
         except asyncio.CancelledError:
             self.terminate()
             raise
+        finally:
+            del self  # or future and traceback would keep each other
 
     @property
     def may_retry(self) -> bool:
@@ -284,6 +295,19 @@ class TaskFuture(Future[T]):
     def running(self) -> bool:
         client = self._client
         return super().running() or (client is not None and not self.done() and client.has_begun(self._task))
+
+
+def _wake_in(loop: asyncio.AbstractEventLoop, waiter: asyncio.Future[None], _: Future[Any]) -> None:
+    """Wake the coroutine that waits for `waiter`; from any thread."""
+    try:
+        loop.call_soon_threadsafe(_wake, waiter)
+    except RuntimeError:
+        pass  # the loop is closed
+
+
+def _wake(waiter: asyncio.Future[None]) -> None:
+    if not waiter.done():  # it may be cancelled
+        waiter.set_result(None)
 
 
 def _wait(client: Client, future: TaskFuture[Any], timeout: float | None) -> float | None:

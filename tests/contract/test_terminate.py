@@ -208,6 +208,32 @@ def test_a_future_can_be_awaited() -> None:
     assert asyncio.run(main()) == 30
 
 
+def test_an_awaited_task_that_raises_stop_iteration_fails() -> None:
+    """asyncio's own futures take no such exception, and before Python 3.12.2 nobody tells who waits for them."""
+
+    async def main(pool: Pool) -> None:
+        await asyncio.wait_for(pool.submit(next, iter(())), 30)
+
+    with Pool(1) as pool:
+        with pytest.raises(RuntimeError, match="StopIteration") as caught:
+            asyncio.run(main(pool))
+        assert isinstance(caught.value.__cause__, StopIteration)
+
+
+def test_a_future_whose_awaiting_loop_was_closed_says_nothing_of_that(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def begin_to_wait(future: Any) -> None:
+        future.__await__().send(None)
+
+    with Pool(1) as pool:
+        pool.submit(helpers.spin, 0.1)
+        future = pool.submit(helpers.square, 3)
+        asyncio.run(begin_to_wait(future))
+    assert future.result() == 9
+    assert not caplog.records
+
+
 def test_a_cancelled_await_ends_the_task(tmp_path: Path) -> None:
     noted = tmp_path / "pid"
 
