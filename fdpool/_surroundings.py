@@ -2,7 +2,8 @@
 
     undone      working directory, umask, signal handlers and mask, timers, soft resource limits, the standard streams
                 of `sys`, locale, environment (but what came with an import stays: a module may rely on it)
-    not undone  user and group, priority, hard limits, descriptors 0 to 2: then the worker is to be replaced
+    not undone  user and group, priority, hard limits, descriptors 0 to 2, a standard stream of `sys` that was closed:
+                then the worker is to be replaced
 
 Runs in: a worker, in its main thread, after the answer has been sent, so that nobody waits for it. What can be asked
 in 6 microseconds in all is asked after each message; the rest (`look_closely`) when there is time.
@@ -41,6 +42,7 @@ class Surroundings:
             timer: any(_signals.getitimer(timer)) for timer in (signal.ITIMER_REAL, *_SLOW_TIMERS)
         }
         self._streams = (sys.stdin, sys.stdout, sys.stderr)
+        self._open_streams = tuple(filter(_is_open, self._streams))
         self._environ = os.environ
         self._environment = dict(os.environ._data)  # type: ignore[attr-defined]  # bytes: to compare, none is decoded
         self._locale = _locale.setlocale(_locale.LC_ALL)
@@ -72,6 +74,8 @@ class Surroundings:
         sys.stdin, sys.stdout, sys.stderr = self._streams
         if (os.geteuid(), os.getegid()) != self._ids:
             return "it changed the worker's user or group"
+        if not all(map(_is_open, self._open_streams)):
+            return "it closed or detached the worker's sys.stdin, sys.stdout or sys.stderr"
         return self._put_cwd_back()
 
     def look_closely(self) -> str:
@@ -120,6 +124,14 @@ class Surroundings:
 
 def _handlers() -> list[Any]:
     return list(map(_signals.getsignal, _NUMBERS))  # 0.9 us; a loop in Python 1.3, in 280 bytecodes
+
+
+def _is_open(stream: Any) -> bool:
+    """False also if there is none, or if its buffer was detached. What wraps the buffer closes it as it goes."""
+    try:
+        return not stream.closed
+    except Exception:
+        return False
 
 
 def _cwd() -> str:

@@ -6,6 +6,7 @@ Rows P6, P7, P8 and P15 of the hazards.
 from __future__ import annotations
 
 import errno
+import io
 import locale
 import os
 import resource
@@ -97,6 +98,15 @@ def close_stdout() -> None:
     os.close(1)
 
 
+def wrap_stdout() -> None:
+    """So as to have another encoding, say; as the wrapper goes it closes what it wraps."""
+    sys.stdout = io.TextIOWrapper(sys.stdout.buffer)
+
+
+def wrap_detached_stderr() -> None:
+    sys.stderr = io.TextIOWrapper(sys.stderr.detach())
+
+
 def lower_limit_for_good() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))
 
@@ -121,7 +131,14 @@ UNDONE = [
     replace_stdout,
     change_environment,
 ]
-REPLACED = [close_stdout, lower_limit_for_good, lower_priority, become_somebody_else]
+REPLACED = [
+    close_stdout,
+    wrap_stdout,
+    wrap_detached_stderr,
+    lower_limit_for_good,
+    lower_priority,
+    become_somebody_else,
+]
 
 
 @pytest.mark.parametrize("change", UNDONE, ids=lambda change: change.__name__)
