@@ -115,6 +115,9 @@ class TaskFuture(Future[T]):
         self._result = None  # type: ignore[assignment]
         self._exception = None
 
+    def __reduce__(self) -> Any:
+        raise TypeError("a future cannot leave its process; its result may")
+
     def cancel(self) -> bool:
         return self.withdraw(running=False)
 

@@ -178,6 +178,11 @@ class Pool(Executor):
         # A pool that is dropped without shutdown finishes what it was given, as ProcessPoolExecutor does.
         weakref.finalize(self, self._client.life.let_go).atexit = False
 
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "a pool cannot leave its process; a task that is to submit others makes a Pool of its own"
+        )
+
     @property
     def max_workers(self) -> int:
         """Most workers at a time."""

@@ -114,6 +114,26 @@ def test_a_result_that_cannot_be_pickled_fails_its_future_and_is_named(pool: Poo
     assert pool.submit(helpers.square, 2).result() == 4
 
 
+class UsesPool:
+    def __init__(self, pool: Pool) -> None:
+        self.workers = pool
+
+    def run(self) -> None: ...
+
+
+def test_a_pool_or_a_future_in_a_call_is_named(pool: Pool) -> None:
+    for kind in (pool, pool.with_options(retries=1)):
+        with pytest.raises(
+            fdpool.NotPicklable, match=r"at \.__self__\.workers: <.*a pool cannot leave its process"
+        ):
+            pool.submit(UsesPool(kind).run).result()
+    future = pool.submit(helpers.square, 2)
+    with pytest.raises(
+        fdpool.NotPicklable, match=r"argument 1 .*\[0\]: <TaskFuture.*a future cannot leave its process"
+    ):
+        pool.submit(helpers.square, [future]).result()
+
+
 @pytest.mark.parametrize("what", ["error", "recursion"])
 def test_a_task_that_cannot_be_loaded_fails_alone(pool: Pool, what: str) -> None:
     """P2."""
