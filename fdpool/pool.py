@@ -462,7 +462,8 @@ class Pool(Executor):
             stdin: None is the null device.
             stdout, stderr: None is this process's own.
             fds: number in the program -> descriptor here, in any arrangement: swaps are no problem.
-            env: its whole environment; None for this process's. `FDPOOL_WORKER` is added, by which the
+            cwd, env: its working directory, and its whole environment; None for its worker's, as they were here at the
+                pool's first task, with what the initializer has changed. `FDPOOL_WORKER` is added, by which the
                 program is found when its worker is killed.
             umask, nice: of the program; `nice` is added to the worker's.
             rlimits: `resource.RLIMIT_*` -> (soft, hard), or one number for both.

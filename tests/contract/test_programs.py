@@ -518,6 +518,25 @@ def test_an_environment_is_exactly_what_was_given_and_the_mark(pool: Pool) -> No
     assert sorted(names) == ["A", "FDPOOL_WORKER"]
 
 
+def test_what_is_not_given_is_as_it_was_at_the_pools_first_task(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def set_more() -> None:
+        os.environ["FDPOOL_TEST_OF"] += ", initializer"
+
+    show = ["sh", "-c", "echo $FDPOOL_TEST_OF; pwd"]
+    before = Path.cwd()
+    with Pool(1, initializer=set_more) as pool:
+        monkeypatch.setenv("FDPOOL_TEST_OF", "first task")
+        first = pool.run(show, stdout=subprocess.PIPE, text=True).result().stdout
+        monkeypatch.setenv("FDPOOL_TEST_OF", "later")
+        monkeypatch.chdir(tmp_path)
+        assert pool.run(show, stdout=subprocess.PIPE, text=True).result().stdout == first
+        now = pool.run(show, env=os.environ, cwd=Path.cwd(), stdout=subprocess.PIPE, text=True).result()
+    assert first == f"first task, initializer\n{before}\n"
+    assert now.stdout == f"later\n{tmp_path}\n"
+
+
 def test_thousands_of_queued_commands_need_no_descriptors(pool: Pool) -> None:
     before = len(os.listdir("/proc/self/fd"))
     futures = [pool.run(["true"]) for _ in range(150)]
