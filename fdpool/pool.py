@@ -460,7 +460,7 @@ class Pool(Executor):
 
         Args:
             stdin: None is the null device.
-            stdout, stderr: None is this process's own.
+            stdout, stderr: None is its worker's: what this process had as such at the pool's first task.
             fds: number in the program -> descriptor here, in any arrangement: swaps are no problem.
             cwd, env: its working directory, and its whole environment; None for its worker's, as they were here at the
                 pool's first task, with what the initializer has changed. `FDPOOL_WORKER` is added, by which the

@@ -537,6 +537,21 @@ def test_what_is_not_given_is_as_it_was_at_the_pools_first_task(
     assert now.stdout == f"later\n{tmp_path}\n"
 
 
+def test_standard_output_that_is_not_given_is_what_it_was_at_the_pools_first_task(tmp_path: Path) -> None:
+    saved = os.dup(1)
+    try:
+        with Pool(1) as pool:
+            for name in ("first", "later"):
+                with open(tmp_path / name, "wb") as file:
+                    os.dup2(file.fileno(), 1)
+                pool.run(["echo", name]).result()
+    finally:
+        os.dup2(saved, 1)
+        os.close(saved)
+    assert (tmp_path / "first").read_text() == "first\nlater\n"
+    assert (tmp_path / "later").read_text() == ""
+
+
 def test_thousands_of_queued_commands_need_no_descriptors(pool: Pool) -> None:
     before = len(os.listdir("/proc/self/fd"))
     futures = [pool.run(["true"]) for _ in range(150)]
