@@ -69,7 +69,11 @@ def check_seconds(name: str, value: object, zero: bool) -> None:
     """Raise TypeError or ValueError unless `value` is a finite number of seconds, positive or, with `zero`, 0."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number of seconds, not {value!r}")
-    if math.isnan(value) or math.isinf(value) or value < 0 or (value == 0 and not zero):
+    try:
+        is_finite = math.isfinite(value)
+    except OverflowError:  # an integer that no float can be
+        is_finite = False
+    if not is_finite or value < 0 or (value == 0 and not zero):
         least = "0 or more" if zero else "more than 0"
         raise ValueError(f"{name} must be a finite number of seconds, {least}, not {value!r}")
 

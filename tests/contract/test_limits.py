@@ -290,6 +290,7 @@ def test_a_view_is_an_executor_of_its_own_on_the_same_workers(tmp_path: Path) ->
         ({"timeout": -1}, ValueError),
         ({"timeout": math.nan}, ValueError),
         ({"timeout": math.inf}, ValueError),
+        ({"timeout": 10**400}, ValueError),
         ({"timeout": "1"}, TypeError),
         ({"timeout": True}, TypeError),
         ({"queue_timeout": 0}, ValueError),
