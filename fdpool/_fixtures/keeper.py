@@ -38,10 +38,12 @@ class Order(NamedTuple):
     """What to serve: `serve(*args, **options)`, or `serve.command(...)`. Pickled, as it goes to a fresh interpreter.
 
     Attributes:
-        what: the same for all processes that mean the same, and different for others.
+        what, given: the same for all processes that mean the same, and different for others: what serves, and with
+            which arguments and options.
     """
 
     what: str
+    given: str
     command: bool
     args: tuple[Any, ...]
     options: dict[str, Any]
@@ -82,7 +84,7 @@ def main(path: str) -> None:
     pool = Pool(2, max_tasks_per_child=1)
     serve = Serve(pool)
     try:
-        answer: dict[str, Any] = {"what": order.what}
+        answer: dict[str, Any] = {"what": order.what, "given": order.given}
         try:
             served = (serve.command if order.command else serve)(*order.args, **order.options)
             answer |= {"kind": served.listener.kind, "pid": served.pid}

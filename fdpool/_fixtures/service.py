@@ -6,7 +6,10 @@ asks, over a Unix socket in a folder that only this user may enter.
 
 from __future__ import annotations
 
+import dataclasses
+import enum
 import fcntl
+import functools
 import hashlib
 import os
 import socket
@@ -26,6 +29,8 @@ from .runs import pickled_for_others
 
 _ATTEMPTS = 10
 _NAME_ROOM = 60  # for the folder's own name, 29 bytes, and that of a service
+_OF_THE_ASKER = ("env", "ready_timeout")  # options that may differ between those who mean the same service
+_MOST_WORDS = 200  # characters that an error has of what a service was given
 
 
 class Service(Reachable):
@@ -39,10 +44,11 @@ class Service(Reachable):
     """
 
     def __init__(
-        self, name: str, what: str, hold: StreamSocket, listener: Listener, log_fd: int, pid: int
+        self, name: str, what: str, given: str, hold: StreamSocket, listener: Listener, log_fd: int, pid: int
     ) -> None:
         self.name = name
         self.what = what
+        self._given = given  # as in its `Order`
         self.listener = listener
         self.pid = pid
         self._hold = hold
@@ -85,15 +91,15 @@ class Services:
             name: the same in all processes; a file's name is made of it.
 
         Raises:
-            ValueError: the name is none, or is that of another service.
+            ValueError: the name is none, or is that of another service, or was given to one with other arguments.
             ServerDied: it could not be started, whoever has tried.
             NotPicklable: it cannot travel. Descriptors cannot.
         """
-        return self._get(name, Order(_name_of(app), False, (app, *args), options))
+        return self._get(name, Order(_name_of(app), _given(args, options), False, (app, *args), options))
 
     def command(self, name: str, argv: list[str], **options: Any) -> Service:
         """As a call, for `serve.command(argv, **options)`."""
-        return self._get(name, Order(" ".join(argv), True, (argv,), options))
+        return self._get(name, Order(" ".join(argv), _given((), options), True, (argv,), options))
 
     def close(self) -> None:
         """Let go of all."""
@@ -112,6 +118,12 @@ class Services:
         if found.what != order.what:
             raise ValueError(
                 f"the service {name!r} is {found.what}, and {order.what} needs a name of its own"
+            )
+        was, wanted = found._given, order.given
+        if was != wanted:
+            raise ValueError(
+                f"the service {name!r} was started with {was[:_MOST_WORDS]}, and with {wanted[:_MOST_WORDS]} "
+                f"{order.what} needs a name of its own"
             )
         return found
 
@@ -136,7 +148,7 @@ class Services:
                 )
             listening = socket.socket(fileno=numbers[0])
             listener = Listener(listening, answer["kind"])
-            return Service(name, answer["what"], hold, listener, numbers[1], answer["pid"])
+            return Service(name, answer["what"], answer["given"], hold, listener, numbers[1], answer["pid"])
         raise ServerDied(f"the service {name} could not be started", said)
 
     def _hold(self, path: str, order: bytes, log_fd: int) -> StreamSocket:
@@ -194,5 +206,34 @@ class Services:
 def _name_of(app: Any) -> str:
     if isinstance(app, str):
         return app
-    named = app if hasattr(app, "__qualname__") else type(app)
+    if isinstance(app, functools.partial):
+        return f"{_name_of(app.func)}({_given(app.args, app.keywords)})"
+    named = app if hasattr(app, "__qualname__") and hasattr(app, "__module__") else type(app)
     return f"{named.__module__}.{named.__qualname__}"
+
+
+def _given(args: tuple[Any, ...], options: dict[str, Any]) -> str:
+    """What a service is given, in words that are the same in all processes that mean the same."""
+    words = [_in_words(each) for each in args]
+    words += [f"{key}={_in_words(options[key])}" for key in sorted(options) if key not in _OF_THE_ASKER]
+    return ", ".join(words) or "no arguments"
+
+
+def _in_words(value: Any) -> str:
+    """Of plain data its value. Of all else only what it is, as two processes have no way of comparing that."""
+    if isinstance(value, enum.Enum):
+        return str(value)
+    if isinstance(value, os.PathLike):
+        return repr(os.fspath(value))
+    if value is None or isinstance(value, (bool, int, float, complex, str, bytes)):
+        return repr(value)
+    if isinstance(value, (tuple, list)):
+        return f"{type(value).__name__}({', '.join(map(_in_words, value))})"
+    if isinstance(value, (set, frozenset)):
+        return f"{type(value).__name__}({', '.join(sorted(map(_in_words, value)))})"
+    if isinstance(value, dict):
+        items = sorted(f"{_in_words(key)}: {_in_words(each)}" for key, each in value.items())
+        return f"{type(value).__name__}({', '.join(items)})"
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return _in_words({field.name: getattr(value, field.name) for field in dataclasses.fields(value)})
+    return _name_of(value)

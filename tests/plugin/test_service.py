@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import enum
 import fcntl
+import functools
 import os
+import pickle
 import re
 import socket
 import stat
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -145,6 +149,54 @@ def test_two_services_never_go_by_one_name(tmp_path: Path) -> None:
                 ValueError, match=r"'pids' is tests\.plugin\.test_service\.tell_pid, and app:app needs a name"
             ):
                 services("pids", "app:app")
+    finally:
+        first.close()
+        second.close()
+
+
+def tell(listening: socket.socket, *args: object) -> None:
+    while True:
+        with listening.accept()[0] as connection:
+            connection.sendall(repr(args).encode())
+
+
+class Color(enum.Enum):
+    RED = 1
+
+
+@dataclass
+class Settings:
+    port: int
+    colors: set[object]
+
+
+@pytest.mark.parametrize(
+    ("alike", "other"),
+    [
+        ((1,), (2,)),
+        ((), (None,)),
+        (("/tmp", {"a": 1, "b": [Color.RED]}), (Path("/tmp"), {"b": [Color.RED], "a": 2})),
+        ((Settings(1, {"x", "y", Color.RED}),), (Settings(1, {"x", "y"}),)),
+    ],
+)
+def test_a_service_is_not_had_for_other_arguments(
+    tmp_path: Path, alike: tuple[object, ...], other: tuple[object, ...]
+) -> None:
+    """Whoever asks: it would be given the server of other arguments, and not know. Of what cannot be compared between
+    processes only the kind counts."""
+    first, second = Services(str(tmp_path)), Services(str(tmp_path))
+    try:
+        held = first("it", tell, *alike, bytes)
+        for services in (first, second):
+            assert services("it", tell, *pickle.loads(pickle.dumps(alike)), bytes).pid == held.pid
+            with pytest.raises(ValueError, match=r"'it' was started with .*, and with .*\.tell needs a name"):
+                services("it", tell, *other, bytes)
+            with pytest.raises(ValueError, match="'it' was started with .*kind='unix' .*tell needs a name"):
+                services("it", tell, *alike, bytes, kind="unix")
+            with pytest.raises(
+                ValueError, match=r"'it' is .*\.tell, and .*\.tell\(3\) needs a name of its own"
+            ):
+                services("it", functools.partial(tell, 3))
     finally:
         first.close()
         second.close()
