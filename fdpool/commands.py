@@ -20,7 +20,7 @@ import subprocess
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple, Union
 
-from . import _board, _platform, _reducers
+from . import _board, _options, _platform, _reducers
 from ._capture import Sink
 from ._completed import Arguments, CommandFailed, CommandTimedOut, CompletedCommand, SpawnError
 from ._fdmap import check_targets
@@ -52,6 +52,7 @@ Limit = Union[int, tuple[int, int]]
 
 _CONSTANTS = (subprocess.PIPE, subprocess.STDOUT, subprocess.DEVNULL)
 _STREAMS = ("stdin", "stdout", "stderr")
+_LEAST_INT = -(2**31)
 
 
 class Text(NamedTuple):
@@ -125,7 +126,7 @@ def build(
 
     Raises:
         ValueError: they contradict each other, as for `subprocess.run`, or are out of range.
-        TypeError: a stream is not a descriptor, or input is not of the kind that `text` asks for.
+        TypeError: a stream is not a descriptor, a number is none, or input is not of the kind that `text` asks for.
         LookupError: there is no such encoding.
     """
     if capture_output:
@@ -143,10 +144,14 @@ def build(
     if not args:
         raise ValueError("args names no program")
     check_seconds("timeout", timeout)
-    check_seconds("grace", grace)
-    for name, number in (("max_output", max_output), ("umask", umask)):
-        if number is not None and number < 0:
-            raise ValueError(f"{name} must be >= 0, not {number!r}")
+    _options.check_seconds("grace", grace, zero=True)
+    for name, number, least in (
+        ("max_output", max_output, 0),
+        ("umask", umask, 0),
+        ("nice", nice, _LEAST_INT),
+    ):
+        if number is not None:
+            _options.check_count(name, number, least)
     how = _text(text, encoding, errors)
     given = (stdin, stdout, stderr)
     return Command(
