@@ -216,14 +216,22 @@ def pytest_fixture_setup(
         if fixturedef.argname not in ("_fdpool_leaks", "leak_check"):
             request.getfixturevalue("_fdpool_leaks")
         return (yield)
-    checks = request.config.stash[_CHECKS]
-    if not checks:
+    with _lasting(request.config):
         return (yield)
+
+
+@contextmanager
+def _lasting(config: pytest.Config) -> Iterator[None]:
+    """What comes in this block outlives the test that is under way, and is no leak of it."""
+    checks = config.stash[_CHECKS]
+    if not checks:
+        yield
+        return
     from ._fixtures import census
 
     before = census.take()
     try:
-        return (yield)
+        yield
     finally:
         for check in checks:
             check.let_be(before)
@@ -314,7 +322,9 @@ def _fdpool_shared_pool() -> Iterator[SharedPool]:
 @pytest.fixture
 def shared_worker_pool(_fdpool_shared_pool: SharedPool, request: pytest.FixtureRequest) -> Iterator[Pool]:
     """One `fdpool.Pool` for all tests of this process; workers that a test leaves changed are replaced, and named."""
-    yield _fdpool_shared_pool.begin()
+    with _lasting(request.config):  # another pool, if the last test has misused that of all
+        pool = _fdpool_shared_pool.begin()
+    yield pool
     found = _fdpool_shared_pool.audit()
     if found:
         text = "the test left shared_worker_pool otherwise than it was:\n  " + "\n  ".join(found)

@@ -154,3 +154,22 @@ def test_tests_share_one_pool_and_are_told_what_they_left_in_it(run_pytest: Run)
         "the test left shared_worker_pool otherwise than it was:\n  worker ",
         " was replaced, as it was left with 1 more open: /dev/null",
     )
+
+
+def test_who_comes_after_a_test_that_misused_the_shared_pool_is_not_blamed(run_pytest: Run) -> None:
+    """Another pool is made for it, and stays."""
+    outcome = run_pytest(
+        """
+        import threading, time
+        def wait(): threading.Event().wait()
+        def test_misuse(shared_worker_pool): shared_worker_pool.shutdown()
+        def test_after_that(shared_worker_pool): assert shared_worker_pool.submit(pow, 2, 3).result() == 8
+        def test_leaving(shared_worker_pool):
+            left = shared_worker_pool.submit(wait)
+            while not left.running(): time.sleep(0.001)
+        def test_after_it(shared_worker_pool): assert shared_worker_pool.submit(pow, 2, 3).result() == 8
+        """,
+        "--fdpool-leaks=fail",
+    )
+    outcome.assert_counts(passed=4, error=2)
+    outcome.assert_says("ERROR at teardown of test_misuse", "ERROR at teardown of test_leaving")
