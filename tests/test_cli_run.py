@@ -565,6 +565,20 @@ def test_no_clobber_fails_before_the_program_runs_and_also_if_the_file_comes_mea
     assert leftovers() == []
 
 
+def test_no_job_writes_to_the_log_of_its_run() -> None:
+    """Under whatever name: the log would be replaced, and what is resumed from it done again."""
+    write_files(1)
+    os.symlink("0000.log", "link.err")
+    done = run("--joblog", "0000.log", "--out", "{.}.log", "cat", ":::", "0000.txt")
+    assert (done.returncode, done.stderr) == (
+        1,
+        b"fdpool: 0000.txt: will not write to 0000.log: it is the log of this run\n",
+    )
+    done = run("--joblog", "0000.log", "--err", "link.err", "cat", ":::", "0000.txt")
+    assert done.stderr == b"fdpool: 0000.txt: will not write to link.err: it is the log of this run\n"
+    assert len(Path("0000.log").read_text().splitlines()) == 3
+
+
 def test_two_jobs_never_write_to_one_file_nor_a_job_to_an_input_of_this_run() -> None:
     write_files(3)
     os.link("0002.txt", "linked.out")

@@ -135,7 +135,7 @@ class _Run:
         self._waker = Waker()
         self._poll = select.poll()
         self._poll.register(self._waker, select.POLLIN)
-        self._targets = Targets(options.clobber)
+        self._targets = Targets(options.clobber, options.joblog)
         self._guards_inputs = options.out is not None or options.err is not None
         if self._guards_inputs:
             self._targets.note_inputs(names.known())

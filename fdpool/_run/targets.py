@@ -136,10 +136,12 @@ class Targets:
 
     Args:
         clobber: what is there may be replaced.
+        log: the name of the run's own log, which is there; None if it has none.
     """
 
-    def __init__(self, clobber: bool) -> None:
+    def __init__(self, clobber: bool, log: bytes | None) -> None:
         self._clobber = clobber
+        self._log = None if log is None else os.stat(log)
         self._inputs: set[tuple[int, int]] = set()
         self._owners: dict[tuple[int, int, bytes], tuple[int, str]] = {}
 
@@ -157,7 +159,7 @@ class Targets:
         """Open `target` for a job.
 
         Raises:
-            Refused: it is an input of this run, or another's output, or must not be replaced.
+            Refused: it is an input or the log of this run, or another's output, or must not be replaced.
             OSError, ValueError: it cannot be opened.
         """
         path = target.path
@@ -169,6 +171,8 @@ class Targets:
             there = None
         if there is not None and (there.st_dev, there.st_ino) in self._inputs:
             raise Refused("it is an input of this run")
+        if there is not None and self._log is not None and os.path.samestat(there, self._log):
+            raise Refused("it is the log of this run")
         real = os.path.realpath(path)
         if path.endswith(b"/") or (there is not None and stat.S_ISDIR(there.st_mode)):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
