@@ -14,7 +14,7 @@ import hashlib
 import os
 import socket
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -97,9 +97,12 @@ class Services:
         """
         return self._get(name, Order(_name_of(app), _given(args, options), False, (app, *args), options))
 
-    def command(self, name: str, argv: list[str], **options: Any) -> Service:
+    def command(self, name: str, argv: Sequence[str | os.PathLike[str]], **options: Any) -> Service:
         """As a call, for `serve.command(argv, **options)`."""
-        return self._get(name, Order(" ".join(argv), _given((), options), True, (argv,), options))
+        # What is not UTF-8 is the keeper's word as well, which is JSON.
+        what = argv if isinstance(argv, str) else " ".join(map(str, argv))
+        what = what.encode(errors="backslashreplace").decode()
+        return self._get(name, Order(what, _given((), options), True, (argv,), options))
 
     def close(self) -> None:
         """Let go of all."""

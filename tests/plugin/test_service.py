@@ -104,6 +104,22 @@ def test_a_program_may_be_a_service(tmp_path: Path) -> None:
     assert seconds_until_gone(living([service.pid])) < 4
 
 
+def test_a_program_s_arguments_may_be_what_serve_takes(tmp_path: Path) -> None:
+    """Paths and numbers, and names that are not UTF-8."""
+    services = Services(str(tmp_path))
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os, socket, sys; s = socket.socket(fileno=3)\n"
+        "while 1: s.accept()[0].sendall(os.fsencode(sys.argv[1] + sys.argv[2]))"
+    )
+    try:
+        service = services.command("teller", [sys.executable, program, 5, os.fsdecode(b"\xff")])  # type: ignore[list-item]
+        with service.listener.connect() as client:
+            assert client.recv(20) == b"5\xff"
+    finally:
+        services.close()
+
+
 def test_one_that_cannot_be_started_fails_every_holder_with_the_reason(tmp_path: Path) -> None:
     def fails(listening: socket.socket, ready: object) -> None:
         raise LookupError("no such database")
