@@ -303,14 +303,18 @@ def decode_json(payload: bytes) -> Any:
     """The message in a frame.
 
     Raises:
-        WireError: the payload is not JSON in UTF-8 (or is nested too deeply).
+        WireError: the payload is not JSON in UTF-8 (or is nested too deeply). NaN and infinity are not.
     """
     import json
 
     try:
-        return json.loads(payload.decode())
+        return json.loads(payload.decode(), parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise WireError(f"a frame of {len(payload)} bytes is not JSON: {error}") from error
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no number there")
 
 
 def as_is(payload: bytes) -> bytes:

@@ -224,7 +224,9 @@ def test_a_long_frame_is_read_in_pieces_so_that_memory_follows_what_came() -> No
     assert reader.missing() <= 2**17
 
 
-@pytest.mark.parametrize("garbage", [b"", b"{", b"\xff\xfe", b"[" * 900, b"1" * 5000 + b"x", b"{}{}"])
+@pytest.mark.parametrize(
+    "garbage", [b"", b"{", b"\xff\xfe", b"[" * 900, b"1" * 5000 + b"x", b"{}{}", b"[NaN]", b"-Infinity"]
+)
 def test_a_payload_that_is_not_json_costs_only_its_frame(pipes: list[int], garbage: bytes) -> None:
     """T14 (wire part)"""
     first, second = StreamSocket.pair()
