@@ -630,7 +630,8 @@ class Pool(Executor):
                 executable=executable,
             )
             ends += StreamSocket.pair(max_bytes=4096)
-            future = self.submit(commands.run_led, command, Fd(ends[1]))
+            call = (command, Fd(ends[1]))
+            future = self._submit(commands.run_led, call, {}, f"the program {args!r}", TaskFuture())
             return RunningCommand(args, future, ends.pop(0), pipes, grace)
         except BaseException:
             for pipe in pipes.values():

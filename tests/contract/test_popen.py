@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 import pytest
 
-from fdpool import Pool, WorkerLost
+from fdpool import Pool, TaskTimeout, WorkerLost
 from fdpool.commands import CommandTimedOut, SpawnError
 from tests.conftest import open_descriptors, seconds_until_gone, wait_until
 from tests.contract.helpers_programs import warm_pool
@@ -378,3 +378,12 @@ def test_a_forked_pools_first_call_is_ended_with_its_handle(forked_pool: Pool) -
     sleeper = forked_pool.popen(["sleep", "1000"], grace=0.1)
     sleeper.close()
     assert sleeper.future.result(10).signal_name == "SIGTERM"
+
+
+def test_errors_and_statistics_call_a_program_by_its_arguments() -> None:
+    """As they do with `run`."""
+    with Pool(1) as pool, pool.with_options(timeout=1.5).popen(["sleep", "1000"]) as sleeper:
+        assert sleeper.pid  # it has been started
+        assert [worker.running for worker in pool.stats().workers] == ["the program ['sleep', '1000']"]
+        with pytest.raises(TaskTimeout, match=r"the program \['sleep', '1000'\] had run for 1\.5 seconds"):
+            sleeper.wait()
