@@ -112,6 +112,8 @@ class Services:
     def _get(self, name: str, order: Order) -> Service:
         if not isinstance(name, str) or not name or "/" in name:
             raise ValueError(f"a service is named by a string without slashes, not {name!r}")
+        if name in (".", "..") or name.endswith(".lock"):
+            raise ValueError(f"a service cannot be called {name!r}: a folder is, or another service's lock")
         path = os.path.join(self._folder, name)
         if len(os.fsencode(path)) > PATH_BYTES:
             raise ValueError(f"the service's name is too long for a Unix socket in {self._folder}: {name!r}")

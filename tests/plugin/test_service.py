@@ -149,6 +149,9 @@ def test_misuse_is_refused(tmp_path: Path) -> None:
     services = Services(str(tmp_path))
     with pytest.raises(ValueError, match="a service is named by a string without slashes, not 'a/b'"):
         services("a/b", tell_pid)
+    for name in (".", "..", "a.lock"):  # with a lock's, the service "a" would never end
+        with pytest.raises(ValueError, match=f"a service cannot be called '{re.escape(name)}'"):
+            services(name, tell_pid)
     with pytest.raises(ValueError, match="the service's name is too long for a Unix socket in /.*: 'xxx"):
         services("x" * 100, tell_pid)
     with pytest.raises(fdpool.NotPicklable, match="cannot travel to a process that keeps it"):
