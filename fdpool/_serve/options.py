@@ -304,7 +304,7 @@ def _seconds(text: str) -> float:
 
 
 def _seconds_or_none(text: str) -> float:
-    return 0.0 if text in ("0", "0.0") else _seconds(text)
+    return 0.0 if re.fullmatch(r"0+(\.0*)?", text) else _seconds(text)
 
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
