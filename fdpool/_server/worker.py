@@ -30,6 +30,7 @@ from .context import Face, Order, ServerWorker, become
 from .logs import reopen_logs
 from .progress import STACKS_AT, Progress
 
+_LONGEST_GRACE_S = 1e9  # 31 years; a thread cannot be waited for beyond 292 (`threading.TIMEOUT_MAX`)
 _EXIT_S = 5.0  # how long threads and exit handlers may keep a worker that has served
 _HEEDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 #: When the main thread is interrupted again after one of these, in milliseconds from the time before.
@@ -217,7 +218,7 @@ class _Listening:
             reopen_logs()
         elif message["do"] == "drain":
             self._worker.start_draining()
-            told = (float(message["grace_s"]), bool(message["leaving"]))
+            told = (min(float(message["grace_s"]), _LONGEST_GRACE_S), bool(message["leaving"]))
             with self._lock:
                 face = self._face
                 if face is None:

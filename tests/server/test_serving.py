@@ -427,6 +427,29 @@ def test_a_stop_with_a_grace_of_its_own_cuts_off_what_is_longer(threads: int) ->
             assert is_over(client)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_grace_of_any_length_lets_what_runs_finish(threads: int, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "fdpool.server"):
+        with Server(sleep_and_tell, ANY_PORT, workers=1, threads=threads, grace=1e300) as server:
+            with connect(server) as client:
+                wait_until(lambda: server.stats().workers[0].in_flight)
+                server.reload().result(30)
+                client.sendall(b"0")
+                assert read_all(client) == b"done"
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_a_grace_of_any_length_ends_a_wsgi_worker_as_any_other_does(
+    threads: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "fdpool.server"):
+        with Server(wsgi, ANY_PORT, workers=1, threads=threads, grace=1e300) as server:
+            get(server)
+            server.stop()
+    assert caplog.messages == []
+
+
 def test_a_request_that_outlives_its_worker_writes_to_no_file_of_others(tmp_path: Path) -> None:
     """Its thread wakes no loop that has ended: what it would write to is closed, and others have that number."""
     pytest.importorskip("waitress")
