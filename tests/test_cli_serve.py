@@ -200,6 +200,19 @@ def test_a_file_that_changes_reloads_and_broken_code_does_not_get_in(app_dir: Pa
         assert answer(server.address).startswith("mended ")
 
 
+def test_a_file_that_changes_reloads_where_the_working_directory_has_been_removed(app_dir: Path) -> None:
+    gone = app_dir / "gone"
+    gone.mkdir()
+    there = ("sh", "-c", 'cd "$0" && exec "$@"', str(gone))
+    with serve(app_dir, "--reload-on-change", under=there) as server:
+        gone.rmdir()
+        for word in ("second", "third"):
+            since = len(server.events)
+            (app_dir / "shop.py").write_text(HANDLER.replace("first", word))
+            server.wait_for("reloaded", since)
+            assert answer(server.address).startswith(f"{word} ")
+
+
 # -- upgrading -------------------------------------------------------------------------------------
 
 

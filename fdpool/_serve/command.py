@@ -80,11 +80,14 @@ def serve(options: Options) -> int:
 
 def _reload(server: Server, changed: list[str]) -> None:
     """Runs in: the watcher's thread."""
-    names = [os.path.relpath(path) for path in changed]
+    try:
+        first = os.path.relpath(changed[0])
+    except FileNotFoundError:  # the working directory has been removed
+        first = changed[0]
     _LOG.info(
         "%s%s changed, so the server reloads",
-        names[0],
-        "" if len(names) == 1 else f" and {len(names) - 1} more",
+        first,
+        "" if len(changed) == 1 else f" and {len(changed) - 1} more",
         extra={"event": "files_changed", "files": changed},
     )
     try:
