@@ -337,7 +337,7 @@ class Plan:
             actions += self._take_over(slot, now)
         for slot in range(self.wanted):
             replacing += self._is_being_replaced(slot)
-        for slot in range(self.wanted):
+        for slot in self._by_age():
             wanted = self._missing(slot, now, replacing < self.settings.batch)
             if wanted is not None:
                 replacing += bool(self._staying(slot))
@@ -346,6 +346,15 @@ class Plan:
 
     def _staying(self, slot: SlotNumber) -> list[Worker]:
         return [worker for worker in self.workers.values() if worker.slot == slot and worker.stays]
+
+    def _by_age(self) -> list[SlotNumber]:
+        """The slots whose workers are there the longest first: each has its turn to be replaced, however soon others
+        are to be again."""
+        oldest: dict[SlotNumber, WorkerNumber] = {}
+        for worker in self.workers.values():
+            if worker.stays:
+                oldest.setdefault(worker.slot, worker.number)
+        return sorted(range(self.wanted), key=lambda slot: oldest.get(slot, 0))
 
     def _is_fresh(self, worker: Worker) -> bool:
         return worker.generation == self.target and not worker.retiring
@@ -476,11 +485,13 @@ class Plan:
 
     def _conclude(self) -> Iterator[Action]:
         """Tell what has come to be, and let go of generations that nobody needs any more."""
-        slots = range(self.wanted)
+        # Whether one is to be replaced again already does not matter: under load some may always be.
         settled = all(
-            (here := self._staying(slot))
-            and all(self._is_fresh(worker) and worker.state is State.SERVING for worker in here)
-            for slot in slots
+            any(
+                worker.generation == self.target and worker.state is State.SERVING
+                for worker in self._staying(slot)
+            )
+            for slot in range(self.wanted)
         )
         if settled and not self._started:
             self._started = True

@@ -392,6 +392,39 @@ def test_who_are_all_to_retire_while_they_boot_are_replaced_ever_later_and_serve
     assert pauses[-1] == pytest.approx(2.0)
 
 
+def test_a_reload_is_over_when_all_are_of_the_new_code_however_soon_they_are_to_be_replaced_again() -> None:
+    world = started(2)
+    world.reload()
+    for _ in range(2):
+        world.ready()
+        for worker, each in world.serving.items():
+            if each.generation == 2:
+                world.do(world.plan.retire(worker, world.now))
+    assert world.generations() == [2, 2]
+    assert world.told(Reloaded) == [Reloaded(2)]
+    world.all_ready()
+    assert not world.told(Reloaded)
+
+
+def test_a_server_has_started_when_all_serve_however_soon_they_are_to_be_replaced() -> None:
+    world = World(2)
+    world.ready()
+    world.do(world.plan.retire(min(world.serving), world.now))
+    world.ready(2)
+    assert world.told(Started) == [Started()]
+
+
+def test_whoever_is_to_be_replaced_has_his_turn_however_soon_others_are_to_be_again() -> None:
+    world = started(4)
+    world.reload()
+    for _ in range(4):
+        world.ready()
+        for worker, each in list(world.serving.items()):
+            if each.generation == 2:
+                world.do(world.plan.retire(worker, world.now))
+    assert world.generations() == [2, 2, 2, 2]
+
+
 def test_workers_of_an_age_are_not_all_replaced_at_the_same_time() -> None:
     world = started(8, max_age_s=1000.0, jitter=0.1)
     world.wait(899)
