@@ -183,7 +183,9 @@ def keys_of(bind: _bind.Bind) -> list[str]:
 
 def _groups(bind: _bind.Bind) -> Iterator[tuple[str, list[Given]]]:
     """What is to be opened together, each with a text by which the same program finds it again in its next process."""
-    given: list[Given] = [bind] if isinstance(bind, (str, int, socket.socket)) else list(bind)
+    # Bytes are refused as they are opened: they are a sequence of numbers, too, which would be taken for ports.
+    is_one = isinstance(bind, (str, bytes, bytearray, int, socket.socket))
+    given: list[Given] = [bind] if is_one else list(bind)  # type: ignore[list-item, arg-type]
     passed = [each for each in given if isinstance(each, str) and each.startswith("systemd")]
     for number, each in enumerate(given):
         if isinstance(each, str) and each in passed:

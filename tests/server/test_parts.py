@@ -308,6 +308,12 @@ def test_a_signal_that_came_just_before_the_main_thread_blocked_is_heeded_soon()
 # -- listeners ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("bind", [b"x", bytearray(b"x")])
+def test_bytes_are_not_taken_for_the_ports_of_a_server(bind: Any) -> None:
+    with pytest.raises(TypeError, match="a bind is a string"):
+        Listeners(bind, 100, reuseport=False, slots=1)
+
+
 def test_listeners_apart_are_chosen_among_by_the_kernel_as_it_is_told() -> None:
     listeners = Listeners("127.0.0.1:0", 100, reuseport=True, slots=4)
     try:
