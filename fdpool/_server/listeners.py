@@ -9,9 +9,11 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 from .. import _bind
+from .._bind_spec import Tcp, parse
 from . import steering
 
 Given = str | int | socket.socket
@@ -187,14 +189,25 @@ def _groups(bind: _bind.Bind) -> Iterator[tuple[str, list[Given]]]:
     is_one = isinstance(bind, (str, bytes, bytearray, int, socket.socket))
     given: list[Given] = [bind] if is_one else list(bind)  # type: ignore[list-item, arg-type]
     passed = [each for each in given if isinstance(each, str) and each.startswith("systemd")]
+    seen: Counter[str] = Counter()
     for number, each in enumerate(given):
         if isinstance(each, str) and each in passed:
             if each == passed[0]:
                 yield "systemd", list(passed)  # in one call, as it takes all that was passed
         elif isinstance(each, (str, int)):
-            yield str(each), [each]
+            seen[str(each)] += 1
+            count = seen[str(each)]
+            yield f"{each} ({count})" if count > 1 and _is_any_port(each) else str(each), [each]
         else:
             yield f"socket {number}", [each]
+
+
+def _is_any_port(bind: str | int) -> bool:
+    """True for what is another port each time; what else is asked for twice is the same listener."""
+    if isinstance(bind, int):
+        return bind == 0
+    spec = parse(bind)
+    return isinstance(spec, Tcp) and spec.port == 0
 
 
 def _is_given(group: Sequence[Given]) -> bool:

@@ -168,7 +168,7 @@ class Loop:
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until nothing of the server is left; False if that takes longer than `timeout` seconds."""
         if threading.current_thread() is not self._thread:
-            self._thread.join(timeout)
+            self._thread.join(None if timeout is None else min(timeout, threading.TIMEOUT_MAX))
         return not self._thread.is_alive()
 
     @property

@@ -397,6 +397,32 @@ def test_listeners_that_are_handed_on_are_found_by_what_they_were_bound_for(tmp_
     assert not (tmp_path / "a.sock").exists()
 
 
+@pytest.mark.parametrize("reuseport", [False, True])
+def test_a_free_port_that_is_asked_for_twice_is_two_also_when_it_is_handed_on(reuseport: bool) -> None:
+    binds = ["127.0.0.1:0", 0, "127.0.0.1:0", 0]
+    with contextlib.ExitStack() as closing:
+        first = Listeners(binds, 10, reuseport, slots=2)
+        closing.callback(first.close)
+        addresses = [each.address for each in first.first]
+        assert len(set(addresses)) == 4
+        handed: dict[str, list[tuple[int, str]]] = {}
+        for key, slot, listener in first.all():
+            handed.setdefault(key, []).append((slot, listener.handover(listener.socket.fileno())))
+        again = Listeners(binds, 10, reuseport, slots=2, inherited=handed)
+        closing.callback(again.close)
+        assert [each.address for each in again.first] == addresses
+
+
+def test_a_port_that_is_asked_for_twice_is_one_listener() -> None:
+    with socket.socket() as free:
+        free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        listeners = Listeners([f"127.0.0.1:{port}"] * 2, 10, reuseport=True, slots=1)
+        assert [each.address for each in listeners.first] == [f"tcp://127.0.0.1:{port}"]
+        listeners.close()
+
+
 # -- handing over --------------------------------------------------------------------------------------------
 
 
