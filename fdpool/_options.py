@@ -1,8 +1,9 @@
 """What `Pool.with_options` can say of a task: how long it may wait and run, how often it is tried, and its name."""
 
 import math
+import operator
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsIndex
 
 
 class TaskOptions(NamedTuple):
@@ -84,3 +85,11 @@ def check_count(name: str, value: object, least: int) -> None:
         raise TypeError(f"{name} must be an integer, not {value!r}")
     if value < least:
         raise ValueError(f"{name} must be {least} or more, not {value}")
+
+
+def whole_number(name: str, value: SupportsIndex) -> int:
+    """`value` as an int, which may be of any type that is a whole number, such as NumPy's; else TypeError."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, not {value!r}") from None

@@ -11,7 +11,6 @@ travels as any task does, descriptors and all, and `run` carries it out in the w
 from __future__ import annotations
 
 import codecs
-import math
 import os
 import resource
 import select
@@ -143,7 +142,8 @@ def build(
         raise ValueError("STDOUT can only stand for stderr")
     if not args:
         raise ValueError("args names no program")
-    check_seconds("timeout", timeout)
+    if timeout is not None:
+        _options.check_seconds("timeout", timeout, zero=True)
     _options.check_seconds("grace", grace, zero=True)
     for name, number, least in (
         ("max_output", max_output, 0),
@@ -177,12 +177,6 @@ def build(
 
 
 # -- checking what was asked ---------------------------------------------------------------------
-
-
-def check_seconds(name: str, value: float | None) -> None:
-    """ValueError unless it is None, or a number of seconds that can be waited for."""
-    if value is not None and not (value >= 0 and math.isfinite(value)):
-        raise ValueError(f"{name} must be a number of seconds >= 0, not {value!r}")
 
 
 def _text(text: bool | None, encoding: str | None, errors: str | None) -> Text | None:

@@ -34,7 +34,7 @@ from ._cpus import usable_cpus
 from ._map import Results, dumped_chunk, flatten, in_order, in_parts, keeps_nothing
 from ._messages import Recycling
 from ._naming import name_of
-from ._options import TaskOptions, changed, check_count, check_seconds
+from ._options import TaskOptions, changed, check_count, check_seconds, whole_number
 from ._shared import Shared
 from ._staffing import Staff
 from ._supervision import Setup
@@ -136,7 +136,8 @@ class Pool(Executor):
         processors = usable_cpus()
         if max_workers is None:
             max_workers = processors
-        elif max_workers <= 0:
+        max_workers = whole_number("max_workers", max_workers)
+        if max_workers <= 0:
             raise ValueError(f"max_workers must be greater than 0, not {max_workers}")
         if initializer is not None and not callable(initializer):
             raise TypeError(f"initializer must be a callable, not {initializer!r}")
@@ -156,6 +157,10 @@ class Pool(Executor):
             raise ValueError(f"min_workers must be at most max_workers, {max_workers}, not {min_workers}")
         if log_level is not None:
             log_level = _level(log_level)
+        if mp_context is not None and not hasattr(mp_context, "get_start_method"):
+            raise TypeError(
+                f"mp_context must be a context of multiprocessing, as get_context() returns it, not {mp_context!r}"
+            )
         if start_method is None:
             inherits = mp_context is not None and mp_context.get_start_method() == "fork"
             start_method = "fork" if inherits else "forkserver"
@@ -163,6 +168,10 @@ class Pool(Executor):
             raise ValueError(f"start_method must be 'forkserver' or 'fork', not {start_method!r}")
         if isinstance(preload, str):
             raise TypeError(f"preload must be an iterable of module names, not the string {preload!r}")
+        preload = tuple(preload)
+        for module in preload:
+            if not isinstance(module, str):
+                raise TypeError(f"preload must be an iterable of module names, of which {module!r} is none")
         self._max_workers = max_workers
         self._options: TaskOptions | None = None
         self._chunking = max_tasks_per_child is None
@@ -173,7 +182,7 @@ class Pool(Executor):
         inherited = self._first_call if boot is None else None
         recycling = Recycling(max_tasks_per_child, max_memory, max_fds_growth)
         idle_imports = self._IDLE_IMPORTS if log_level is None else (*self._IDLE_IMPORTS, "fdpool._logs")
-        setup = Setup(fork, tuple(preload), idle_imports, boot, inherited, recycling, log_level)
+        setup = Setup(fork, preload, idle_imports, boot, inherited, recycling, log_level)
         self._client = Client(max_workers, processors, setup, Staff(min_workers, idle_timeout, max_age))
         # A pool that is dropped without shutdown finishes what it was given, as ProcessPoolExecutor does.
         weakref.finalize(self, self._client.life.let_go).atexit = False
@@ -356,8 +365,10 @@ class Pool(Executor):
         An exception that a call raised is raised when its result is reached. Tasks not yet begun are
         cancelled when the iterator is closed or fails.
         """
-        if chunksize is not None and chunksize < 1:
-            raise ValueError(f"chunksize must be >= 1, not {chunksize}")
+        if chunksize is not None:
+            chunksize = whole_number("chunksize", chunksize)
+            if chunksize < 1:
+                raise ValueError(f"chunksize must be >= 1, not {chunksize}")
         if buffersize is not None and not isinstance(buffersize, int):
             raise TypeError(f"buffersize must be an integer or None, not {buffersize!r}")
         if buffersize is not None and buffersize < 1:

@@ -20,7 +20,7 @@ from typing import IO, Any, NamedTuple
 
 from ._completed import Arguments, CompletedCommand
 from ._frames import encode_json
-from .commands import check_seconds
+from ._options import check_seconds
 from .errors import FdTransferError
 from .fds import Fd, close_all, is_readable
 from .sockets import StreamSocket
@@ -169,9 +169,10 @@ class RunningCommand:
         One that no worker has begun is cancelled.
 
         Raises:
-            ValueError: `grace` is no number of seconds.
+            TypeError, ValueError: `grace` is no finite number of seconds.
         """
-        check_seconds("grace", grace)
+        if grace is not None:
+            check_seconds("grace", grace, zero=True)
         if not self.future.cancel() and not self._tell({"end": self._grace_s if grace is None else grace}):
             self._leash.close()
 

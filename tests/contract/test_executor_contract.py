@@ -54,6 +54,26 @@ def run_in(folder: Path, *arguments: str) -> str:
     )
 
 
+@pytest.mark.parametrize(
+    ("argument", "error", "says"),
+    [
+        ({"max_workers": 0}, ValueError, "greater than 0, not 0"),
+        ({"max_workers": "4"}, TypeError, "max_workers must be an integer, not '4'"),
+        ({"max_workers": 2.5}, TypeError, "max_workers must be an integer, not 2.5"),
+        ({"mp_context": "fork"}, TypeError, "mp_context must be a context of multiprocessing.* not 'fork'"),
+        ({"start_method": "spawn"}, ValueError, "start_method must be 'forkserver' or 'fork', not 'spawn'"),
+        ({"preload": "json"}, TypeError, "not the string 'json'"),
+        ({"preload": ["json", 5]}, TypeError, "module names, of which 5 is none"),
+    ],
+)
+def test_an_argument_of_no_use_is_refused_at_once(
+    argument: dict[str, Any], error: type[Exception], says: str
+) -> None:
+    """P10"""
+    with pytest.raises(error, match=says):
+        Pool(**argument)
+
+
 @pytest.mark.parametrize("context", ["spawn", "fork"])
 def test_initargs_may_hold_locks_and_queues_of_multiprocessing(context: str) -> None:
     """In a program of its own, as multiprocessing keeps a process for the semaphores that it has named."""

@@ -118,6 +118,8 @@ def test_a_subclass_with_a_submit_of_its_own_sees_every_item() -> None:
     [
         ({"chunksize": 0}, ValueError),
         ({"chunksize": -1}, ValueError),
+        ({"chunksize": 1.5}, TypeError),
+        ({"chunksize": "1"}, TypeError),
         ({"buffersize": 0}, ValueError),
         ({"buffersize": -1}, ValueError),
         ({"buffersize": 1.5}, TypeError),
@@ -125,7 +127,7 @@ def test_a_subclass_with_a_submit_of_its_own_sees_every_item() -> None:
     ],
 )
 def test_sizes_that_make_no_sense_are_refused(pool: Pool, arguments: Any, error: type[Exception]) -> None:
-    with pytest.raises(error):
+    with pytest.raises(error, match=next(iter(arguments))):
         pool.map(helpers.square, [1], **arguments)
 
 

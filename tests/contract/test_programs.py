@@ -145,6 +145,8 @@ def test_a_program_starts_with_default_signals(pool: Pool) -> None:
         ({"timeout": -1}, ValueError),
         ({"timeout": float("nan")}, ValueError),
         ({"timeout": float("inf")}, ValueError),
+        ({"timeout": 10**400}, ValueError),
+        ({"timeout": "5"}, TypeError),
         ({"grace": -1}, ValueError),
         ({"grace": None}, TypeError),
         ({"max_output": -1}, ValueError),
