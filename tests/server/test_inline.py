@@ -427,12 +427,14 @@ def test_an_application_that_streams_hears_of_a_client_that_has_gone(gate: Gate,
 def test_an_application_that_asks_is_told_that_its_client_has_gone(
     threads: int, gate: Gate, tmp_path: Path
 ) -> None:
+    asked_once = tmp_path / "asked once"
     seen = tmp_path / "seen"
 
     def app(environ: Any, start_response: Any) -> list[bytes]:
         if environ["PATH_INFO"] == "/wait":
             has_gone = environ["waitress.client_disconnected"]
             assert not has_gone()
+            asked_once.touch()
             gate.wait()
             wait_until(has_gone)
             seen.touch()
@@ -441,7 +443,7 @@ def test_an_application_that_asks_is_told_that_its_client_has_gone(
     options = {"channel_request_lookahead": 1}
     with Server(app, ANY_PORT, workers=1, threads=threads, options=options) as server:
         with asked(server):
-            wait_until(lambda: in_flight(server))
+            wait_until(asked_once.exists)
         gate.let_pass()
         wait_until(seen.exists)
         assert get(server)[0] == 200
