@@ -69,7 +69,7 @@ def change_mask() -> None:
 
 
 def set_alarm() -> None:
-    signal.alarm(1)
+    signal.alarm(1000)
 
 
 def lower_limit() -> None:
@@ -298,7 +298,9 @@ def test_no_task_is_lost_while_workers_are_replaced_under_load(replaced: dict[st
     with Pool(2, **replaced) as pool:
         futures = [pool.submit(helpers.wait_and_tell, n, 0.01) for n in range(60)]
         assert [future.result(timeout=60) for future in futures] == list(range(60))
-        wait_until(lambda: pool.stats().recycled > 2)
+        wait_until(
+            lambda: pool.submit(helpers.square, 2).result(timeout=20) == 4 and pool.stats().recycled > 2
+        )
 
 
 def leave_endless_thread() -> int:
