@@ -24,7 +24,7 @@ def test_an_exception_ends_a_task_and_its_worker_lives(tmp_path: Path) -> None:
     with Pool(1) as pool:
         future = pool.submit(helpers.note_and_sleep, str(noted))
         wait_until(lambda: noted.exists() and noted.read_text())
-        assert future.terminate()
+        assert future.terminate(grace=30)
         with pytest.raises(CancelledError):
             future.result(timeout=20)
         assert future.cancelled()
@@ -155,7 +155,7 @@ def test_what_a_task_returns_nevertheless_is_its_result(tmp_path: Path) -> None:
     with Pool(1) as pool:
         future = pool.submit(helpers.clean_up, str(noted))
         wait_until(lambda: noted.exists() and noted.read_text())
-        assert future.terminate()
+        assert future.terminate(grace=30)
         assert future.result(timeout=20) == "cleaned up"
 
 
@@ -221,15 +221,19 @@ def test_an_awaited_task_that_raises_stop_iteration_fails() -> None:
 
 
 def test_a_future_whose_awaiting_loop_was_closed_says_nothing_of_that(
-    caplog: pytest.LogCaptureFixture,
+    caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+
     async def begin_to_wait(future: Any) -> None:
         future.__await__().send(None)
 
     with Pool(1) as pool:
-        pool.submit(helpers.spin, 0.1)
+        pool.submit(helpers.wait_at, str(gate))
         future = pool.submit(helpers.square, 3)
         asyncio.run(begin_to_wait(future))
+        gate.open("wb").close()
     assert future.result() == 9
     assert not caplog.records
 
@@ -237,20 +241,21 @@ def test_a_future_whose_awaiting_loop_was_closed_says_nothing_of_that(
 def test_a_cancelled_await_ends_the_task(tmp_path: Path) -> None:
     noted = tmp_path / "pid"
 
-    async def main(pool: Pool) -> None:
+    async def main(pool: Pool) -> psutil.Process:
         async def awaiting() -> None:
             await pool.submit(helpers.note_and_hang, str(noted))
 
         task = asyncio.create_task(awaiting())
         await asyncio.to_thread(wait_until, lambda: noted.exists() and noted.read_text())
+        worker = psutil.Process(int(noted.read_text()))
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
+        return worker
 
     with Pool(1) as pool:
-        asyncio.run(main(pool))
-        worker = psutil.Process(int(noted.read_text()))
-        seconds_until_gone([worker], limit_s=10)
+        worker = asyncio.run(main(pool))
+        seconds_until_gone([worker], limit_s=20)
 
 
 def test_terminate_storms_lose_nothing_else(tmp_path: Path) -> None:
