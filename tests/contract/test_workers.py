@@ -108,6 +108,8 @@ def test_what_waits_behind_a_long_task_is_run_by_a_new_worker_when_another_has_d
             wait_until((tmp_path / f"{name}.begun").exists)
         behind = pool.submit(helpers.square, 3)
         slot_of = pool._client.dispatcher.slot_of
+        wait_until(lambda: slot_of(behind._task) is not None)
+        wait_until(lambda: all(each.pid is not None for each in pool.stats().workers))
         [dies] = [name for name, task in tasks.items() if slot_of(task._task) != slot_of(behind._task)]
         dead = next(each for each in pool.stats().workers if each.slot == slot_of(tasks[dies]._task))
         assert dead.pid is not None
@@ -175,12 +177,11 @@ def test_the_initializer_runs_once_in_each_worker(start_method: Any) -> None:
         assert pool.submit(look).result() == (5, b"orke")  # the replacement has it too; the offset is shared
 
 
-def test_a_failing_initializer_breaks_the_pool_and_says_with_what() -> None:
-    def fail() -> None:
-        raise LookupError("no configuration")
-
-    with Pool(2, initializer=fail) as pool:
+def test_a_failing_initializer_breaks_the_pool_and_says_with_what(tmp_path: Path) -> None:
+    gate = fifo(tmp_path / "gate")
+    with Pool(2, initializer=_fail_at, initargs=(gate,)) as pool:
         futures = [pool.submit(helpers.square, n) for n in range(10)]
+        open(gate, "wb").close()  # a broken pool would take none of them
         for future in futures:
             with pytest.raises(fdpool.PoolBroken, match="initializer failed: LookupError: no configuration"):
                 future.result()
@@ -337,10 +338,12 @@ def test_what_the_first_call_of_a_forked_pool_carries_is_not_inherited(chunked: 
 
 
 @pytest.mark.parametrize("start_method", START_METHODS)
-def test_a_worker_holds_its_own_channel_and_no_other(start_method: Any) -> None:
+def test_a_worker_holds_its_own_channel_and_no_other(start_method: Any, tmp_path: Path) -> None:
     """P12, T21: what else it has open, it has from its client's standard streams."""
     with Pool(3, start_method=start_method) as pool:
-        cf.wait([pool.submit(helpers.spin, 0.05) for _ in range(6)])
+        # Each runs one: so each has closed what it had from its supervisor.
+        together = [pool.submit(helpers.meet, str(tmp_path), n, 3) for n in range(3)]
+        assert all(future.result(timeout=30) for future in together)
         wait_until(lambda: len(pool.worker_pids()) == 3)
         for pid in pool.worker_pids():
             assert os.getpgid(pid) == pid
@@ -425,7 +428,7 @@ def test_a_killed_supervisor_is_replaced_and_only_what_ran_is_lost(caplog: pytes
                 future.result(timeout=10)
         assert [future.result(timeout=10) for future in waiting] == [n * n for n in range(40)]
         assert carrying.result(timeout=10) == ""
-        assert "a new one was started" in caplog.text
+        wait_until(lambda: "a new one was started" in caplog.text)  # by a thread that others may overtake
         assert pool.stats().supervisor_restarts == 1
 
         supervisor_of(pool).kill()
@@ -711,7 +714,10 @@ def test_a_preloaded_module_that_takes_the_signal_of_dead_children_leaves_the_su
         assert pool.submit(signal.getsignal, signal.SIGPIPE).result(timeout=20) is signal.SIG_IGN
 
 
-def test_a_worker_that_runs_a_task_is_among_the_pids_however_late_its_report_is_read(tmp_path: Path) -> None:
+def test_a_worker_that_runs_a_task_is_among_the_pids_however_late_its_report_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fdpool._client._REPORT_S", 20.0)
     with Pool(2) as pool:
         pool.submit(helpers.note_and_hang, str(tmp_path / "first"))
         wait_until(pool.worker_pids)
