@@ -56,7 +56,7 @@ def living(pids: Iterable[int]) -> list[psutil.Process]:
     return found
 
 
-def seconds_until_gone(processes: list[psutil.Process], limit_s: float = 5.0) -> float:
+def seconds_until_gone(processes: list[psutil.Process], limit_s: float = 30.0) -> float:
     """How long it takes until all of them are dead; a zombie is, whoever is slow to reap it."""
     begun = time.monotonic()
     wait_until(lambda: not any(_lives(process) for process in processes), limit_s)

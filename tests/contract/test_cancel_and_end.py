@@ -290,7 +290,7 @@ def test_ctrl_c_ends_everything_at_once_with_one_traceback(block: bool, tmp_path
         wait_until(lambda: len(client.children(recursive=True)) == 3)
         tree = client.children(recursive=True)
         os.killpg(program.pid, signal.SIGINT)  # as a terminal does: the foreground group
-        _, errors = program.communicate(timeout=10)
+        _, errors = program.communicate(timeout=30)
     assert errors.count("Traceback") == 1, errors
     assert errors.rstrip().endswith("KeyboardInterrupt")
     assert not any(process.is_running() for process in tree)
@@ -427,7 +427,7 @@ def holding(source: str) -> Iterator[tuple[subprocess.Popen[str], list[psutil.Pr
 def test_ctrl_c_in_an_event_loop_ends_everything_at_once() -> None:
     with holding(ASYNCIO) as (program, tree):
         os.killpg(program.pid, signal.SIGINT)
-        _, errors = program.communicate(timeout=10)
+        _, errors = program.communicate(timeout=30)
         seconds_until_gone(tree)
     assert errors.rstrip().endswith("KeyboardInterrupt")
 
@@ -437,7 +437,7 @@ def test_a_program_ended_by_sigterm_takes_everything_along(source: str) -> None:
     """Python does not handle it, so none of the program's own code gets to see to that."""
     with holding(source) as (program, tree):
         program.terminate()
-        assert program.wait(10) == -signal.SIGTERM
+        assert program.wait(30) == -signal.SIGTERM
         seconds_until_gone(tree)
 
 

@@ -291,7 +291,7 @@ def test_a_pool_that_cannot_start_its_thread_is_broken_and_ends_at_once(
     with pytest.raises(fdpool.PoolBroken):
         pool.submit(helpers.square, 2)
     pool.shutdown()
-    assert time.monotonic() - began < 5.0
+    assert time.monotonic() - began < 10
     assert pool.worker_pids() == []
 
 
@@ -401,13 +401,16 @@ def test_neither_the_future_of_a_call_that_cannot_be_pickled_nor_its_error_keeps
 
 
 @pytest.mark.parametrize("start_method", START_METHODS)
-def test_a_pool_without_a_living_worker_shuts_down_at_once(start_method: Any) -> None:
+def test_a_pool_without_a_living_worker_shuts_down_at_once(
+    start_method: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fdpool._lifetime._LEAVE_S", 60.0)
     with Pool(2, start_method=start_method) as pool:
         with pytest.raises(fdpool.WorkerLost):
             pool.submit(os._exit, 3).result()
         wait_until(lambda: pool.worker_pids() == [])
         began = time.monotonic()
-    assert time.monotonic() - began < 4.0
+    assert time.monotonic() - began < 20
 
 
 def test_an_ended_pools_thread_needs_no_garbage_collector() -> None:

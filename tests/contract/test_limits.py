@@ -41,13 +41,16 @@ def ledger(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_task_that_takes_too_long_fails_with_the_stacks_of_its_worker(ledger: Path) -> None:
+def test_a_task_that_takes_too_long_fails_with_the_stacks_of_its_worker(
+    ledger: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fdpool._limits._OVERDUE_S", 60.0)
     with Pool(1) as pool:
         pool.submit(helpers.nothing).result(timeout=20)  # what the task would have to import first
         began = time.monotonic()
         with pytest.raises(TaskTimeout, match=r"stuck had run for 1\.5 seconds") as caught:
             pool.with_options(timeout=1.5).submit(helpers.stuck, str(ledger)).result(timeout=20)
-        assert 1.5 <= time.monotonic() - began < 10
+        assert 1.5 <= time.monotonic() - began < 20
     error = caught.value
     assert isinstance(error, TimeoutError)
     assert error.timeout == 1.5
@@ -101,13 +104,16 @@ def test_what_descends_from_a_task_ends_with_it(ledger: Path) -> None:
         seconds_until_gone([process])
 
 
-def test_a_task_that_ignores_sigterm_has_its_grace_and_no_more(ledger: Path) -> None:
+def test_a_task_that_ignores_sigterm_has_its_grace_and_no_more(
+    ledger: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fdpool._limits._OVERDUE_S", 60.0)
     with Pool(1, initializer=signal.signal, initargs=(signal.SIGTERM, signal.SIG_IGN)) as pool:
         pool.submit(helpers.nothing).result(timeout=20)
         began = time.monotonic()
         future = pool.with_options(timeout=0.2, grace=0.3).submit(helpers.stuck, str(ledger))
         assert isinstance(future.exception(timeout=20), TaskTimeout)
-        assert 0.5 <= time.monotonic() - began < 5
+        assert 0.5 <= time.monotonic() - began < 20
 
 
 def test_a_worker_that_is_stopped_is_replaced_when_its_tasks_time_is_up() -> None:
@@ -379,7 +385,7 @@ def test_a_worker_that_the_client_has_to_kill_itself_is_not_put_down_to_anybody_
         os.kill(supervisor, signal.SIGSTOP)
         try:
             assert ended.terminate(grace=0)
-            seconds_until_gone(workers, limit_s=30)
+            seconds_until_gone(workers)
         finally:
             os.kill(supervisor, signal.SIGCONT)
         error = late.exception(timeout=20)

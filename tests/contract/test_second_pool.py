@@ -173,12 +173,12 @@ def test_it_goes_on_when_the_first_pool_ends(first: Pool) -> None:
         first.shutdown()
         assert running.result(timeout=20)
         supervisor = supervisor_of(second)
-        assert seconds_until_gone([each for each in gone if each != supervisor]) < 5
+        assert seconds_until_gone([each for each in gone if each != supervisor]) < 10
         with pytest.raises(fdpool.WorkerLost):
             second.submit(os._exit, 3).result(timeout=20)
         assert second.submit(helpers.square, 3).result(timeout=20) == 9
         assert supervisor_of(second) == supervisor
-    assert seconds_until_gone([supervisor]) < 5
+    assert seconds_until_gone([supervisor]) < 10
 
 
 @pytest.mark.parametrize("which", ["first", "second"])
@@ -262,7 +262,7 @@ def test_a_stream_that_is_closed_by_then_is_the_null_device() -> None:
                 found = second.submit(os.readlink, "/proc/self/fd/1").result()
                 os.write(2, f"{found} {second._client.control._is_child}".encode())
     """
-    done = subprocess.run([sys.executable, "-c", program], stderr=subprocess.PIPE, check=False, timeout=30)
+    done = subprocess.run([sys.executable, "-c", program], stderr=subprocess.PIPE, check=False, timeout=60)
     assert done.stderr.decode() == "/dev/null False"
 
 
@@ -412,4 +412,4 @@ def test_nothing_outlives_a_killed_client(ends: bool) -> None:
         tree += [child for process in list(tree) for child in process.children(recursive=True)]
         client.kill()
         client.wait()
-    assert seconds_until_gone(tree) < 4
+    assert seconds_until_gone(tree) < 10

