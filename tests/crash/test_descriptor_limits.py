@@ -78,6 +78,7 @@ def test_a_worker_whose_answers_cannot_be_watched_is_not_started_before_they_can
     with fdpool.Pool(2) as pool:
         long = pool.submit(wait_at, str(tmp_path / "gate"))
         wait_until((tmp_path / "gate.begun").exists)
+        wait_until(lambda: not pool._client.links[0].starting)  # its pidfd may come after its first task
         receiver = pool._client.receiver
         receiver._inner = _NoRoomAtFirst(receiver._inner)
         before = open_descriptors()
@@ -178,9 +179,10 @@ def test_a_queue_full_of_descriptors_that_does_not_move_is_an_error_that_names_t
         assert [future.result(timeout=20) for future in queued] == [5] * len(queued)
 
 
-def test_a_callback_that_finds_no_room_gets_the_error_at_once(little_room: int) -> None:
+def test_a_callback_that_finds_no_room_gets_the_error_at_once(little_room: int, tmp_path: Path) -> None:
     """It runs in the pool's own thread, where nothing would move if it waited."""
     found: list[BaseException | int] = []
+    gate = tmp_path / "gate"
 
     with fdpool.Pool(1) as pool, open(os.devnull) as null:
 
@@ -193,7 +195,9 @@ def test_a_callback_that_finds_no_room_gets_the_error_at_once(little_room: int) 
             else:
                 found.append(0)
 
-        pool.submit(square, 1).add_done_callback(submit_many)
+        # One that was done already would have it called in this thread.
+        pool.submit(wait_until, gate.exists).add_done_callback(submit_many)
+        gate.touch()
         wait_until(lambda: found, limit_s=20)
     assert isinstance(found[0], fdpool.DescriptorsExhausted)
 
@@ -264,13 +268,19 @@ def test_what_is_left_to_a_successor_goes_to_others_if_that_has_much_to_do(
         gate = tmp_path / "gate"
         running = [pool.submit(wait_until, gate.exists) for _ in range(2)]
         wait_until(lambda: all(future.running() for future in running))
+        # Else one would be given more than the other.
+        wait_until(lambda: [worker.state for worker in pool.stats().workers] == ["ready"] * 2)
         files = [fdpool.Fd(null) for _ in range(5)]
         long = pool.submit(sleep_with, files, 1000)
         behind = [pool.submit(count_descriptors, files) for _ in range(27)]
+        wait_until(lambda: all(each.call is None for each in behind))  # they are in the inboxes
         slot = pool._client.dispatcher.slot_of(long._task)
         assert slot is not None
         assert len(pool._client.dispatcher.given(slot)) == 15
-        os.kill(pool._client.links[slot].pid or 0, signal.SIGKILL)
+        link = pool._client.links[slot]
+        wait_until(lambda: link.pid is not None)  # its report may come after its first task
+        assert link.pid is not None
+        os.kill(link.pid, signal.SIGKILL)
         wait_until(long.running)
         assert sum(future.done() for future in running) == 1  # with the worker that was killed
         gate.touch()
@@ -299,6 +309,7 @@ def test_a_message_that_is_received_in_place_of_one_that_was_seen_loses_no_descr
 
         monkeypatch.setattr(wire, "try_receive", too_late)
         with room_for(room), client.critical:
+            client.critical.handle_posted()  # the pump may have left it to who comes next, as it had the lock
             found, _ = client.inboxes.emptied(0, partly=True)
         assert found == ([many._task] if room == 50 else [])
         call = many.call
@@ -322,6 +333,7 @@ def test_an_inbox_is_not_emptied_where_there_is_no_room_and_no_task_loses_its_de
         wait_until(running.running)
         behind = [pool.submit(count_descriptors, [fdpool.Fd(null) for _ in range(5)]) for _ in range(3)]
         [worker] = pool.worker_pids()
+        wait_until(lambda: all(each.call is None for each in behind))  # they are in the inbox
         fill(taken)
         assert not behind[0].cancel()
         fdpool.fds.close_all([taken.pop() for _ in range(5)])
