@@ -115,13 +115,17 @@ def test_a_pool_that_is_collected_in_the_middle_of_its_own_decision_ends() -> No
     client.life.join()
 
 
-def test_a_callback_that_exits_does_not_stop_the_pool(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_callback_that_exits_does_not_stop_the_pool(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
     def leave(_future: Future[int]) -> None:
         raise SystemExit(3)
 
     with fdpool.Pool(1) as pool:
-        first = pool.submit(time.sleep, 0.05)
+        # One that was done already would have it called in this thread.
+        first = pool.submit(wait_until, (tmp_path / "gate").exists)
         first.add_done_callback(leave)  # type: ignore[arg-type]
+        (tmp_path / "gate").touch()
         assert pool.submit(abs, -2).result(20) == 2
     assert "exception calling callback" in caplog.text
 
