@@ -24,7 +24,7 @@ from tests.plugin.conftest import Run
 from tests.process_state import wait_until
 
 LEAKY = """
-    import os, socket, subprocess, threading
+    import os, socket, subprocess, threading, time
     from multiprocessing import shared_memory
     import fdpool
     kept = []
@@ -36,7 +36,13 @@ LEAKY = """
     def test_zombie():
         kept.append(subprocess.Popen(["true"]))
         os.waitid(os.P_PID, kept[-1].pid, os.WEXITED | os.WNOWAIT)
-    def test_daemon(): subprocess.run("setsid sleep 30 & echo $! > daemon", shell=True)
+    def test_daemon():
+        subprocess.run("setsid sleep 30 & echo $! > daemon", shell=True)
+        with open("daemon") as file: name = f"/proc/{file.read().strip()}/comm"
+        while True:  # until it is no copy of the shell any more
+            with open(name) as file:
+                if file.read().strip() == "sleep": break
+            time.sleep(0.001)
     def test_thread():
         kept.append(threading.Event())
         threading.Thread(target=kept[-1].wait, name="spinner", daemon=True).start()
@@ -46,6 +52,7 @@ LEAKY = """
     def test_pool():
         kept.append(fdpool.Pool(1))
         kept[-1].submit(pow, 2, 3).result()
+        assert kept[-1].worker_pids()  # which are told later than the result, perhaps
     def test_nothing(tmp_path):
         with open(tmp_path / "file", "w") as file, fdpool.Pool(1) as pool:
             assert pool.submit(file.write, "x").result() == 1
