@@ -163,6 +163,7 @@ def play(
     keep_alive: float = 0.5,
     work_ms: int = 0,
     enough: float = 0.8,
+    timeout_s: float = 10.0,
     ledger: Path | None = None,
     taken: int = 1,
 ) -> Verdict:
@@ -170,13 +171,14 @@ def play(
 
     Args:
         enough: the share of what was due that must be answered.
+        timeout_s: after which a request has failed.
         ledger: the file that its TEST_LOAD_LEDGER names. With it a killed worker may cost what had begun, however much
             that was, and `taken` beside; without, one request.
         taken: how many connections a worker may have whose request it has not begun: between the two lies the time that
             a client takes to send.
     """
     path = f"/{work_ms}" if work_ms else ""
-    client = Client(server.address, rps=rps, keep_alive=keep_alive, path=path, seed=seed)
+    client = Client(server.address, rps=rps, keep_alive=keep_alive, path=path, timeout_s=timeout_s, seed=seed)
     thread = threading.Thread(target=client.run, args=(3600.0,))
     thread.start()
     try:
