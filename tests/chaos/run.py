@@ -67,6 +67,8 @@ class Chaos:
         fds_before, children_before = set(open_descriptors()), set(children())
         with tempfile.NamedTemporaryFile(buffering=0) as file:
             with open(file.name, "ab", buffering=0) as ledger, fdpool.Pool(self.workers) as pool:
+                # The limit on open files that a thief sets is inherited by who is started then.
+                pool.submit(int).result()
                 with pool.share([n * 7 for n in range(1000)]) as table:
                     world = World(pool, ledger, file.name, table)
                     self._disturbed(world)
