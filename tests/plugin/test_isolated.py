@@ -58,7 +58,7 @@ BODIES = """
         sys.stdout.flush()
         os._exit(0)
     def test_exiting(): sys.exit(3)
-    @pytest.mark.run_isolated(timeout=0.3)
+    @pytest.mark.run_isolated(timeout=2)
     def test_hanging():
         print("before hanging")
         time.sleep(60)
@@ -119,7 +119,7 @@ def test_every_end_of_a_body_is_an_outcome_of_its_test_alone(
         "____ test_exiting ____",
         "SystemExit: 3",
         "____ test_hanging ____",
-        "test_hanging had run for 0.3 seconds, which is its timeout",
+        "test_hanging had run for 2 seconds, which is its timeout",
         "in test_hanging",
         "before hanging",
         "____ test_growing ____",

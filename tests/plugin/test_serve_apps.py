@@ -195,7 +195,7 @@ def _pid_of(served: Served) -> int:
 
 def test_a_server_that_cannot_boot_its_workers_fails_the_test_with_its_log(serve: Serve) -> None:
     served = serve("tests.plugin.test_serve_apps:nothing", workers=1, boot_limit=1)
-    assert served.wait() == "the server tests.plugin.test_serve_apps:nothing exited with 3"
+    assert served.wait(60) == "the server tests.plugin.test_serve_apps:nothing exited with 3"
     assert "has no 'nothing'" in served.logs
 
 
