@@ -23,11 +23,12 @@ def run(arguments: list[str], folder: Path, env: Mapping[str, str]) -> subproces
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=280,
         check=False,
     )
 
 
+@pytest.mark.timeout(300)  # a busy machine takes a minute
 def test_the_example_project_passes_in_two_processes(tmp_path: Path) -> None:
     for module in ("flask", "starlette", "uvicorn", "waitress"):
         pytest.importorskip(module)
@@ -37,6 +38,7 @@ def test_the_example_project_passes_in_two_processes(tmp_path: Path) -> None:
     Outcome(done).assert_counts(passed=10)
 
 
+@pytest.mark.timeout(300)  # a busy machine takes a minute
 def test_what_flask_and_starlette_publish_as_examples_passes_behind_the_fixtures(tmp_path: Path) -> None:
     """Flask's with their own tests, unchanged, whose clients are made to speak over sockets."""
     for module in ("flask", "starlette", "uvicorn", "waitress", "websockets"):

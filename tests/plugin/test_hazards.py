@@ -106,7 +106,7 @@ def test_nothing_is_left_a_second_after_pytest_has_ended(  # type: ignore[no-unt
             text=True,
         ) as process,
     ):
-        wait_until(lambda: pids.exists() or process.poll() is not None, 30)
+        wait_until(lambda: pids.exists() or process.poll() is not None, 60)
         assert pids.exists()
         started = living(map(int, pids.read_text().split()))
         end(process)
@@ -173,7 +173,7 @@ def test_it_works_without_standard_input_and_without_a_terminal(tmp_path: Path) 
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=110,
         check=False,
     )
     Outcome(done).assert_counts(passed=3, xfailed=1)
