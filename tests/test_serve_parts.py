@@ -287,6 +287,7 @@ def message(line: bytes) -> str:
 
 def test_long_lines_of_several_processes_do_not_mix() -> None:
     script = """
+    log._PATIENCE_S = 100.0
     for _ in range(4):
         if os.fork() == 0:
             say(*[LONG, "short"] * 10)
@@ -298,7 +299,8 @@ def test_long_lines_of_several_processes_do_not_mix() -> None:
 
 
 def test_a_pipe_that_does_not_block_gets_whole_lines_while_somebody_reads() -> None:
-    with logging_program("os.set_blocking(2, False); say(LONG, 'short')") as (_, logged):
+    script = "log._PATIENCE_S = 100.0; os.set_blocking(2, False); say(LONG, 'short')"
+    with logging_program(script) as (_, logged):
         assert [message(line)[:5] for line in logged] == ["long ", "short"]
 
 
