@@ -108,8 +108,9 @@ def answers(listener: Listener) -> bool:
     with socket.socket(listener.socket.family, socket.SOCK_STREAM) as client:
         client.settimeout(5)
         client.connect(listener.socket.getsockname())
-        listener.socket.settimeout(5)
-        while not select.select([client], [], [], 0)[0]:
+        # What was sent may be on its way for a moment, in which nobody else comes.
+        while client not in (ready := select.select([client, listener.socket], [], [], 30)[0]):
+            assert ready, "nobody has come to the listener"
             connection, _ = listener.socket.accept()
             with connection, contextlib.suppress(BrokenPipeError):  # one that only looked who is there
                 connection.sendall(b"x")
