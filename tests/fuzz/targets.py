@@ -165,7 +165,7 @@ class Live(Target):
         found = Counter(self.pool.submit(helpers.open_numbers).result(_LIMIT_S).values())
         assert found == self.in_worker, "the worker has other descriptors than at first"
         try:
-            wait_until(lambda: not self._new_descriptors(), 5.0)
+            wait_until(lambda: not self._new_descriptors(), _LIMIT_S)
         except AssertionError:
             raise AssertionError(
                 f"the client has more descriptors than at first: {self._new_descriptors()}"
