@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -105,7 +106,7 @@ def test_the_cpu_of_a_tree_has_that_of_living_and_of_dead_children() -> None:
 @pytest.mark.parametrize(
     "seconds",
     [
-        pytest.param(0.1, id="ours"),
+        pytest.param(0.9, id="ours"),
         pytest.param(
             1.0, id="wrk", marks=pytest.mark.skipif(shutil.which("wrk") is None, reason="wrk is not here")
         ),
@@ -114,12 +115,14 @@ def test_the_cpu_of_a_tree_has_that_of_living_and_of_dead_children() -> None:
 @pytest.mark.parametrize("keep_alive", [True, False])
 def test_a_server_is_loaded_and_what_comes_of_it_is_counted(seconds: float, keep_alive: bool) -> None:
     with servers.serving("fdpool", "asgi") as server:
+        begun = time.perf_counter()
         load = _http_load.load(server.address, connections=4, keep_alive=keep_alive, seconds=seconds)
+        whole_s = time.perf_counter() - begun  # also what was waited for at the end
     assert load.answered > 4
     assert seconds <= load.seconds < seconds + 5
     assert 0 < load.cpu_s < load.seconds
     assert 4 < len(load.latencies) <= 200
-    assert 0 < min(load.latencies) <= max(load.latencies) <= load.seconds
+    assert 0 < min(load.latencies) <= max(load.latencies) <= whole_s
 
 
 def test_a_load_that_nobody_answers_is_an_error() -> None:
