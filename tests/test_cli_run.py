@@ -19,7 +19,7 @@ import pytest
 import fdpool
 from fdpool import cli
 from tests.conftest import wait_until
-from tests.test_cli import COMMAND, in_shell, is_alive, run, still_running, write_files
+from tests.test_cli import COMMAND, finish, in_shell, is_alive, run, still_running, write_files
 
 HERE = Path(fdpool.__file__).parents[1]
 HEADER = "Seq\tHost\tStarttime\tJobRuntime\tSend\tReceive\tExitval\tSignal\tAttempts\tCommand"
@@ -214,22 +214,35 @@ def test_what_was_never_started_is_not_tried_again() -> None:
 def test_at_the_end_of_its_time_a_job_goes_with_its_whole_tree_and_what_it_wrote_is_kept() -> None:
     write_files(2)
     script = "cat; case $1 in 0000*) setsid sleep 98765.6 & trap '' TERM; sleep 98765.6; sleep 98765.6;; esac"
+    # Long enough for what is to be done within it, however busy the machine is.
     done = run(
-        "--timeout", "1.0", "--joblog", "log", "sh", "-c", script, "sh", "{}", ":::", "0000.txt", "0001.txt"
+        "--timeout", "5.0", "--joblog", "log", "sh", "-c", script, "sh", "{}", ":::", "0000.txt", "0001.txt"
     )
     assert done.stdout == b"contents of 0000.txt\ncontents of 0001.txt\n"
-    assert done.stderr == b"fdpool: 0000.txt: sh timed out after 1 s\n"
+    assert done.stderr == b"fdpool: 0000.txt: sh timed out after 5 s\n"
     assert done.returncode == 1
     assert not still_running("98765.6")
     assert {fields[6] for fields in log_lines()} == {"-1", "0"}
 
 
+# `fdpool`, which gives a program more than a second to end by itself.
+PATIENT = """
+import sys
+from fdpool import cli, commands
+
+commands.build.__kwdefaults__["grace"] = 60.0
+sys.exit(cli.main())
+"""
+
+
 @pytest.mark.parametrize("code", [0, 3])
 def test_a_program_that_ends_by_itself_when_its_time_is_over_has_failed_all_the_same(code: int) -> None:
     write_files(1)
+    # The trap is set long before its time is over, however busy the machine is.
     script = f"trap 'exit {code}' TERM; sleep 98765.7 & wait"
-    done = run("--timeout", "0.3", "--joblog", "log", "sh", "-c", script, ":::", "0000.txt")
-    assert done.stderr == b"fdpool: 0000.txt: sh timed out after 0.3 s\n"
+    arguments = ["--timeout", "5", "--joblog", "log", "sh", "-c", script, ":::", "0000.txt"]
+    done = finish([sys.executable, "-W", "error", "-c", PATIENT, "run", *arguments], stdin=subprocess.DEVNULL)
+    assert done.stderr == b"fdpool: 0000.txt: sh timed out after 5 s\n"
     assert done.returncode == 1
     assert log_lines()[0][6:8] == ["-1", "0"]
 
