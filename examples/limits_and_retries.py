@@ -32,7 +32,7 @@ with fdpool.Pool(2) as pool:
     endless = pool.submit(time.sleep, 60)
     while not endless.running():
         time.sleep(0.01)
-    endless.terminate()
+    endless.terminate(grace=20)
     try:
         endless.result()
     except CancelledError:
