@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .listeners import Listeners
     from .turns import Turns
 
-_LOOKS, _LOOK_S = 10, 0.05
+_LOOKS, _LOOK_S = 100, 0.05  # until one that will not serve is not waited for any more
 _IS_PROCESS_1 = (
     "no upgrade: this is process 1, whose end would be its container's and the successor's. "
     "Replace the container, or have an init in it (docker run --init)"
@@ -41,6 +41,7 @@ class Succession:
         self._limit_s = limit_s
         self._on_ready = on_ready
         self._coming: Successor | None = None
+        self._leaving: set[Successor] = set()  # those that will not serve, and may not have ended yet
         self.pid: int | None = None
 
     def begin(self) -> None:
@@ -69,6 +70,7 @@ class Succession:
                 return
         except EOFError:
             self._end(coming)
+            self._leaving.add(coming)
             self._bury(coming, _LOOKS)
             return
         self._end(coming)
@@ -77,13 +79,17 @@ class Succession:
         self._on_ready()
 
     def _bury(self, coming: Successor, looks: int) -> None:
-        """Say how it has ended. A process closes its files a moment before it can be reaped."""
+        """Say how it has ended. A process closes its files a moment before it can be reaped, and a server its stream
+        before all else that its program does at its end."""
+        if coming not in self._leaving:
+            return  # the server ends, and has ended it
         status = coming.reap()
         if status is None and looks:
             self._turns.later(_LOOK_S, lambda: self._bury(coming, looks - 1))
             return
         if status is None:
             coming.kill()  # it goes on, without ever serving
+        self._leaving.discard(coming)
         self._failed("it gave up its part" if status is None else f"it {describe_status(status)}")
 
     def _give_up(self, coming: Successor) -> None:
@@ -113,3 +119,5 @@ class Succession:
         if coming is not None:
             self._end(coming)
             coming.kill()
+        while self._leaving:
+            self._leaving.pop().kill()

@@ -181,10 +181,11 @@ class Successor:
     def kill(self) -> None:
         """End it with SIGKILL, and wait until it is gone; its workers die with it."""
         try:
-            os.kill(self.pid, signal.SIGKILL)
-            os.waitpid(self.pid, 0)
-        except (ProcessLookupError, ChildProcessError):
-            pass  # it has ended by itself
+            if not os.waitpid(self.pid, os.WNOHANG)[0]:  # else the number may be another process's by now
+                os.kill(self.pid, signal.SIGKILL)
+                os.waitpid(self.pid, 0)
+        except ChildProcessError:
+            pass  # somebody else has reaped it
         _children.forget(self.pid)
 
     def close(self) -> None:

@@ -411,6 +411,19 @@ def test_a_successor_that_fails_changes_nothing(tmp_path: Path, broken: str, why
         assert ask_port(port)
 
 
+def test_a_successor_that_takes_its_time_to_end_is_told_by_its_exit_code(tmp_path: Path) -> None:
+    """It has cleaning up to do, say, or the machine is busy: it is not killed for that."""
+    with program(
+        tmp_path, f'sys.exit(fdpool.Server(pid, "unix:{tmp_path}/s.sock", workers=1).run())'
+    ) as server:
+        server.expect("started")
+        script = tmp_path / "program.py"
+        text = script.read_text().replace("Server(pid, ", 'Server("nothing:here", boot_limit=1, bind=')
+        script.write_text(text.replace(".run()", ".run() and time.sleep(1.0) or 9"))
+        server.signal(signal.SIGUSR2)
+        assert server.expect("upgrade_failed")["reason"] == "it exited with code 9"
+
+
 @pytest.mark.parametrize(
     "successor",
     [
