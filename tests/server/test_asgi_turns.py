@@ -56,7 +56,9 @@ def serve(
         inbox: where connections are handed over; owned.
     """
     pytest.importorskip(loop)
-    order = Order(0, 1, None, b"", False, "asgi", None, None, request_timeout_s, 128, {"loop": loop})
+    # A client may keep its connection for longer than uvicorn's 5 seconds until it asks again, on a busy machine.
+    options = {"loop": loop, "timeout_keep_alive": 60}
+    order = Order(0, 1, None, b"", False, "asgi", None, None, request_timeout_s, 128, options)
     page = SeenPage()
     worker = ServerWorker(0, 1, Progress(page.fd), lambda message: None)
     door: Door = Listening([listener]) if inbox is None else HandedOver(inbox.detach(), worker.progress)
