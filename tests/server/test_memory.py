@@ -130,8 +130,8 @@ def test_stats_have_each_workers_memory_and_age() -> None:
         assert second.rss_bytes is not None
         assert 150_000_000 > second.rss_bytes - first.rss_bytes > 90_000_000
         assert first.age_s < second.age_s
+        killed_at = time.monotonic()  # before: its successor may have begun as the call returns
         os.kill(second.pid or 0, signal.SIGKILL)
-        killed_at = time.monotonic()
         wait_until(
             lambda: [each.state for each in server.stats().workers if each.pid != first.pid] == ["serving"]
         )
