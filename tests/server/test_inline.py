@@ -349,7 +349,11 @@ def test_a_client_that_goes_in_the_midst_of_its_answer_frees_the_worker(
         assert pids(server) == before
 
 
-def test_an_application_hears_that_its_client_is_cut_off_at_the_end_of_the_grace(tmp_path: Path) -> None:
+def test_an_application_hears_that_its_client_is_cut_off_at_the_end_of_the_grace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Or its worker might be killed before it has heard.
+    monkeypatch.setattr("fdpool._server.plan._DRAIN_MARGIN_S", 60.0)
     told = tmp_path / "told"
 
     def is_told(_: object = None) -> bool:
