@@ -485,11 +485,12 @@ def test_a_stop_while_a_successor_boots_ends_both(tmp_path: Path) -> None:
             server.signal(signal.SIGUSR2)
             server.pid = server.expect("upgrading")["successor_pid"]
             os.kill(first, signal.SIGTERM)
+            server.expect("stopping")
             (tmp_path / "wait").unlink()
             wait_until(lambda: not psutil.pid_exists(server.pid))
-            for _ in range(2):
-                server.expect("stopping")
-                os.kill(first, signal.SIGQUIT)
+            os.kill(first, signal.SIGQUIT)
+            server.expect("stopping")
+            os.kill(first, signal.SIGQUIT)
             assert server.wait() == 0
             assert "upgraded" not in server.events()
 
