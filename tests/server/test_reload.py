@@ -391,7 +391,7 @@ def test_a_reload_has_as_many_workers_boot_at_a_time_as_it_was_told_and_no_more(
         for left in (4, 3, 2, 1):
             boot = min(2, left)
             wait_until(lambda boot=boot: len(held()) == boot == in_state("booting"), 60)  # type: ignore[misc]
-            assert len(pids(server)) == 4
+            wait_until(lambda: len(pids(server)) == 4)  # a moment ago there may have been one more
             (tmp_path / f"go-{min(held())}").touch()
             wait_until(lambda left=left: newer(server) == 5 - left, 60)  # type: ignore[misc]
         assert reload.result(60) == 2
