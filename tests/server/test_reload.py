@@ -343,6 +343,8 @@ def test_new_code_that_hangs_at_import_is_ended_at_the_boot_deadline_and_shows_w
             module.write_text(version(2, hangs))
             reload = server.reload()
             wait_until(module.with_name("served.py.hangs").exists)
+            if not preload:  # the server is to know the process that it asks for its stacks
+                wait_until(lambda: all(each.pid is not None for each in server.stats().workers))
             let_time_pass(server)
             with pytest.raises(ReloadFailed, match="boot_timeout=60"):
                 reload.result(60)
