@@ -58,8 +58,17 @@ def loop_of(app: Any) -> dict[str, Any]:
 
 
 def patient(app: Any) -> dict[str, Any]:
-    """Options with which an idle connection is kept for longer than a busy machine may keep a test waiting."""
-    return {} if app is wsgi else {"timeout_keep_alive": 60, **loop_of(app)}
+    """Arguments with which an idle connection is kept for longer than a busy machine may keep a test waiting."""
+    if app is wsgi:
+        return {"on_worker_start": partial(close_idle_after, 60.0)}
+    return {"options": {"timeout_keep_alive": 60, **loop_of(app)}}
+
+
+def close_idle_after(seconds: float, _: ServerWorker) -> None:
+    """A hook: of a WSGI worker that drains."""
+    from fdpool._server import wsgi as face
+
+    face._IDLE_S = seconds
 
 
 @pytest.mark.parametrize("dispatch", ["shared", "reuseport"])
@@ -82,7 +91,7 @@ def test_reloading_under_load_loses_no_request_of_connections_that_are_kept(
 ) -> None:
     """S1, S7: an answer that ends a connection says so, before anybody sends on it in vain."""
     need(app)
-    with Server(app, ANY_PORT, workers=2, threads=threads, options=patient(app)) as server:
+    with Server(app, ANY_PORT, workers=2, threads=threads, **patient(app)) as server:
         with KeptAlive(server) as request, Load(request) as load:
             for _ in range(2):
                 load.go_on()
@@ -96,7 +105,7 @@ def test_reloading_under_load_loses_no_request_of_connections_that_are_kept(
 def test_a_kept_connection_is_answered_once_more_and_told_to_close(app: Any, threads: int | None) -> None:
     """S7."""
     need(app)
-    with Server(app, ANY_PORT, workers=1, threads=threads, options=patient(app)) as server:
+    with Server(app, ANY_PORT, workers=1, threads=threads, **patient(app)) as server:
         client = http.client.HTTPConnection("127.0.0.1", port_of(server), timeout=20)
         client.request("GET", "/")
         response = client.getresponse()
@@ -131,7 +140,7 @@ def test_the_end_of_the_server_does_not_wait_for_idle_connections(
     """Nobody else would answer on them."""
     need(app)
     with Server(
-        app, ANY_PORT, workers=1, threads=threads, dispatch=dispatch, options=patient(app), grace=60
+        app, ANY_PORT, workers=1, threads=threads, dispatch=dispatch, grace=60, **patient(app)
     ) as server:
         with idle_connections(server) as clients:
             server.stop(wait=False)
@@ -149,12 +158,7 @@ def test_a_worker_that_drains_closes_idle_connections_after_their_time(
     """Also one on which nobody has ever sent anything, which uvicorn itself would keep for good."""
     need(app)
 
-    def be_quick(_: ServerWorker) -> None:
-        if app is wsgi:
-            from fdpool._server import wsgi as face
-
-            face._IDLE_S = 0.3
-
+    quick = partial(close_idle_after, 0.3) if app is wsgi else None
     options = {"timeout_keep_alive": 0.3} if app is asgi else {}
     with Server(
         app,
@@ -164,7 +168,7 @@ def test_a_worker_that_drains_closes_idle_connections_after_their_time(
         dispatch=dispatch,
         options=options,
         grace=60,
-        on_worker_start=be_quick,
+        on_worker_start=quick,
     ) as server:
         [old] = pids(server)
         with idle_connections(server) as clients:
