@@ -8,6 +8,7 @@ import http.client
 import os
 import signal
 import socket
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -462,20 +463,38 @@ def boot_for_long_at_first(worker: ServerWorker) -> None:
         worker.wait_drain()
 
 
-def test_of_several_reloads_the_last_wins_and_all_get_its_outcome() -> None:
+def test_of_several_reloads_the_last_wins_and_all_get_its_outcome(tmp_path: Path) -> None:
     """S3."""
+
+    def boot_when_all_are_asked_for(worker: ServerWorker) -> None:
+        boot_for_long_at_first(worker)
+        while worker.generation > 2 and not (tmp_path / "go").exists():
+            time.sleep(0.01)
+
     with (
-        Server(echo_pid, ANY_PORT, workers=2, on_worker_start=boot_for_long_at_first) as server,
+        Server(echo_pid, ANY_PORT, workers=2, on_worker_start=boot_when_all_are_asked_for) as server,
         Load(lambda: ask(server)[0], clients=2) as load,
     ):
         reloads = [server.reload()]
         wait_until(lambda: any(each.generation == 2 for each in server.stats().workers))
         reloads += [server.reload() for _ in range(5)]
+        wait_until_all_have_begun(server)
+        (tmp_path / "go").touch()
         last = reloads[-1].result(60)
         assert last >= 3
         assert [each.result(60) for each in reloads] == [last] * 6
         assert {each.generation for each in server.stats().workers if each.state == "serving"} == {last}
     assert load.failed == []
+
+
+def wait_until_all_have_begun(server: Server) -> None:
+    """Return when no reload that was asked for waits for its turn."""
+    loop = server._loop
+    assert loop is not None
+    heard = threading.Event()
+    loop.turns.post(heard.set)  # after all of them
+    assert heard.wait(30)
+    wait_until(lambda: not loop._joined)
 
 
 def test_reloads_that_come_in_a_flood_are_few() -> None:
