@@ -700,12 +700,17 @@ def test_a_connection_is_handed_to_a_worker_that_has_a_thread_free_however_many_
     with Server(waiting_at(gate), ANY_PORT, workers=2, threads=2, dispatch="handoff", grace=0) as server:
         loop = server._loop
         assert loop is not None
+
+        def is_open() -> int:
+            return sum(link.load()[1] for link in loop.crew.links.values())
+
         kept: dict[int, list[http.client.HTTPConnection]] = {pid: [] for pid in pids(server)}
         with contextlib.ExitStack() as clients:
-            for _ in range(6):
+            for count in range(1, 7):
                 client = clients.enter_context(asked(server, "/"))
                 kept[int(client.getresponse().read())].append(client)
-                wait_until(lambda: in_flight(server) == 0)
+                # An answer may be there before the worker has told that one more is open.
+                wait_until(lambda count=count: in_flight(server) == 0 and is_open() == count)  # type: ignore[misc]
             busy, idle = kept
             assert len(kept[busy]) == len(kept[idle]) == 3
             kept[busy].pop().close()
