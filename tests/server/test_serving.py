@@ -135,7 +135,8 @@ def test_an_asgi_application_sees_whom_a_trusted_proxy_forwards_for(
     pytest.importorskip("uvicorn")
 
     tell_client = asgi_answering(lambda scope: f"{scope['client'][0]} {scope['scheme']}".encode())
-    with Server(tell_client, ANY_PORT, workers=1, options=options) as server:
+    patient = {"timeout_keep_alive": 60}  # however late the second request is
+    with Server(tell_client, ANY_PORT, workers=1, options=patient | options) as server:
         connection = http.client.HTTPConnection(*server.sockets[0].getsockname())
         with contextlib.closing(connection):
             for forwarded, seen in (
