@@ -26,6 +26,7 @@ from fdpool._server.asgi import AsgiFace
 from fdpool._server.context import Order, ServerWorker
 from fdpool._server.doors import HANDED, Door, HandedOver, Listening
 from fdpool._server.progress import Progress, SeenPage
+from fdpool._server.steering import queued
 from tests.server.helpers import Load, read_all
 
 with contextlib.suppress(ImportError):
@@ -86,6 +87,7 @@ def test_connections_accepted_in_the_turn_of_a_drain_are_served() -> None:
             client = socket.create_connection(listener.getsockname())
             client.sendall(REQUEST)
             clients.append(client)
+        wait_until(lambda: queued(listener) == 5)  # a client may be connected a moment before
         asyncio.get_running_loop().call_soon(drain)
 
     serve(listener, connect)
