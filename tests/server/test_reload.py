@@ -342,6 +342,8 @@ def test_new_code_that_hangs_at_import_is_ended_at_the_boot_deadline_and_shows_w
     """S2, W6: also where it hangs in the supervisor, before any worker is there."""
     # That the supervisor does nothing is not seen sooner.
     monkeypatch.setattr("fdpool._lifetime._LEAVE_S", 1.0)
+    # A worker that is asked where it is may wait for a core until it can say so.
+    monkeypatch.setattr("fdpool._server.crew._STACKS_S", 1.0)
     hangs = "import pathlib, threading\npathlib.Path(__file__ + '.hangs').touch()\nthreading.Event().wait()"
     with records(caplog) as logged:
         with Server("served:app", ANY_PORT, workers=1, preload=preload) as server:
