@@ -561,7 +561,7 @@ def test_a_reload_waits_for_no_request_and_cuts_none_off(threads: int, dispatch:
         [old] = pids(server)
         with asked(server) as client:
             wait_until(lambda: in_flight(server))
-            assert server.reload().result(30) == 2
+            assert server.reload().result(60) == 2
             assert int(get(server)[1]) != old
             gate.let_pass()
             response = client.getresponse()
@@ -591,7 +591,7 @@ def test_a_reload_that_comes_in_a_turn_of_the_loop_does_not_wait_for_the_request
         def received(self: Any, data: bytes) -> Any:
             if b"/wait" in data:
                 begun.touch()
-                assert told.wait(20)
+                assert told.wait(60)
             return parse(self, data)
 
         if worker.generation == 1:
@@ -608,7 +608,7 @@ def test_a_reload_that_comes_in_a_turn_of_the_loop_does_not_wait_for_the_request
         [old] = pids(server)
         with asked(server) as client:
             wait_until(begun.exists)
-            assert server.reload().result(30) == 2
+            assert server.reload().result(60) == 2
             assert old not in {int(get(server)[1]) for _ in range(10)}
             gate.let_pass()
             assert int(client.getresponse().read()) == old
@@ -680,7 +680,7 @@ def test_a_request_that_outlasts_the_grace_is_cut_off(
             with connect(server) as client:
                 client.sendall(b"GET /wait HTTP/1.0\r\n\r\n")
                 wait_until(lambda: in_flight(server))
-                server.reload().result(30)
+                server.reload().result(60)
                 assert is_over(client)
             wait_until(lambda: logged("worker_killed"))
             assert "test_inline.py" in logged("worker_killed")[0].stacks
@@ -689,7 +689,7 @@ def test_a_request_that_outlasts_the_grace_is_cut_off(
 def test_workers_are_replaced_after_so_many_requests_and_none_is_lost() -> None:
     with Server(wsgi, ANY_PORT, workers=2, threads=1, max_requests=20) as server:
         with Load(lambda: get(server)[1]) as load:
-            wait_until(lambda: len(load.answered) >= 5)
+            wait_until(lambda: len(load.answered) >= 5, 60)
         assert load.failed == []
 
 

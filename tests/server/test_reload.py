@@ -145,7 +145,7 @@ def test_the_end_of_the_server_does_not_wait_for_idle_connections(
     ) as server:
         with idle_connections(server) as clients:
             server.stop(wait=False)
-            has_ended = server.wait(15)
+            has_ended = server.wait(30)
             server.stop(0)  # a test that fails need not take the minute
             assert has_ended
             assert all(map(is_over, clients))
@@ -175,7 +175,7 @@ def test_a_worker_that_drains_closes_idle_connections_after_their_time(
         with idle_connections(server) as clients:
             server.reload().result(60)
             try:
-                wait_until(lambda: not psutil.pid_exists(old), 15)
+                wait_until(lambda: not psutil.pid_exists(old))
             finally:
                 server.stop(0)
             assert all(map(is_over, clients))
@@ -328,7 +328,7 @@ def test_a_failed_import_is_logged_with_its_traceback(
     """S2: also where it is the supervisor that imports it."""
     with records(caplog) as logged, Server("served:app", ANY_PORT, workers=1, preload=preload) as server:
         module.write_text(version(2, "import no_such_module"))
-        server.reload().exception(30)
+        server.reload().exception(60)
         [failed] = logged("worker_failed")
         assert "No module named 'no_such_module'" in failed.reason
         assert 'served.py", line 1' in failed.traceback

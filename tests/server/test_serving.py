@@ -305,7 +305,7 @@ def test_a_listener_that_blocks_is_served_and_its_mode_left_alone(app: Any) -> N
         with Server(app, mine, workers=3, options=options) as server:
             seen = {answers() for _ in range(40)}
             assert os.get_blocking(mine.fileno())
-            server.reload().result(30)  # nobody is stuck in accept
+            server.reload().result(60)  # nobody is stuck in accept
             assert not seen & set(pids(server))
             assert answers() in pids(server)
         assert mine.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
@@ -323,7 +323,7 @@ def test_a_connection_that_nobody_has_accepted_is_served_after_all_workers_have_
             assert second.recv(10) == b"two"
             first.shutdown(socket.SHUT_WR)
             second.shutdown(socket.SHUT_WR)
-            assert reload.result(20) == 2
+            assert reload.result(60) == 2
 
 
 def test_an_asgi_worker_is_handed_as_many_connections_as_it_has_descriptors_for() -> None:
@@ -360,7 +360,7 @@ def test_tls_clients_that_never_finish_the_handshake_keep_no_worker_from_its_end
         with connect(server) as silent:
             assert is_answered_by_tls()  # it is taken after the silent one
             [before] = pids(server)
-            assert server.reload().result(20) == 2
+            assert server.reload().result(60) == 2
             assert is_over(silent)
             wait_until(lambda: not psutil.pid_exists(before))
         with connect(server) as silent:
@@ -422,7 +422,7 @@ def test_a_stop_with_a_grace_of_its_own_cuts_off_what_is_longer(threads: int) ->
             client.sendall(b"600")
             wait_until(lambda: server.stats().workers[0].in_flight)
             server.stop(0.1, wait=False)
-            has_ended = server.wait(15)
+            has_ended = server.wait(30)
             server.stop(0)
             assert has_ended
             assert is_over(client)
@@ -434,7 +434,7 @@ def test_a_grace_of_any_length_lets_what_runs_finish(threads: int, caplog: pytes
         with Server(sleep_and_tell, ANY_PORT, workers=1, threads=threads, grace=1e300) as server:
             with connect(server) as client:
                 wait_until(lambda: server.stats().workers[0].in_flight)
-                server.reload().result(30)
+                server.reload().result(60)
                 client.sendall(b"0")
                 assert read_all(client) == b"done"
     assert caplog.messages == []
@@ -559,7 +559,7 @@ def test_a_worker_knows_its_place() -> None:
     assert current_worker() is None
     with Server(tell, ANY_PORT, workers=1) as server:
         assert ask(server, b"")[1] == b"0 1"
-        server.reload().result(20)
+        server.reload().result(60)
         assert ask(server, b"")[1] == b"0 2"
 
 
