@@ -156,6 +156,7 @@ def test_what_befalls_one_connection_is_no_error(moody: Moody, number: int) -> N
     acceptor = Acceptor()
     moody.moods = [number]
     with socket.create_connection(moody.getsockname()):
+        wait_until(lambda: queued(moody) == 1)
         assert acceptor.accept(moody) is None
         connection = acceptor.accept(moody)
         assert connection is not None
@@ -173,6 +174,7 @@ def test_where_nothing_is_left_it_pauses_ever_longer_and_recovers(
     now = time.monotonic()
     monkeypatch.setattr("fdpool._server.accept.time", SimpleNamespace(monotonic=lambda: now))
     with socket.create_connection(moody.getsockname()):
+        wait_until(lambda: queued(moody) == 1)
         pauses = []
         for _ in range(3):
             before = acceptor.paused_until
@@ -200,6 +202,7 @@ def test_at_the_limit_the_reserve_lets_one_more_in(moody: Moody) -> None:
     """S9: with the real limit."""
     acceptor = Acceptor()
     with socket.create_connection(moody.getsockname()), socket.create_connection(moody.getsockname()):
+        wait_until(lambda: queued(moody) == 2)
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         highest = max(int(name) for name in os.listdir("/proc/self/fd"))
         filler = []
