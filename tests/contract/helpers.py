@@ -296,8 +296,11 @@ def keep_first(array: Any, _other: Any) -> int:
     return keep_array(array, "keep")
 
 
-def note_slower(path: str, number: int) -> int:
-    time.sleep(0.02)
+def note_slower_or_wait(path: str, gate: str, number: int) -> int:
+    """Longer than a worker goes on with a chunk; after 0, wait until there is a file `gate`."""
+    while number > 0 and not os.path.exists(gate):
+        time.sleep(0.001)
+    time.sleep(0.03)
     return note(path, number)
 
 
@@ -389,7 +392,7 @@ def note_at_last(_handle: Any, path: str) -> None:
 def meet(folder: str, number: int, count: int) -> bool:
     """Say that we run, and wait until so many run; False if they never do. Carries no descriptor."""
     (Path(folder) / f"{number}.begun").touch()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 50
     while len(list(Path(folder).glob("*.begun"))) < count:
         if time.monotonic() > deadline:
             return False

@@ -150,11 +150,13 @@ def test_closing_the_iterator_cancels_what_has_not_begun(ledger: Path) -> None:
     assert len(ran(ledger)) < 4500
 
 
-def test_items_of_a_chunk_that_is_running_stop_with_the_iterator(ledger: Path) -> None:
+def test_items_of_a_chunk_that_is_running_stop_with_the_iterator(ledger: Path, tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
     with Pool(1) as pool:
-        results = pool.map(partial(helpers.note_slower, str(ledger)), range(400))
+        results = pool.map(partial(helpers.note_slower_or_wait, str(ledger), str(gate)), range(400))
         assert next(results) == 0
         results.close()  # type: ignore[attr-defined]
+        gate.touch()
     assert len(ran(ledger)) < 20
 
 
