@@ -306,6 +306,10 @@ def test_no_epoll_goes_on_reporting_what_was_handed_over_once_the_task_has_close
             assert epoll.poll(0) == [(read, select.EPOLLIN)]
             future = pool.submit(helpers.read_and_close, file, 1)
         assert future.result(timeout=20) == b"x"
+        readers = select.poll()
+        readers.register(end, 0)
+        # POLLERR; the thread here that has sent it may just be about to close its own.
+        wait_until(lambda: readers.poll(0))
         assert epoll.poll(0) == []
         with pytest.raises(BrokenPipeError):
             end.write(b"x")
