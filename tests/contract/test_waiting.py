@@ -26,6 +26,14 @@ def pool(worker_pool_factory: PoolFactory) -> Pool:
     return worker_pool_factory(2)
 
 
+def pump_of(pool: Pool) -> threading.Thread:
+    """Other pools, such as those of a whole run of tests, have theirs."""
+    pump = pool._client.pump
+    assert pump is not None
+    assert pump._thread is not None
+    return pump._thread
+
+
 def switches(pids: list[int]) -> int:
     """How often the threads of these processes have gone to sleep."""
     total = 0
@@ -46,8 +54,7 @@ def test_an_idle_pool_does_not_wake_up(pool: Pool) -> None:
     supervisor = pool._client.control
     assert supervisor is not None
     pids = [supervisor.pid, *pool.worker_pids()]
-    pump = next(thread for thread in threading.enumerate() if thread.name == "fdpool-pump")
-    mine = Path(f"/proc/self/task/{pump.native_id}/status")
+    mine = Path(f"/proc/self/task/{pump_of(pool).native_id}/status")
 
     def slept() -> str:
         return next(line for line in mine.read_text().splitlines() if line.startswith("voluntary"))
@@ -297,8 +304,7 @@ def test_a_signal_handler_that_takes_long_keeps_no_processor_busy(pool: Pool) ->
 def test_a_long_wait_after_quick_ones_does_not_wake_the_pump(pool: Pool) -> None:
     for _ in range(50):
         pool.submit(helpers.square, 3).result()
-    [pump] = [thread for thread in threading.enumerate() if thread.name == "fdpool-pump"]
-    status = Path(f"/proc/self/task/{pump.native_id}/status")
+    status = Path(f"/proc/self/task/{pump_of(pool).native_id}/status")
 
     def slept() -> int:
         text = status.read_text()
