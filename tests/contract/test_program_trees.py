@@ -279,7 +279,7 @@ def test_programs_that_are_cancelled_and_cannot_be_taken_back_are_stopped_as_the
         gate = tmp_path / "gate"
         running = pool.submit(wait_until, gate.exists)
         wait_until(running.running)
-        programs = [pool.run(f"sleep 5; touch {tmp_path / name}", stdin=null, grace=0) for name in "abc"]
+        programs = [pool.run(f"sleep 30; touch {tmp_path / name}", stdin=null, grace=0) for name in "abc"]
         with monkeypatch.context() as full:
             full.setattr(wire, "try_take", no_room)
             assert all(program.cancel() for program in programs)
