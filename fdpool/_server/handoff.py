@@ -137,10 +137,13 @@ class _Seat:
     def is_later_than(self, other: _Seat) -> bool:
         """True if what this one has not taken would be taken sooner by `other`.
 
-        If the threads of both are all busy, only where the other's end requests and its own do not. Else a connection
-        would leave a worker for one that is as busy, and the first be passed over as it gets free: for a second.
+        If the other's threads are all busy, only where those end requests and its own do not, or where it takes
+        nothing although it has had a thread free all the time. Else a connection would leave a worker for one that is
+        as busy, and the first be passed over as it gets free, or as it has just got free: for a second.
         """
-        return not (self.is_busy and other.is_busy) or (other.has_ended_some and not self.has_ended_some)
+        if not other.is_busy:
+            return True
+        return not self.has_ended_some and (other.has_ended_some or not self.is_busy)
 
     def close(self) -> None:
         self.mine.close()

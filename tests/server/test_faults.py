@@ -160,10 +160,14 @@ def test_a_connection_handed_to_a_worker_whose_threads_are_busy_has_the_first_th
         monkeypatch.setattr(handoff, "_look", lambda: [look(), looks.append(None)])
         client = clients.enter_context(connect(server))
         client.sendall(b"GET / HTTP/1.0\r\n\r\n")
+        wait_until(lambda: any(seat.has_waiting for seat in handoff._seats.values()))
+        looks.clear()
         wait_until(lambda: len(looks) >= 4)
         assert handoff.taken_back == taken_back
         waits_at = {seat.has_waiting: seat.link.pid for seat in handoff._seats.values()}
         first = waits_at[free == "its own"]
+        if free == "its own":  # on a busy machine it may be free, and late for its inbox: another promise
+            monkeypatch.setattr(handoff, "_look", lambda: None)
         (tmp_path / str(first)).touch()
         assert read_all(client).endswith(b"%d" % first)
         for each in pids(server):

@@ -504,6 +504,7 @@ def seat(begun: int, finished: int, threads: int) -> Iterator[_Seat]:
         ((2, 0, 2), (3, 1, 2), True),
         ((3, 1, 2), (3, 1, 2), False),
         ((1, 0, 2), (2, 0, 2), True),  # it has a thread free, and takes nothing all the same
+        ((2, 1, 2), (2, 0, 2), False),  # it has a thread free only now
         ((1, 0, 0), (1, 0, 0), True),
     ],
 )
