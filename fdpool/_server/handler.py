@@ -118,7 +118,7 @@ class HandlerFace:
     def _serve_one(self, connection: socket.socket) -> None:
         progress = self._worker.progress
         token = progress.begin()
-        progress.has_open(progress.in_flight)
+        progress.has_open_what_runs()
         try:
             with connection:
                 try:
@@ -139,7 +139,7 @@ class HandlerFace:
         finally:
             self._worker.leave_if_forked()
             self._worker.ended(progress.end(token))
-            progress.has_open(progress.in_flight)
+            progress.has_open_what_runs()
             self._door.ended()
 
 

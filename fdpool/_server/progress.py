@@ -157,6 +157,12 @@ class Progress(_Page):
         """So many connections are open."""
         self._words[_OPEN] = connections
 
+    def has_open_what_runs(self) -> None:
+        """As many connections are open as requests run. Counted and told in one step: of two threads, the one that has
+        counted before the other would tell after it."""
+        with self._lock:
+            self._words[_OPEN] = self.in_flight
+
     def runs_at_most(self, threads: int) -> None:
         """While so many requests run, connections are left to others."""
         self._words[_THREADS] = threads

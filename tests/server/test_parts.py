@@ -549,6 +549,38 @@ def test_the_server_sees_what_a_worker_tells() -> None:
     page.close()
 
 
+def test_connections_that_end_in_several_threads_at_once_are_open_no_more() -> None:
+    """Whichever thread tells last; or the worker would be taken for one that has more to do, as long as it is idle."""
+
+    class Interrupted(Progress):
+        """At its first look at how many run, another thread ends its own, and tells."""
+
+        @property
+        def in_flight(self) -> int:
+            found = super().in_flight
+            if found == 1 and (thread := threads.pop() if threads else None) is not None:
+                thread.start()
+                thread.join(0.2)  # it may have to wait for us
+                started.append(thread)
+            return found
+
+    def end_other() -> None:
+        progress.end(other)
+        progress.has_open_what_runs()
+
+    started: list[threading.Thread] = []
+    threads = [threading.Thread(target=end_other)]
+    with contextlib.closing(SeenPage()) as page, contextlib.closing(Interrupted(page.fd)) as progress:
+        one, other = progress.begin(), progress.begin()
+        progress.has_open_what_runs()
+        assert page.see().open == 2
+        progress.end(one)
+        progress.has_open_what_runs()
+        [thread] = started
+        thread.join()
+        assert page.see().open == 0
+
+
 @pytest.mark.parametrize(
     ("seen", "limit", "stuck"),
     [
