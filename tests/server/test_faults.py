@@ -409,6 +409,9 @@ def test_a_stopped_worker_is_killed_and_replaced(caplog: pytest.LogCaptureFixtur
     with records(caplog) as logged, Server(echo_pid, ANY_PORT, workers=1, request_timeout=0.5) as server:
         [before] = pids(server)
         os.kill(before, signal.SIGSTOP)
+        # The next one's request may take its time, on a busy machine.
+        wait_until(lambda: server.stats().started == 2)
+        server._loop._watch._request_timeout_s = 60.0  # type: ignore[union-attr]
         assert ask(server)[0] != before
         # Its stacks are waited for, and the next one serves already.
         wait_until(lambda: logged("worker_killed"))
