@@ -70,6 +70,12 @@ class Reserve:
         self._closed = True
         self.give()
 
+    def forget(self) -> None:
+        """Runs in a forked child: close the copy. Another thread may have held the lock at the fork, and nobody lets go
+        of it here."""
+        self._lock = threading.Lock()
+        self.close()
+
 
 class Acceptor:
     """Accepts from listeners, and keeps one descriptor in reserve, so that the limit is no dead end.
@@ -117,6 +123,10 @@ class Acceptor:
     def close(self) -> None:
         """Close the reserve."""
         self._reserve.close()
+
+    def forget(self) -> None:
+        """Runs in a forked child: close the copy of the reserve."""
+        self._reserve.forget()
 
     def _pause(self) -> None:
         self._reserve.fill()

@@ -242,6 +242,8 @@ class Handoff:
         """Runs in a forked child: close the copies."""
         # Kernel: a forked child has the same epoll instance (epoll(7)): what it takes from it is the parent's, too.
         self._watching = False
+        self._acceptor.forget()
+        self._reserve.forget()
         self.close()
 
     @property

@@ -26,7 +26,7 @@ import pytest
 from fdpool import BindFailed
 from fdpool._server import apps, room
 from fdpool._server.accept import Acceptor, Reserve
-from fdpool._server.handoff import Laden, _Seat, choose
+from fdpool._server.handoff import Handoff, Laden, _Seat, choose
 from fdpool._server.listeners import Listeners
 from fdpool._server.progress import Progress, Seen, SeenPage
 from fdpool._server.steering import queued, steer
@@ -513,6 +513,16 @@ def test_a_connection_leaves_a_worker_whose_threads_are_busy_only_for_one_that_t
 ) -> None:
     with seat(*waits_at) as mine, seat(*other) as theirs:
         assert mine.is_later_than(theirs) == is_later
+
+
+def test_a_forked_child_forgets_the_handing_over_whatever_the_servers_thread_was_at() -> None:
+    """That thread is not there to let go of a lock, and the fork would not return in the child."""
+    handoff = Handoff(cast("Any", None), [])
+    with handoff._reserve._lock, handoff._acceptor._reserve._lock:
+        in_child = threading.Thread(target=handoff.forget)
+        in_child.start()
+        in_child.join(10)
+        assert not in_child.is_alive()
 
 
 # -- progress --------------------------------------------------------------------------------------------------
