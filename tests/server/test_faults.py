@@ -1016,7 +1016,7 @@ def test_an_event_loop_that_stands_still_is_killed(loop: str, caplog: pytest.Log
 def test_a_worker_whose_event_loop_turns_is_left_alone_until_its_end(loop: str, tmp_path: Path) -> None:
     """In its lifespan's shutdown, and in its hook after that, when there is no loop any more."""
     pytest.importorskip("uvicorn")
-    limit_s = 1.2
+    limit_s = 2.0  # on a busy machine a loop that turns may be late by a second
     said = tmp_path / "said"
 
     async def slow_to_end(scope: Any, receive: Any, send: Any) -> None:
@@ -1051,10 +1051,10 @@ def test_a_coroutine_that_waits_for_too_long_is_cancelled_and_nobody_else_is(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     pytest.importorskip("uvicorn")
-    with Server(asgi, ANY_PORT, workers=1, request_timeout=1.5, options={"loop": loop}) as server:
+    with Server(asgi, ANY_PORT, workers=1, request_timeout=2.5, options={"loop": loop}) as server:
         before = pids(server)
         assert get(server, "/sleep/600")[0] == 500
-        assert get(server, "/stream/40")[1].startswith(b"tick\n" * 40)  # longer in all, but it moves on
+        assert get(server, "/stream/60")[1].startswith(b"tick\n" * 60)  # longer in all, but it moves on
         assert pids(server) == before
     [told] = [line for line in capfd.readouterr().err.splitlines() if "has not moved on" in line]
     assert told.startswith("GET /sleep/600 ")
