@@ -805,6 +805,7 @@ def test_an_application_that_fails_as_it_serves_is_logged_with_its_traceback(
         assert exited.reason == "ValueError: out of paper ..."
         assert "in serve" in exited.traceback
         assert "and of ink" in exited.getMessage()
+        server.stop(0)  # the next one may serve already, and heeds no drain
 
 
 def test_an_application_that_returns_is_started_again_but_not_at_full_speed() -> None:
