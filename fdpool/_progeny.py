@@ -85,13 +85,16 @@ class Progeny:
 
     def _below(self) -> list[psutil.Process]:
         """Every descendant, dead or alive."""
-        import psutil
-
         if self._before is None:  # nobody can tell what was here before, but nothing is adopted either
-            mine = [psutil.Process(pid) for pid in self._unreaped if psutil.pid_exists(pid)]
-        else:
-            mine = [child for child in psutil.Process().children() if child.pid not in self._before]
-        return [process for top in mine for process in (top, *_trees.descendants(top.pid))]
+            return [process for pid in self._unreaped for process in _trees.tree(pid)]
+        found: dict[int, psutil.Process] = {}
+        seen = set(self._before)
+        # What loses its parent while we look below that one becomes a child of ours, so they are looked for again.
+        while new := (self._unreaped | (_platform.child_pids() or set())) - seen:
+            seen |= new
+            for pid in new:
+                found.update((process.pid, process) for process in _trees.tree(pid))
+        return list(found.values())
 
     def reap(self, pid: int, wait: bool = True) -> tuple[int, object] | None:
         """The wait status and resource usage of a program; None if it lives, or somebody else has reaped it."""
