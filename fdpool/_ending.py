@@ -14,7 +14,7 @@ from . import _forensics, _trees
 if TYPE_CHECKING:
     import psutil
 
-_STACKS_S = 0.2  # how long the stacks may take: one that is stopped never writes them
+_STACKS_S = 1.0  # how long the stacks may take on a busy machine; one that is stopped never writes them
 _LOOK_S = 0.002
 _QUIET_LOOKS = 5  # so many in which nothing was added: they are complete
 

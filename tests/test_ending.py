@@ -89,9 +89,9 @@ def test_one_that_is_hastened_before_it_began_has_the_shorter_time(worker: subpr
         assert ending.due is not None
         assert ending.due < 101
         ending.hasten(7.0, 100.1)
-        ending.step(100.3)
-        assert ending.due == 107.3
-        ending.step(107.3)
+        ending.step(101.3)
+        assert ending.due == 108.3
+        ending.step(108.3)
     assert worker.wait(20) == -9
 
 
