@@ -242,24 +242,28 @@ def test_clients_that_keep_their_connections_lose_nothing_by_a_reload(
 def test_a_killed_worker_costs_what_had_begun_there_and_nothing_that_waits(
     form: str, needs: str, rps: float, dispatch: str, tmp_path: Path
 ) -> None:
-    """S8: a ledger has what begins. The rate is such that some run, and others wait, most of the time."""
+    """S8: a ledger has what begins. The rate is such that some run, and others wait, most of the time; on a busy
+    machine the kills may find nothing that runs."""
     pytest.importorskip(needs)
     ledger = tmp_path / "begun"
     arguments = ["-b", "127.0.0.1:0", "-w", "2", "--threads", "1", "--dispatch", dispatch]
     with served(*arguments, f"tests.load.app:{form}", env={"TEST_LOAD_LEDGER": str(ledger)}) as server:
-        verdict = play(
-            "kill",
-            server,
-            rps=rps,
-            seconds=0.5,
-            seed=1,
-            times=9,
-            keep_alive=0.0,
-            work_ms=20,
-            enough=ENOUGH,
-            timeout_s=PATIENCE_S,
-            ledger=None if form == "handler" else ledger,
-            taken=TAKEN[form],
-        )
-        assert_good(verdict, server.tail)
-    assert set(verdict.tally.lost) & set(ledger.read_text().split()), "nothing that had begun was killed"
+        for seed in range(1, 6):
+            verdict = play(
+                "kill",
+                server,
+                rps=rps,
+                seconds=0.5,
+                seed=seed,
+                times=9,
+                keep_alive=0.0,
+                work_ms=20,
+                enough=ENOUGH,
+                timeout_s=PATIENCE_S,
+                ledger=None if form == "handler" else ledger,
+                taken=TAKEN[form],
+            )
+            assert_good(verdict, server.tail)
+            if set(verdict.tally.lost) & set(ledger.read_text().split()):
+                return
+    pytest.fail("nothing that had begun was killed")
