@@ -51,6 +51,10 @@ def spawn_supervisor(control_fd: int) -> int:
     # The public way to pass on -W, -X, -E ... of this interpreter does not exist; multiprocessing uses
     # the same function (multiprocessing/util.py).
     flags: list[str] = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
+    if sys.version_info >= (3, 13) and not _has_folder():
+        # CPython 3.13.0: an AttributeError of an extension module is a SystemError then, as one looks whether a file of
+        # the working directory has been taken for it; so `import socket` fails. Not with a safe path.
+        flags = [*flags, "-P"]
     arguments = [sys.executable, *flags, "-c", BOOT, str(control_fd), *map(str, sys.path)]
     # dup2 of a descriptor onto itself clears close-on-exec in posix_spawn(3), which is all that is wanted.
     # Missing standard streams become the null device, or the first file opened would be taken for stdout.
@@ -68,6 +72,15 @@ def spawn_supervisor(control_fd: int) -> int:
         setsigmask=(),
         setsigdef=[number for number in _signals.EVERY if number not in (signal.SIGKILL, signal.SIGSTOP)],
     )
+
+
+def _has_folder() -> bool:
+    """False where the working directory has been removed, or cannot be named."""
+    try:
+        os.getcwd()
+    except OSError:
+        return False
+    return True
 
 
 def fork_supervisor(main: Callable[[], NoReturn]) -> int:
