@@ -146,6 +146,7 @@ class Live(Target):
         assert self.pool.submit(helpers.square, 2).result(_LIMIT_S) == 4
         self.link = self.pool._client.links[0]
         self.in_worker = Counter(self.pool.submit(helpers.open_numbers).result(_LIMIT_S).values())
+        wait_until(self.pool.worker_pids, _LIMIT_S)  # its start is reported with a pidfd, which may be late
         self.in_client = Counter(open_descriptors().values())
         return self
 
