@@ -8,13 +8,14 @@ import struct
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.load.__main__ import TAKEN
 from tests.load._client import Client
 from tests.load._scenarios import Verdict, play
-from tests.load._served import served
+from tests.load._served import Served, served
 from tests.load._tally import Tally
 from tests.process_state import wait_until
 
@@ -179,8 +180,11 @@ ENOUGH = 0.4  # of what was due
 PATIENCE_S = 40.0  # as it may take a while until what has piled up is answered
 
 
-def assert_good(verdict: Verdict, log: Callable[[], str]) -> None:
-    assert verdict.is_good, f"{verdict.as_json()}\n{log()}"
+def play_well(name: str, server: Served, *, seed: int = 1, **options: Any) -> Verdict:
+    """Play a scenario, of half a second each time, that must cost no more than it may."""
+    verdict = play(name, server, seconds=0.5, seed=seed, enough=ENOUGH, timeout_s=PATIENCE_S, **options)
+    assert verdict.is_good, f"{verdict.as_json()}\n{server.tail()}"
+    return verdict
 
 
 @pytest.mark.parametrize(
@@ -198,18 +202,7 @@ def test_no_reload_no_scaling_and_no_upgrade_costs_a_request_and_a_killed_worker
     arguments = ["-b", "127.0.0.1:0", "-w", "2", "--threads", "1", "--dispatch", dispatch]
     with served(*arguments, "tests.load.app:handler") as server:
         for name in scenarios:
-            verdict = play(
-                name,
-                server,
-                rps=300,
-                seconds=0.5,
-                seed=1,
-                times=3,
-                work_ms=2,
-                enough=ENOUGH,
-                timeout_s=PATIENCE_S,
-            )
-            assert_good(verdict, server.tail)
+            play_well(name, server, rps=300, times=3, work_ms=2)
 
 
 @pytest.mark.parametrize("dispatch", ["shared", "handoff"])
@@ -221,18 +214,7 @@ def test_clients_that_keep_their_connections_lose_nothing_by_a_reload(
     pytest.importorskip(needs)
     arguments = ["-b", "127.0.0.1:0", "-w", "2", "--threads", "4", "--dispatch", dispatch]
     with served(*arguments, f"tests.load.app:{form}") as server:
-        verdict = play(
-            "reload",
-            server,
-            rps=300,
-            seconds=0.5,
-            seed=1,
-            times=2,
-            keep_alive=0.9,
-            enough=ENOUGH,
-            timeout_s=PATIENCE_S,
-        )
-        assert_good(verdict, server.tail)
+        play_well("reload", server, rps=300, times=2, keep_alive=0.9)
 
 
 @pytest.mark.parametrize("dispatch", ["shared", "handoff"])
@@ -249,21 +231,17 @@ def test_a_killed_worker_costs_what_had_begun_there_and_nothing_that_waits(
     arguments = ["-b", "127.0.0.1:0", "-w", "2", "--threads", "1", "--dispatch", dispatch]
     with served(*arguments, f"tests.load.app:{form}", env={"TEST_LOAD_LEDGER": str(ledger)}) as server:
         for seed in range(1, 6):
-            verdict = play(
+            verdict = play_well(
                 "kill",
                 server,
-                rps=rps,
-                seconds=0.5,
                 seed=seed,
+                rps=rps,
                 times=9,
                 keep_alive=0.0,
                 work_ms=20,
-                enough=ENOUGH,
-                timeout_s=PATIENCE_S,
                 ledger=None if form == "handler" else ledger,
                 taken=TAKEN[form],
             )
-            assert_good(verdict, server.tail)
             if set(verdict.tally.lost) & set(ledger.read_text().split()):
                 return
     pytest.fail("nothing that had begun was killed")
