@@ -44,7 +44,7 @@ def test_who_loses_its_parent_as_one_looks_is_found_all_the_same(monkeypatch: py
         return descendants(pid)
 
     try:
-        script = "sh -c 'sleep 1000 & echo $$ $!; wait'; sleep 1000; :"
+        script = "sh -c 'sleep 1000 & echo $$ $!; wait'; exec sleep 1000"
         program = os.posix_spawn(
             "/bin/sh",
             ["sh", "-c", script],
