@@ -43,8 +43,7 @@ class Board:
         try:
             os.ftruncate(self.fd, slots * AREA_BYTES)
             _platform.seal(self.fd, _platform.SEAL_SHRINK | _platform.SEAL_GROW | _platform.SEAL_SEAL)
-            with fds.standard_numbers_taken():  # the mapping has a duplicate of its own
-                self._areas = mmap.mmap(self.fd, slots * AREA_BYTES, mmap.MAP_SHARED, mmap.PROT_READ)
+            self._areas = fds.mapped(self.fd, slots * AREA_BYTES, mmap.MAP_SHARED, writable=False)
         except BaseException:
             os.close(self.fd)
             raise

@@ -39,8 +39,7 @@ class Pump:
         self._thread: threading.Thread | None = thread
         self._ident: int | None = None  # of the thread, as long as it runs
         self._callbacks: deque[TaskFuture[Any]] = deque()
-        with fds.standard_numbers_taken():
-            self._selector = selectors.DefaultSelector()
+        self._selector = fds.made_above_stdio(selectors.DefaultSelector)
         try:
             self._waker = Waker()
         except BaseException:

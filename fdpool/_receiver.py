@@ -31,7 +31,7 @@ from ._slots import State
 from ._spin import Spin
 from ._tasks import UNDONE, ChunkFuture, TaskFuture
 from .errors import WireError
-from .fds import LONGEST_POLL_S, SCM_MAX_FD, close_all, standard_numbers_taken
+from .fds import LONGEST_POLL_S, SCM_MAX_FD, close_all, made_above_stdio
 
 if TYPE_CHECKING:
     from ._client import Client
@@ -87,8 +87,7 @@ class Receiver:
         self._outer: Any = None
         if hasattr(select, "epoll") and _platform.has("epoll"):
             try:
-                with standard_numbers_taken():
-                    self._inner, self._outer = select.epoll(), select.epoll()
+                self._inner, self._outer = made_above_stdio(select.epoll), made_above_stdio(select.epoll)
                 self._inner.register(self._waker, select.EPOLLIN)
                 self._outer.register(self._inner, select.EPOLLIN)
             except OSError:

@@ -36,7 +36,7 @@ from ._frames import encode_json
 from ._links import Waker
 from ._options import check_count, check_seconds
 from .errors import FdpoolError, FdTransferError, PayloadTooLarge, WireError
-from .fds import LONGEST_POLL_S, OwnedFds, standard_numbers_taken
+from .fds import LONGEST_POLL_S, OwnedFds, made_above_stdio
 from .pool import Pool
 from .running import RunningCommand
 from .sockets import DatagramSocket, StreamSocket
@@ -111,8 +111,7 @@ class ExecServer:
         # A datagram of one byte is all that is ever received here; what is longer is garbage.
         self._door, self._client_end = DatagramSocket.pair(max_bytes=1, max_fds=1)
         self._waker = Waker()
-        with standard_numbers_taken():
-            self._selector = selectors.DefaultSelector()
+        self._selector = made_above_stdio(selectors.DefaultSelector)
         self._selector.register(self._door, selectors.EVENT_READ)
         self._selector.register(self._waker, selectors.EVENT_READ)
         self._thread = threading.Thread(target=self._serve, name="fdpool-exec", daemon=True)

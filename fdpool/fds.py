@@ -8,9 +8,11 @@ import mmap
 import os
 import select
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from typing import Any, NoReturn, Protocol, runtime_checkable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, NoReturn, Protocol, TypeVar, runtime_checkable
+
+_Made = TypeVar("_Made")
 
 #: Longest that the kernel is asked to wait: poll(2) and epoll_wait(2) count milliseconds in an int, 24 days.
 LONGEST_POLL_S = 86_400.0
@@ -180,17 +182,40 @@ def duplicate(fd: int) -> int:
 
 
 def above_stdio(fd: int) -> int:
-    """`fd` itself if it is above the standard streams, else a duplicate above them, `fd` closed."""
+    """`fd` itself if it is above the standard streams, else a duplicate above them, `fd` closed.
+
+    Raises:
+        OSError: no descriptor is left (EMFILE); `fd` is closed.
+    """
     if fd > 2:
         return fd
-    moved = duplicate(fd)
-    os.close(fd)
-    return moved
+    try:
+        return duplicate(fd)
+    finally:
+        os.close(fd)
+
+
+def made_above_stdio(make: Callable[[], _Made]) -> _Made:
+    """What `make` returns, with a number above the standard streams, or without any: for what cannot be moved.
+
+    Another thread may have one of their numbers for a moment, and so `make` cannot be kept from it beforehand: what
+    gets one is held until another has been made, and closed.
+
+    Args:
+        make: makes something with `close`, and with a `fileno` if it has a descriptor.
+    """
+    with ExitStack() as wrong:
+        while True:
+            made: Any = make()
+            if not hasattr(made, "fileno") or made.fileno() > 2:
+                return made  # type: ignore[no-any-return]
+            wrong.callback(made.close)
 
 
 @contextmanager
 def standard_numbers_taken() -> Iterator[None]:
-    """Whatever is opened meanwhile gets a number above the standard streams: for what cannot be moved afterwards.
+    """Whatever is opened meanwhile gets a number above the standard streams, as long as the process has one thread:
+    another may have had one of these numbers for a moment, and let go of it in between.
 
     Raises:
         OSError: no descriptor is left (EMFILE).
@@ -209,13 +234,38 @@ def standard_numbers_taken() -> Iterator[None]:
 
 def mapped(fd: int, length: int, flags: int, writable: bool = True, offset: int = 0) -> mmap.mmap:
     """A mapping of a file. From Python 3.13 on it holds no descriptor, so who keeps it (an array) pins memory alone;
-    before, a duplicate of `fd`, above the standard streams."""
+    before, a duplicate of `fd`, above the standard streams also where other threads open and close."""
     protection = mmap.PROT_READ | mmap.PROT_WRITE if writable else mmap.PROT_READ
     options: dict[str, Any] = {"flags": flags, "prot": protection, "offset": offset}
     if sys.version_info >= (3, 13):
-        options["trackfd"] = False
-    with standard_numbers_taken():
-        return mmap.mmap(fd, length, **options)
+        return mmap.mmap(fd, length, trackfd=False, **options)
+    wrong: list[mmap.mmap] = []
+    low: set[int] = set()
+    try:
+        while True:
+            made = mmap.mmap(fd, length, **options)
+            # It says nowhere which number its duplicate has. As in `made_above_stdio`, one that is wrong is held.
+            now = _standard_numbers_of(fd)
+            if now <= low:
+                return made
+            wrong.append(made)
+            low = now
+    finally:
+        for each in wrong:
+            each.close()
+
+
+def _standard_numbers_of(fd: int) -> set[int]:
+    """Which of the standard streams' numbers, but for `fd` itself, are of the same file."""
+    file = os.fstat(fd)
+    found = set()
+    for number in range(3):
+        try:
+            if os.path.samestat(file, os.fstat(number)) and number != fd:
+                found.add(number)
+        except OSError:
+            pass  # it is closed
+    return found
 
 
 def close_all(fds: Iterable[int]) -> None:

@@ -19,7 +19,7 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from .. import _messages, wire
-from ..fds import close_all, standard_numbers_taken
+from ..fds import above_stdio, close_all
 from .accept import Acceptor, Reserve, off_stdio
 from .doors import HANDED
 
@@ -90,8 +90,10 @@ class _Seat:
 
     def __init__(self, link: WorkerLink) -> None:
         self.link = link
-        with standard_numbers_taken():
-            self.mine, self.theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.mine, self.theirs = (
+            socket.socket(fileno=above_stdio(end.detach()))
+            for end in socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        )
         self.most = 1
         self.sent = 0
         self.serves = False

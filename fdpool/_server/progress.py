@@ -20,7 +20,7 @@ import time
 from typing import NamedTuple
 
 from .. import _platform
-from ..fds import above_stdio, standard_numbers_taken
+from ..fds import above_stdio, mapped
 
 STACKS_AT = mmap.PAGESIZE  # where in the file the stacks begin
 _MOST_STACKS = 256 * 1024
@@ -53,7 +53,7 @@ class _Page:
     """The file, mapped. Words are written and read whole: they are aligned (checked by no lock)."""
 
     def __init__(self, fd: int) -> None:
-        self._map = mmap.mmap(fd, mmap.PAGESIZE)
+        self._map = mapped(fd, mmap.PAGESIZE, mmap.MAP_SHARED)
         self._words = memoryview(self._map).cast("Q")
 
     def close(self) -> None:
@@ -72,8 +72,7 @@ class SeenPage(_Page):
             os.ftruncate(self.fd, mmap.PAGESIZE)
             # Its worker has the descriptor. Not against growing: faulthandler writes behind the page.
             _platform.seal(self.fd, _platform.SEAL_SHRINK | _platform.SEAL_SEAL)
-            with standard_numbers_taken():  # mmap keeps a duplicate of its own
-                super().__init__(self.fd)
+            super().__init__(self.fd)
         except BaseException:
             os.close(self.fd)
             raise

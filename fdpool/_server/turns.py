@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable
 
 from .._links import Waker
-from ..fds import HasFileno, standard_numbers_taken
+from ..fds import HasFileno, made_above_stdio
 
 Action = Callable[[], object]
 
@@ -27,8 +27,7 @@ class Turns:
         self._posted: deque[Action] = deque()
         self._timers: list[tuple[float, Action]] = []
         self._waker = Waker()
-        with standard_numbers_taken():
-            self._selector = selectors.DefaultSelector()
+        self._selector = made_above_stdio(selectors.DefaultSelector)
         self._selector.register(self._waker, selectors.EVENT_READ, self._waker.clear)
         self.is_over = False
 
