@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from fdpool import Pool
 from fdpool._cpus import usable_cpus
 from tests.process_state import children, open_descriptors, seconds_until_gone, wait_until
 
@@ -22,8 +23,13 @@ gc.collect()
 gc.freeze()
 
 
-def pytest_addoption(pluginmanager: pytest.PytestPluginManager) -> None:
+def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
     """Load the plugin of this clone, unless fdpool is installed and pytest has done so."""
+    parser.addoption(
+        "--fresh-supervisors",
+        action="store_true",
+        help="keep no pool open whose supervisor is forked for those of the tests' pools and servers",
+    )
     if not pluginmanager.has_plugin("fdpool.pytest_plugin"):
         from fdpool import pytest_plugin
 
@@ -34,6 +40,26 @@ def pytest_addoption(pluginmanager: pytest.PytestPluginManager) -> None:
 def pytest_xdist_auto_num_workers() -> int:
     """Twice as many processes as processors, with `-n auto`: a third of its time a test waits for something."""
     return 2 * usable_cpus()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def lender(request: pytest.FixtureRequest) -> Iterator[Pool | None]:
+    """A pool that is kept open: its supervisor is forked for those of other pools and of servers, as `fdpool._lending`
+    does for any second pool. A fork takes 7 ms of CPU where a start takes 77: of a quarter of all time that the tests
+    of pools and servers took. Programs that tests run have fresh ones, and so have tests with `fresh_supervisors`."""
+    if request.config.getoption("--fresh-supervisors"):
+        yield None
+        return
+    with Pool(1) as pool:
+        pool.submit(int).result()
+        yield pool
+
+
+@pytest.fixture
+def fresh_supervisors(lender: Pool | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The supervisor of the test's first pool is a fresh interpreter, and a child of this process."""
+    if lender is not None:
+        monkeypatch.setattr(lender._client.supervision, "may_lend", lambda likeness: False)
 
 
 @pytest.fixture

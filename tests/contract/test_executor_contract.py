@@ -295,6 +295,7 @@ def test_a_pool_that_cannot_start_its_thread_is_broken_and_ends_at_once(
     assert pool.worker_pids() == []
 
 
+@pytest.mark.usefixtures("fresh_supervisors")
 def test_a_pool_whose_supervisor_cannot_be_told_the_search_path_is_broken_and_leaves_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

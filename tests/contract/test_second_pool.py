@@ -23,7 +23,10 @@ from fdpool import Pool, _control, _lending, _messages
 from tests.contract import helpers
 from tests.process_state import seconds_until_gone, wait_until
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="such forks are known by pidfd")
+pytestmark = [
+    pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="such forks are known by pidfd"),
+    pytest.mark.usefixtures("fresh_supervisors"),
+]
 
 
 def supervisor_of(pool: Pool) -> psutil.Process:

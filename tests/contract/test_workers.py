@@ -407,6 +407,7 @@ def start_two() -> tuple[int, int]:
     return here.pid, elsewhere.pid
 
 
+@pytest.mark.usefixtures("fresh_supervisors")
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_a_killed_supervisor_is_replaced_and_only_what_ran_is_lost(caplog: pytest.LogCaptureFixture) -> None:
     """W4. Nothing of the old one is left, and what waited is run; the second time in a minute the pool breaks."""

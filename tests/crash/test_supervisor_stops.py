@@ -21,6 +21,9 @@ from tests.process_state import seconds_until_gone, wait_until
 
 from . import points, reaping_by_others
 
+# That of a first pool, a child of this process, which can tell how it ended.
+pytestmark = pytest.mark.usefixtures("fresh_supervisors")
+
 
 @contextmanager
 def pool_whose_supervisor_stops_at(
