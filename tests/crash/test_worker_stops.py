@@ -10,13 +10,12 @@ import signal
 from collections import Counter
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 import fdpool
 from fdpool import Pool
-from tests.contract import helpers
+from tests.crash.worker_tasks import begin, note_and_stop, work, work_with
 from tests.process_state import wait_until
 
 from . import points
@@ -32,27 +31,6 @@ def ledger(tmp_path: Path) -> Path:
     path = tmp_path / "ledger"
     path.touch()
     return path
-
-
-def begin(name: str, folder: str) -> None:
-    """The initializer of each worker."""
-    if name == "while it boots":
-        points.reach(folder)
-    elif name in points.POINTS:
-        points.install(name, folder)
-
-
-def work(ledger: str, number: int, stop_in: str | None) -> int:
-    """A task that leaves its mark, and may be where its worker is to stop."""
-    helpers.note(ledger, number)
-    if stop_in is not None:
-        points.reach(stop_in)
-    return number * number
-
-
-def work_with(ledger: str, number: int, stop_in: str | None, file: Any) -> int:
-    assert file.read(3) == '"""'
-    return work(ledger, number, stop_in)
 
 
 class Run:
@@ -153,13 +131,6 @@ def test_of_tasks_that_came_together_no_more_than_the_running_one_is_lost(
         lost = run.check(futures)
     # An answer is written down before the next task begins, and so is none lost that was not sent.
     assert len(lost) == (0 if name in points.WORKER_OF_SEVERAL else 1)
-
-
-def note_and_stop(ledger: str, folder: str, number: int) -> int:
-    helpers.note(ledger, number)
-    if number == 17:
-        points.reach(folder)
-    return number
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGCONT])

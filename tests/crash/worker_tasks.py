@@ -1,0 +1,37 @@
+"""What runs in the workers that are stopped; without pytest, which each of them would import."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tests.contract import helpers
+
+from . import points
+
+
+def begin(name: str, folder: str) -> None:
+    """The initializer of each worker."""
+    if name == "while it boots":
+        points.reach(folder)
+    elif name in points.POINTS:
+        points.install(name, folder)
+
+
+def work(ledger: str, number: int, stop_in: str | None) -> int:
+    """A task that leaves its mark, and may be where its worker is to stop."""
+    helpers.note(ledger, number)
+    if stop_in is not None:
+        points.reach(stop_in)
+    return number * number
+
+
+def work_with(ledger: str, number: int, stop_in: str | None, file: Any) -> int:
+    assert file.read(3) == '"""'
+    return work(ledger, number, stop_in)
+
+
+def note_and_stop(ledger: str, folder: str, number: int) -> int:
+    helpers.note(ledger, number)
+    if number == 17:
+        points.reach(folder)
+    return number
