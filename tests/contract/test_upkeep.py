@@ -6,13 +6,8 @@ Rows P6, P7, P8 and P15 of the hazards.
 from __future__ import annotations
 
 import errno
-import io
-import locale
 import os
-import resource
 import signal
-import sys
-import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -23,122 +18,23 @@ import pytest
 
 from fdpool import Pool, WorkerLost
 from tests.contract import helpers
-from tests.process_state import wait_until
-
-
-def state() -> dict[str, Any]:
-    """All that a task may have changed, and its worker's pid."""
-    umask = os.umask(0o22)
-    os.umask(umask)
-    return {
-        "pid": os.getpid(),
-        "cwd": os.getcwd(),
-        "umask": umask,
-        "handlers": [
-            str(signal.getsignal(number)).partition(" object at ")[0]
-            for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
-        ],
-        "mask": signal.pthread_sigmask(signal.SIG_BLOCK, ()),
-        "alarm": signal.getitimer(signal.ITIMER_REAL)[0] > 0,
-        "limit": resource.getrlimit(resource.RLIMIT_NOFILE),
-        "stdout": type(sys.stdout).__name__,
-        "environment": {name: value for name, value in os.environ.items() if name.startswith("FDPOOL_TEST")},
-        "locale": locale.setlocale(locale.LC_ALL),
-        "ids": (os.geteuid(), os.getegid()),
-        "priority": os.getpriority(os.PRIO_PROCESS, 0),
-        "files": [os.fstat(fd).st_ino for fd in (0, 1, 2)],
-    }
-
-
-def change_directory() -> None:
-    os.chdir("/")
-
-
-def change_umask() -> None:
-    os.umask(0o777)
-
-
-def change_handler() -> None:
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, print)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def change_mask() -> None:
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
-
-
-def set_alarm() -> None:
-    signal.alarm(1000)
-
-
-def lower_limit() -> None:
-    helpers.spin(0.002)  # such are followed by a closer look
-    resource.setrlimit(resource.RLIMIT_NOFILE, (100, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
-
-
-def change_locale() -> None:
-    helpers.spin(0.002)  # as above
-    before = locale.setlocale(locale.LC_ALL)
-    locale.setlocale(locale.LC_ALL, "C" if before != "C" else "C.UTF-8")
-    assert locale.setlocale(locale.LC_ALL) != before
-
-
-def replace_stdout() -> None:
-    import io
-
-    sys.stdout = io.StringIO()
-
-
-def change_environment() -> None:
-    os.environ["FDPOOL_TEST_NEW"] = "1"
-
-
-def close_stdout() -> None:
-    os.close(1)
-
-
-def wrap_stdout() -> None:
-    """So as to have another encoding, say; as the wrapper goes it closes what it wraps."""
-    sys.stdout = io.TextIOWrapper(sys.stdout.buffer)
-
-
-def wrap_detached_stderr() -> None:
-    sys.stderr = io.TextIOWrapper(sys.stderr.detach())
-
-
-def lower_limit_for_good() -> None:
-    resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))
-
-
-def lower_priority() -> None:
-    helpers.spin(0.002)
-    os.nice(1)
-
-
-def become_somebody_else() -> None:
-    os.seteuid(65534)
-
-
-UNDONE = [
-    change_directory,
-    change_umask,
-    change_handler,
-    change_mask,
-    set_alarm,
-    lower_limit,
-    change_locale,
-    replace_stdout,
-    change_environment,
-]
-REPLACED = [
-    close_stdout,
-    wrap_stdout,
-    wrap_detached_stderr,
-    lower_limit_for_good,
-    lower_priority,
+from tests.contract.helpers_upkeep import (
+    REPLACED,
+    UNDONE,
     become_somebody_else,
-]
+    change_directory,
+    grow,
+    keep_signal_waiting,
+    leave_child,
+    leave_descriptor,
+    leave_endless_thread,
+    leave_many,
+    leave_thread,
+    replace_environment,
+    ring_every_second,
+    state,
+)
+from tests.process_state import wait_until
 
 
 @pytest.mark.parametrize("change", UNDONE, ids=lambda change: change.__name__)
@@ -199,20 +95,6 @@ def test_a_task_that_closes_everything_costs_its_worker_and_says_why() -> None:
 # -- leftovers -------------------------------------------------------------------------------------------
 
 
-def leave_descriptor() -> None:
-    helpers.TAKEN.append(os.open("/etc/passwd", os.O_RDONLY))
-
-
-def leave_thread() -> None:
-    threading.Thread(target=threading.Event().wait, name="left-behind", daemon=True).start()
-
-
-def leave_child() -> None:
-    import subprocess
-
-    subprocess.Popen(["sleep", "1000"])
-
-
 @pytest.mark.parametrize(
     ("leave", "text", "kind"),
     [
@@ -264,11 +146,6 @@ def test_a_worker_with_too_many_descriptors_is_replaced() -> None:
 # -- recycling -------------------------------------------------------------------------------------------
 
 
-def grow() -> int:
-    helpers.KEPT.append(bytearray(100 << 20))
-    return os.getpid()
-
-
 def test_a_worker_that_has_grown_too_large_is_replaced_after_the_task() -> None:
     with Pool(1, max_memory=90 << 20) as pool:
         small = [pool.submit(os.getpid).result(timeout=20) for _ in range(3)]
@@ -301,11 +178,6 @@ def test_no_task_is_lost_while_workers_are_replaced_under_load(replaced: dict[st
         wait_until(
             lambda: pool.submit(helpers.square, 2).result(timeout=20) == 4 and pool.stats().recycled > 2
         )
-
-
-def leave_endless_thread() -> int:
-    threading.Thread(target=time.sleep, args=(1000,)).start()
-    return os.getpid()
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
@@ -359,10 +231,6 @@ def test_a_rule_of_no_use_is_refused_at_once(wrong: dict[str, Any]) -> None:
         Pool(2, **wrong)
 
 
-def replace_environment() -> None:
-    os.environ = {"FDPOOL_TEST": "a plain dict"}  # type: ignore[assignment]  # noqa: B003
-
-
 def test_the_environment_is_undone_where_a_task_has_put_something_else_in_its_place() -> None:
     with Pool(1) as pool:
         before = pool.submit(state).result(timeout=20)
@@ -370,19 +238,10 @@ def test_the_environment_is_undone_where_a_task_has_put_something_else_in_its_pl
         assert pool.submit(state).result(timeout=20) == before
 
 
-def ring_every_second() -> None:
-    signal.signal(signal.SIGALRM, signal.SIG_IGN)
-    signal.setitimer(signal.ITIMER_REAL, 1, 1)
-
-
 def test_a_timer_of_the_initializers_goes_on() -> None:
     with Pool(1, initializer=ring_every_second) as pool:
         pool.submit(helpers.square, 3).result(timeout=20)
         assert pool.submit(state).result(timeout=20)["alarm"]
-
-
-def leave_many(folder: str) -> None:
-    sys._fdpool_left = [open(f"{folder}/{'x' * 200}") for _ in range(800)]  # type: ignore[attr-defined]
 
 
 def test_what_a_task_leaves_is_counted_where_it_is_too_much_to_be_told(tmp_path: Path) -> None:
@@ -411,11 +270,6 @@ def test_a_look_for_which_no_descriptor_was_left_blames_nobody(monkeypatch: pyte
 
 def _full(_path: str) -> list[str]:
     raise OSError(errno.EMFILE, "Too many open files")
-
-
-def keep_signal_waiting() -> None:
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
-    os.kill(os.getpid(), signal.SIGUSR1)
 
 
 def test_a_signal_that_a_task_has_blocked_does_not_end_its_worker_afterwards() -> None:
