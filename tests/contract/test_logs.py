@@ -12,34 +12,8 @@ import pytest
 
 from fdpool import Pool
 from tests.contract import helpers
+from tests.contract.helpers_logs import log_awkward, log_error, log_numbers
 from tests.process_state import wait_until
-
-
-def log_numbers(name: str, count: int) -> None:
-    for number in range(count):
-        logging.getLogger(name).info("number %d of %s", number, name, extra={"number": number})
-
-
-def log_error() -> None:
-    try:
-        raise ValueError("went wrong")
-    except ValueError:
-        logging.getLogger("fdpool.test").exception("caught")
-
-
-class Unpicklable:
-    def __reduce__(self) -> Any:
-        raise TypeError("stays here")
-
-    def __str__(self) -> str:
-        return "a text of it"
-
-
-def log_awkward() -> None:
-    log = logging.getLogger("fdpool.test")
-    log.warning("with %s", Unpicklable())
-    log.warning("extra", extra={"unpicklable": Unpicklable(), "fine": 3})
-    log.warning("x" * 1_000_000)
 
 
 @pytest.fixture

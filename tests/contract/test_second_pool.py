@@ -21,6 +21,7 @@ import pytest
 import fdpool
 from fdpool import Pool, _control, _lending, _messages
 from tests.contract import helpers
+from tests.contract.helpers_second_pool import has_colorsys, name_found, what_a_task_finds
 from tests.process_state import seconds_until_gone, wait_until
 
 pytestmark = [
@@ -200,22 +201,6 @@ def test_a_killed_supervisor_is_its_own_pools_affair(
         assert other.submit(os.getpid).result(timeout=20) == workers
         assert supervisor_of(other) == before
         wait_until(lambda: "supervisor" in caplog.text)  # by a thread that others may overtake
-
-
-def name_found() -> str:
-    import found_by_relative_path  # type: ignore[import-not-found]
-
-    return str(found_by_relative_path.NAME)
-
-
-def has_colorsys() -> bool:
-    return "colorsys" in sys.modules
-
-
-def what_a_task_finds() -> tuple[str, str | None, int, tuple[int, int]]:
-    umask = os.umask(0)
-    os.umask(umask)
-    return os.getcwd(), os.environ.get("FDPOOL_TEST"), umask, (os.fstat(1).st_dev, os.fstat(1).st_ino)
 
 
 def test_it_inherits_what_there_is_when_it_is_made(

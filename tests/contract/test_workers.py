@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import concurrent.futures as cf
 import gc
 import logging
@@ -23,6 +22,15 @@ import fdpool
 from fdpool import Pool, _messages, wire
 from fdpool._lifetime import Phase
 from fdpool._trees import WORKER_MARK
+from tests.contract.helpers_workers import (
+    begin_and_wait,
+    fail_at,
+    log_and_look,
+    start_orphan,
+    start_orphan_and_die,
+    start_orphan_and_hang,
+    start_two,
+)
 from tests.process_state import living, seconds_until_gone, wait_until
 
 from . import helpers
@@ -179,7 +187,7 @@ def test_the_initializer_runs_once_in_each_worker(start_method: Any) -> None:
 
 def test_a_failing_initializer_breaks_the_pool_and_says_with_what(tmp_path: Path) -> None:
     gate = fifo(tmp_path / "gate")
-    with Pool(2, initializer=_fail_at, initargs=(gate,)) as pool:
+    with Pool(2, initializer=fail_at, initargs=(gate,)) as pool:
         futures = [pool.submit(helpers.square, n) for n in range(10)]
         open(gate, "wb").close()  # a broken pool would take none of them
         for future in futures:
@@ -216,7 +224,7 @@ def test_a_task_that_is_submitted_as_the_pool_breaks_is_refused_or_fails(
         except fdpool.PoolBroken as error:
             outcome.append(error)
 
-    with Pool(1, initializer=_fail_at, initargs=(str(tmp_path / "gate"),)) as pool:
+    with Pool(1, initializer=fail_at, initargs=(str(tmp_path / "gate"),)) as pool:
         first = pool.submit(helpers.square, 1)
         thread = threading.Thread(target=submit)
         thread.start()
@@ -235,11 +243,6 @@ def test_a_task_that_is_submitted_as_the_pool_breaks_is_refused_or_fails(
         if isinstance(late, cf.Future):
             late = late.exception(timeout=20)
         assert isinstance(late, fdpool.PoolBroken)
-
-
-def _fail_at(gate: str) -> None:
-    helpers.wait_at(gate)
-    raise LookupError("no configuration")
 
 
 def test_workers_that_die_again_and_again_before_they_are_ready_break_the_pool() -> None:
@@ -281,12 +284,6 @@ def test_preloaded_modules_are_there_when_a_worker_starts() -> None:
 
 
 inherited = {"value": 0}
-
-
-def log_and_look() -> tuple[int, list[str]]:
-    logging.getLogger("fdpool.test").warning("a record")
-    supervisor = psutil.Process(os.getppid())
-    return supervisor.num_threads(), [thread.name for thread in threading.enumerate()]
 
 
 def test_by_default_nothing_is_forked_beside_threads_nor_with_a_lock_that_one_holds() -> None:
@@ -401,12 +398,6 @@ def test_nothing_is_left_within_a_second_when_the_client_is_killed(start_method:
         assert seconds_until_gone(tree) < 10  # a busy machine may be slower than it is meant to be
 
 
-def start_two() -> tuple[int, int]:
-    here = subprocess.Popen(["sleep", "1000"])
-    elsewhere = subprocess.Popen(["sleep", "1000"], start_new_session=True)
-    return here.pid, elsewhere.pid
-
-
 @pytest.mark.usefixtures("fresh_supervisors")
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_a_killed_supervisor_is_replaced_and_only_what_ran_is_lost(caplog: pytest.LogCaptureFixture) -> None:
@@ -436,22 +427,6 @@ def test_a_killed_supervisor_is_replaced_and_only_what_ran_is_lost(caplog: pytes
         wait_until(lambda: breaks(pool))
 
 
-def start_orphan() -> int:
-    """A process that has left worker, group and session behind, and runs no program that would carry the mark."""
-    read, write = os.pipe()
-    if os.fork() == 0:
-        os.setsid()
-        if os.fork() == 0:
-            os.write(write, str(os.getpid()).encode())
-            time.sleep(1000)
-        os._exit(0)
-    os.wait()
-    pid = int(os.read(read, 20))
-    os.close(read)
-    os.close(write)
-    return pid
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="found in /proc")
 @pytest.mark.parametrize("start_method", START_METHODS)
 def test_what_a_task_has_forked_and_hidden_dies_with_the_supervisor(start_method: Any) -> None:
@@ -460,18 +435,6 @@ def test_what_a_task_has_forked_and_hidden_dies_with_the_supervisor(start_method
         orphan = psutil.Process(pool.submit(start_orphan).result(timeout=20))
         supervisor_of(pool).kill()
         assert seconds_until_gone([orphan]) < 10
-
-
-def start_orphan_and_die(path: str) -> None:
-    Path(path).write_text(str(start_orphan()))
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def start_orphan_and_hang(path: str) -> None:
-    orphan = start_orphan()
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGURG})
-    Path(path).write_text(str(orphan))
-    time.sleep(1000)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="found in /proc")
@@ -522,12 +485,6 @@ def test_what_another_process_of_the_same_number_has_left_is_not_touched() -> No
             for other in others:
                 other.kill()
                 other.wait()
-
-
-def begin_and_wait(folder: str) -> None:
-    atexit.register(Path(folder, "left").touch)
-    Path(folder, "begun").touch()
-    helpers.wait_at(f"{folder}/gate")
 
 
 def test_a_worker_whose_inbox_is_full_is_told_to_leave_when_there_is_room(
