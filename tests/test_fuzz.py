@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import random
 import re
@@ -101,16 +102,10 @@ def test_messages_in_one_datagram_that_do_not_add_up_are_refused_whole() -> None
 )
 def test_a_chunk_that_is_none_does_not_end_its_worker(body: bytes) -> None:
     with fdpool.Pool(1) as pool:
-        before = pool.submit(_pid).result()
+        before = pool.submit(os.getpid).result()
         data = _messages.pack_header(_messages.CHUNK, 10**12, len(body)) + body
         targets.send(pool._client.links[0].mine, data, 0, 0)
-        assert pool.submit(_pid).result() == before
-
-
-def _pid() -> int:
-    import os
-
-    return os.getpid()
+        assert pool.submit(os.getpid).result() == before
 
 
 def test_a_worker_that_returns_a_task_that_it_runs_is_not_believed() -> None:
@@ -127,14 +122,14 @@ def test_a_worker_that_returns_a_task_that_it_runs_is_not_believed() -> None:
         held: Any = target.held
         target._release()
         assert held.result(20) == 0
-        assert pool.submit(_pid).result() > 0
+        assert pool.submit(os.getpid).result() > 0
 
 
 def test_news_of_a_failed_boot_from_a_worker_that_is_ready_are_passed_over() -> None:
     """Such a datagram can only be a stray one: of a child that a task has forked, say."""
     with fdpool.Pool(1) as pool:
-        assert pool.submit(_pid).result() > 0
+        assert pool.submit(os.getpid).result() > 0
         body = pickle.dumps(("ValueError", "", [], "", None, None))
         data = _messages.pack_header(_messages.BOOT_FAILED, 0, len(body)) + body
         targets.send(pool._client.links[0].theirs, data, 0, 0)
-        assert pool.submit(_pid).result() > 0
+        assert pool.submit(os.getpid).result() > 0

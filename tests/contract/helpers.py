@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import gc
 import os
 import signal
 import socket
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -398,3 +401,91 @@ def meet(folder: str, number: int, count: int) -> bool:
             return False
         time.sleep(0.001)
     return True
+
+
+def allocated_blocks() -> int:
+    """Runs in: a worker."""
+    gc.collect()
+    return sys.getallocatedblocks()
+
+
+def read_nowhere() -> None:
+    import ctypes
+
+    ctypes.string_at(0)
+
+
+def leave_no_descriptor_for_alarms() -> None:
+    from fdpool import _program
+
+    def fail(numbers: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    vars(_program)["Alarm"] = fail
+
+
+def adopts_orphans() -> bool:
+    import ctypes
+
+    found = ctypes.c_int()
+    assert ctypes.CDLL(None).prctl(37, ctypes.byref(found)) == 0  # PR_GET_CHILD_SUBREAPER
+    return bool(found.value)
+
+
+def run_program(argv: list[str]) -> tuple[int, bytes]:
+    import subprocess
+
+    done = subprocess.run(argv, stdout=subprocess.PIPE, check=False)
+    return done.returncode, done.stdout
+
+
+def take_long_to_start() -> None:
+    from fdpool import _program
+
+    start = _program.start
+
+    def slow(launch: Any) -> int:
+        pid = start(launch)
+        time.sleep(0.05)  # what the worker may wait for a processor, as the program runs on another
+        return pid
+
+    _program.start = slow
+
+
+def change_first(arrays: Any) -> None:
+    arrays[0][0] = 1
+
+
+def fork_and_end(how: str) -> int:
+    pid = os.fork()
+    if pid == 0:
+        if how == "exit":
+            raise SystemExit(3)
+        if how == "raise":
+            raise LookupError("in the child")
+        return 0
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def hear_only_the_second(noted: Path, gate: Any) -> None:
+    heard: list[int] = []
+    heed: Any = signal.getsignal(signal.SIGURG)
+
+    def handler(number: int, frame: Any) -> None:
+        heard.append(number)
+        if len(heard) > 1:
+            heed(number, frame)
+
+    signal.signal(signal.SIGURG, handler)
+    noted.touch()
+    gate.read()
+
+
+def count_and_note(files: list[Any], noted: Path, number: int) -> int:
+    with noted.open("a") as file:
+        file.write(f"{number}\n")
+    return count_descriptors(files)
+
+
+def sleep_with(_files: list[Any], seconds: float) -> None:
+    time.sleep(seconds)

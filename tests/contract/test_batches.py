@@ -105,7 +105,7 @@ def test_memory_does_not_grow_with_the_number_of_tasks() -> None:
 
     def blocks() -> tuple[int, int]:
         gc.collect()
-        return sys.getallocatedblocks(), pool.submit(allocated_blocks).result(timeout=20)
+        return sys.getallocatedblocks(), pool.submit(helpers.allocated_blocks).result(timeout=20)
 
     def run(waves: int) -> None:
         for _ in range(waves):
@@ -118,12 +118,6 @@ def test_memory_does_not_grow_with_the_number_of_tasks() -> None:
         here, there = (after - earlier for after, earlier in zip(blocks(), before))
     assert here < 1000
     assert there < 1000
-
-
-def allocated_blocks() -> int:
-    """Runs in: a worker."""
-    gc.collect()
-    return sys.getallocatedblocks()
 
 
 def test_a_long_task_holds_up_none_that_travelled_with_it(gate: Gate, tmp_path: Path) -> None:

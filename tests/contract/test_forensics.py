@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import shutil
 import signal
@@ -18,13 +17,9 @@ from tests.contract import helpers
 from tests.memory_group import memory_group
 
 
-def read_nowhere() -> None:
-    ctypes.string_at(0)
-
-
 def test_a_fault_shows_where_it_happened() -> None:
     with Pool(1) as pool, pytest.raises(WorkerLost, match="killed by SIGSEGV") as caught:
-        pool.submit(read_nowhere).result(timeout=20)
+        pool.submit(helpers.read_nowhere).result(timeout=20)
     assert "Fatal Python error: Segmentation fault" in caught.value.stacks
     assert "in read_nowhere" in caught.value.stacks
     assert "in read_nowhere" in str(caught.value)
@@ -107,7 +102,7 @@ def test_a_fault_in_a_thread_shows_all_threads() -> None:
 
         threading.Thread(target=wait_for_ever, daemon=True).start()
         ready.wait()
-        read_nowhere()
+        helpers.read_nowhere()
 
     with Pool(1) as pool, pytest.raises(WorkerLost) as caught:
         pool.submit(with_a_thread).result(timeout=20)

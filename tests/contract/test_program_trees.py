@@ -17,8 +17,9 @@ from typing import Any
 import psutil
 import pytest
 
-from fdpool import Pool, WorkerLost, _program, wire
+from fdpool import Pool, WorkerLost, wire
 from fdpool.commands import CommandTimedOut
+from tests.contract import helpers
 from tests.contract.helpers_programs import warm_pool
 from tests.process_state import living, seconds_until_gone, wait_until
 
@@ -136,26 +137,11 @@ def test_a_flood_of_output_does_not_keep_a_deadline_from_its_work(pool: Pool) ->
     assert error.completed.wall_s < error.timeout + 20
 
 
-def leave_no_descriptor_for_alarms() -> None:
-    def fail(numbers: object) -> None:
-        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-
-    vars(_program)["Alarm"] = fail
-
-
-def adopts_orphans() -> bool:
-    import ctypes
-
-    found = ctypes.c_int()
-    assert ctypes.CDLL(None).prctl(37, ctypes.byref(found)) == 0  # PR_GET_CHILD_SUBREAPER
-    return bool(found.value)
-
-
 def test_a_worker_that_has_no_descriptor_left_for_a_program_does_not_go_on_to_adopt_orphans() -> None:
-    with Pool(1, initializer=leave_no_descriptor_for_alarms) as pool:
+    with Pool(1, initializer=helpers.leave_no_descriptor_for_alarms) as pool:
         with pytest.raises(OSError, match="Too many open files"):
             pool.run(["true"]).result(20)
-        assert not pool.submit(adopts_orphans).result(20)
+        assert not pool.submit(helpers.adopts_orphans).result(20)
 
 
 def test_what_a_successful_program_leaves_running_lives_until_the_pool_ends(tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ import socket
 import stat
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import pytest
 
 from fdpool import Fd, Pool
 from fdpool.commands import CommandFailed, SpawnError
+from tests.contract import helpers
 from tests.contract.helpers_programs import warm_pool
 from tests.process_state import wait_until
 
@@ -62,16 +62,11 @@ def test_output_is_captured_and_input_given(pool: Pool) -> None:
     assert done.stdout.endswith(b"two\n")
 
 
-def run_program(argv: list[str]) -> tuple[int, bytes]:
-    done = subprocess.run(argv, stdout=subprocess.PIPE, check=False)
-    return done.returncode, done.stdout
-
-
 def test_a_program_that_is_stopped_and_continued_has_not_ended(pool: Pool) -> None:
     """Neither one of the pool's nor one of a task's: a stopped child is news to whoever waits for it, and no death."""
     argv = ["sh", "-c", "kill -STOP $$; echo on; exit 3"]
     ours = pool.run(argv, stdout=subprocess.PIPE)
-    theirs = pool.submit(run_program, argv)
+    theirs = pool.submit(helpers.run_program, argv)
 
     def stopped() -> list[psutil.Process]:
         below = [
@@ -502,22 +497,9 @@ def test_the_record_tells_time_and_resources(pool: Pool) -> None:
     assert (done.timed_out, done.truncated, done.signal_name) == (False, False, None)
 
 
-def take_long_to_start() -> None:
-    from fdpool import _program
-
-    start = _program.start
-
-    def slow(launch: Any) -> int:
-        pid = start(launch)
-        time.sleep(0.05)  # what the worker may wait for a processor, as the program runs on another
-        return pid
-
-    _program.start = slow
-
-
 def test_the_time_of_a_program_has_its_start() -> None:
     with Pool(1) as pool:
-        pool.submit(take_long_to_start).result()
+        pool.submit(helpers.take_long_to_start).result()
         assert pool.run(["true"]).result().wall_s >= 0.05
 
 

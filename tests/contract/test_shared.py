@@ -72,13 +72,9 @@ def test_its_buffers_are_read_only_and_one_memory_for_all_workers(pool: Pool) ->
 
 def test_small_arrays_are_read_only_too(pool: Pool) -> None:
     with pool.share([numpy.arange(3), numpy.arange(0)]) as few:
-        error = pool.submit(change_first, few).exception()
+        error = pool.submit(helpers.change_first, few).exception()
     assert isinstance(error, ValueError)
     assert "read-only" in str(error)
-
-
-def change_first(arrays: Any) -> None:
-    arrays[0][0] = 1
 
 
 def test_closing_the_handle_gives_the_memory_back(pool: Pool) -> None:

@@ -256,25 +256,15 @@ def test_a_child_that_a_task_forks_never_answers_for_the_worker(pool: Pool) -> N
     assert [pool.submit(helpers.square, n).result() for n in range(5)] == [0, 1, 4, 9, 16]
 
 
-def fork_and_end(how: str) -> int:
-    pid = os.fork()
-    if pid == 0:
-        if how == "exit":
-            raise SystemExit(3)
-        if how == "raise":
-            raise LookupError("in the child")
-        return 0
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
 @pytest.mark.parametrize("in_chunk", [False, True])
 def test_a_child_that_a_task_forks_ends_with_the_status_that_it_has_earned(
     pool: Pool, in_chunk: bool
 ) -> None:
     if in_chunk:
-        assert list(pool.map(fork_and_end, ["exit", "raise", "return"] * 16)) == [3, 1, 0] * 16
+        assert list(pool.map(helpers.fork_and_end, ["exit", "raise", "return"] * 16)) == [3, 1, 0] * 16
     else:
-        assert [pool.submit(fork_and_end, how).result() for how in ("exit", "raise", "return")] == [3, 1, 0]
+        ends = [pool.submit(helpers.fork_and_end, how).result() for how in ("exit", "raise", "return")]
+        assert ends == [3, 1, 0]
 
 
 def test_what_a_task_held_is_let_go_before_the_next(pool: Pool) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
 import sys
 import time
 from concurrent.futures import CancelledError, as_completed, wait
@@ -81,20 +80,6 @@ def test_an_interrupt_that_a_finalizer_drops_while_the_call_is_loaded_is_heeded_
         assert pool.submit(os.getpid).result(timeout=20) == pid
 
 
-def _hear_only_the_second(noted: Path, gate: Any) -> None:
-    heard: list[int] = []
-    heed: Any = signal.getsignal(signal.SIGURG)
-
-    def handler(number: int, frame: Any) -> None:
-        heard.append(number)
-        if len(heard) > 1:
-            heed(number, frame)
-
-    signal.signal(signal.SIGURG, handler)
-    noted.touch()
-    gate.read()
-
-
 def test_a_task_is_interrupted_again_as_the_first_signal_may_be_lost(tmp_path: Path) -> None:
     """As it is if it comes just before a system call that blocks."""
     noted = tmp_path / "noted"
@@ -102,7 +87,7 @@ def test_a_task_is_interrupted_again_as_the_first_signal_may_be_lost(tmp_path: P
     with open(write, "wb"), Pool(1) as pool:
         pid = pool.submit(os.getpid).result(timeout=20)
         with open(read, "rb") as gate:
-            future = pool.submit(_hear_only_the_second, noted, gate)
+            future = pool.submit(helpers.hear_only_the_second, noted, gate)
         wait_until(noted.exists)
         assert future.terminate(grace=60)
         with pytest.raises(CancelledError):

@@ -20,7 +20,7 @@ import pytest
 import fdpool
 from fdpool import wire
 from tests.chaos.disorder import limit_with_room, room_for
-from tests.contract.helpers import count_descriptors, square, wait_at
+from tests.contract.helpers import count_and_note, count_descriptors, sleep_with, square, wait_at
 from tests.process_state import open_descriptors, wait_until
 
 
@@ -110,16 +110,6 @@ def test_a_client_without_room_for_a_pidfd_hears_of_a_new_worker_all_the_same() 
             os.close(release)
         assert held.result(20) == b""
         assert len(pool.worker_pids()) == 2
-
-
-def count_and_note(files: list[Any], noted: Path, number: int) -> int:
-    with noted.open("a") as file:
-        file.write(f"{number}\n")
-    return count_descriptors(files)
-
-
-def sleep_with(_files: list[Any], seconds: float) -> None:
-    time.sleep(seconds)
 
 
 @pytest.fixture

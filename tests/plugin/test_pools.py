@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
 from subprocess import PIPE
@@ -16,6 +15,7 @@ import pytest
 import fdpool
 from fdpool._fixtures.pools import PoolFactory, SharedPool, end, profile
 from tests.plugin.conftest import Run
+from tests.plugin.leavings import leave_child, leave_file, leave_thread
 from tests.process_state import wait_until
 
 
@@ -50,26 +50,12 @@ def test_what_still_runs_at_the_end_of_a_test_is_killed() -> None:
 # -- the shared pool -----------------------------------------------------------------------------------
 
 
-def _leave_thread() -> None:
-    threading.Thread(target=time.sleep, args=(30,), daemon=True).start()
-
-
-def _leave_child() -> None:
-    import subprocess
-
-    globals()["left"] = subprocess.Popen(["sleep", "30"])
-
-
-def _leave_file() -> None:
-    globals()["left"] = open(os.devnull)
-
-
 @pytest.mark.parametrize(
     ("task", "text"),
     [
-        (_leave_thread, "left with 1 more threads"),
-        (_leave_child, "left with 1 child processes"),
-        (_leave_file, "left with 1 more open: /dev/null"),
+        (leave_thread, "left with 1 more threads"),
+        (leave_child, "left with 1 child processes"),
+        (leave_file, "left with 1 more open: /dev/null"),
     ],
 )
 def test_a_worker_that_is_left_changed_is_replaced_and_named(task, text: str) -> None:  # type: ignore[no-untyped-def]
@@ -98,7 +84,7 @@ def test_a_worker_that_was_tidying_up_when_it_was_looked_at_first_hides_nothing_
         assert clean is not None
         shared._clean = clean._replace(descriptors=clean.descriptors + Counter([os.devnull]))
         assert shared.audit() == []
-        pool.submit(_leave_file).result()
+        pool.submit(leave_file).result()
         (found,) = shared.audit()
         assert found.endswith("left with 1 more open: /dev/null")
     finally:
