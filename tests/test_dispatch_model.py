@@ -263,6 +263,6 @@ class KernelOfOneProcessor(Kernel):
 
 
 TestKernel = Kernel.TestCase
-TestKernel.settings = settings(max_examples=100, stateful_step_count=60, deadline=None)
+TestKernel.settings = settings(max_examples=50, stateful_step_count=60, deadline=None)
 TestKernelOfOneProcessor = KernelOfOneProcessor.TestCase
 TestKernelOfOneProcessor.settings = TestKernel.settings
