@@ -527,6 +527,6 @@ def _fork_quietly() -> int:
 
 
 def test_many_pools_in_a_row_leave_nothing() -> None:
-    for n in range(20):
+    for n in range(10):
         with Pool(2) as pool:
             assert pool.submit(helpers.square, n).result() == n * n
