@@ -131,7 +131,7 @@ def test_what_waits_behind_a_long_task_is_run_by_a_new_worker_when_another_has_d
 def test_a_worker_killed_while_idle_is_noticed_by_nobody() -> None:
     """T20."""
     with Pool(2) as pool:
-        for _ in range(50):
+        for _ in range(20):
             cf.wait([pool.submit(helpers.spin, 0.001) for _ in range(2)])
             for pid in pool.worker_pids():
                 os.kill(pid, signal.SIGKILL)
