@@ -57,7 +57,7 @@ def storm(pool, futures, dice, ends):
 
 signal.signal(signal.SIGALRM, interrupt)
 hits = 0
-for seed in range(6):
+for seed in range(4):
     pool = Pool(2)
     pool.submit(square, 2).result()
     futures = []
