@@ -114,7 +114,7 @@ def test_memory_does_not_grow_with_the_number_of_tasks() -> None:
     with Pool(1) as pool:
         run(3)  # what is made once, and the caches, are there
         before = blocks()
-        run(10)
+        run(5)
         here, there = (after - earlier for after, earlier in zip(blocks(), before))
     assert here < 1000
     assert there < 1000
