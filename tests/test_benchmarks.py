@@ -106,7 +106,7 @@ def test_the_cpu_of_a_tree_has_that_of_living_and_of_dead_children() -> None:
 @pytest.mark.parametrize(
     "seconds",
     [
-        pytest.param(0.9, id="ours"),
+        pytest.param(0.5, id="ours"),
         pytest.param(
             1.0, id="wrk", marks=pytest.mark.skipif(shutil.which("wrk") is None, reason="wrk is not here")
         ),
