@@ -7,12 +7,12 @@ A look costs a read of the page that a worker writes, and where memory is limite
 from __future__ import annotations
 
 import math
+import os
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from enum import Enum
 from typing import TYPE_CHECKING, NamedTuple
-
-import psutil  # here, and not where it is first needed: there may be no descriptor left to import it with
 
 from .progress import Seen
 
@@ -127,17 +127,40 @@ class Watch:
         return f"it has been stopped (SIGSTOP) for {stopped_s:.1f} seconds" if stopped_s > most_s else None
 
 
-def resident_bytes(pid: int | None) -> int | None:
-    """The resident memory of a process, what it shares with others included; None if it has gone."""
-    try:
-        return None if pid is None else int(psutil.Process(pid).memory_info().rss)
-    except (psutil.Error, OSError):  # OSError: no descriptor is left to look with
-        return None
+if sys.platform == "linux":  # where two of its files say it, and psutil is 17 ms of a server's start
 
+    def resident_bytes(pid: int | None) -> int | None:
+        """The resident memory of a process, what it shares with others included; None if it has gone."""
+        try:
+            return None if pid is None else int(_read(pid, "statm").split()[1]) * os.sysconf("SC_PAGESIZE")
+        except OSError:  # or no descriptor is left to look with
+            return None
 
-def is_stopped(pid: int | None) -> bool:
-    """True if a process is stopped by a signal."""
-    try:
-        return pid is not None and psutil.Process(pid).status() == psutil.STATUS_STOPPED
-    except (psutil.Error, OSError):
-        return False
+    def is_stopped(pid: int | None) -> bool:
+        """True if a process is stopped by a signal."""
+        try:
+            # proc_pid_stat(5): after its name, which may hold anything; "t" is one that a debugger has stopped.
+            return pid is not None and _read(pid, "stat").rpartition(b")")[2].split()[0] == b"T"
+        except OSError:
+            return False
+
+    def _read(pid: int, name: str) -> bytes:
+        with open(f"/proc/{pid}/{name}", "rb", buffering=0) as file:
+            return file.readall()
+
+else:
+    import psutil  # here, and not where it is first needed: there may be no descriptor left to import it with
+
+    def resident_bytes(pid: int | None) -> int | None:
+        """The resident memory of a process, what it shares with others included; None if it has gone."""
+        try:
+            return None if pid is None else int(psutil.Process(pid).memory_info().rss)
+        except (psutil.Error, OSError):  # OSError: no descriptor is left to look with
+            return None
+
+    def is_stopped(pid: int | None) -> bool:
+        """True if a process is stopped by a signal."""
+        try:
+            return pid is not None and psutil.Process(pid).status() == psutil.STATUS_STOPPED
+        except (psutil.Error, OSError):
+            return False

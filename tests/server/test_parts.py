@@ -21,6 +21,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import psutil
 import pytest
 
 from fdpool import BindFailed
@@ -30,7 +31,7 @@ from fdpool._server.handoff import Handoff, Laden, _Seat, choose
 from fdpool._server.listeners import Listeners
 from fdpool._server.progress import Progress, Seen, SeenPage
 from fdpool._server.steering import queued, steer
-from fdpool._server.watch import Finding, Verdict, Watch, judge
+from fdpool._server.watch import Finding, Verdict, Watch, is_stopped, judge, resident_bytes
 from fdpool._server.worker import _Listening
 from fdpool.sockets import StreamSocket
 from tests.process_state import wait_until
@@ -640,6 +641,26 @@ def test_a_worker_that_stands_still_is_told_once_for_each_time() -> None:
     link.interface = "handler"
     link.since = 1000.0
     assert look(2000.0) == []
+
+
+def test_a_process_is_looked_at_whatever_it_is_called(tmp_path: Path) -> None:
+    program = tmp_path / "x) T (T) "  # proc_pid_stat(5) has the name in brackets, as it is
+    program.symlink_to("/bin/sleep")
+    with subprocess.Popen([program, "60"]) as process:
+        try:
+            looked_at = psutil.Process(process.pid)
+            wait_until(lambda: looked_at.name() == program.name)
+            assert not is_stopped(process.pid)
+            process.send_signal(signal.SIGSTOP)
+            wait_until(lambda: looked_at.status() == psutil.STATUS_STOPPED)
+            assert is_stopped(process.pid)
+            assert resident_bytes(process.pid) == looked_at.memory_info().rss > 0
+        finally:
+            process.kill()
+    assert not is_stopped(process.pid)
+    assert resident_bytes(process.pid) is None
+    assert resident_bytes(None) is None
+    assert not is_stopped(None)
 
 
 class Trigger:
