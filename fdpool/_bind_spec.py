@@ -3,12 +3,9 @@
 Pure: nothing is looked up or opened here. `_bind` does that.
 """
 
-from __future__ import annotations
-
 import os
 import re
-from dataclasses import dataclass
-from typing import NoReturn, Union
+from typing import NamedTuple, NoReturn, Union
 
 _MOST_PATH_BYTES = 107  # sun_path of unix(7), less its final NUL
 _FORMS = (
@@ -16,16 +13,14 @@ _FORMS = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Tcp:
+class Tcp(NamedTuple):
     """A port of a host; the host `""` is every address that this machine has, port 0 any that is free."""
 
     host: str
     port: int
 
 
-@dataclass(frozen=True, slots=True)
-class Unix:
+class Unix(NamedTuple):
     """A path in the file system, or `@name` in Linux's abstract namespace; `mode` are permission bits."""
 
     path: str
@@ -37,8 +32,7 @@ class Unix:
         return self.path.startswith("@")
 
 
-@dataclass(frozen=True, slots=True)
-class Inherited:
+class Inherited(NamedTuple):
     """A descriptor that was open when the process started.
 
     `owns` is the device and inode of the path that its listener has to remove at the end (`Listener.handover`).
@@ -48,8 +42,7 @@ class Inherited:
     owns: tuple[int, int] | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class FromSystemd:
+class FromSystemd(NamedTuple):
     """What the socket unit passed: all of it, or what has this name (FileDescriptorName=)."""
 
     name: str | None = None

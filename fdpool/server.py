@@ -5,17 +5,14 @@ It is a client of `Pool`, and nothing here forks, reaps or kills: each server wo
 `_server.plan`; `_server.loop` performs it.
 """
 
-from __future__ import annotations
-
 import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from . import _bind, payload
 from ._cpus import usable_cpus
@@ -43,8 +40,7 @@ _LOG = logging.getLogger("fdpool.server")
 WorkerHook = Callable[[ServerWorker], object]
 
 
-@dataclass(frozen=True)
-class WorkerStats:
+class WorkerStats(NamedTuple):
     """One worker of a server, at a moment.
 
     Attributes:
@@ -69,8 +65,7 @@ class WorkerStats:
     rss_bytes: int | None
 
 
-@dataclass(frozen=True)
-class ServerStats:
+class ServerStats(NamedTuple):
     """A server, at a moment.
 
     Attributes:
@@ -158,7 +153,7 @@ class Server:
         reload_batch: int = 1,
         boot_limit: int = 5,
         preload: bool | Iterable[str] = (),
-        start_method: StartMethod | None = None,
+        start_method: "StartMethod | None" = None,
         backlog: int = _bind.BACKLOG,
         options: Mapping[str, Any] | None = None,
         on_ready: Callable[[], object] | None = None,
@@ -252,7 +247,7 @@ class Server:
         with Signals() as signals:
             return self._run_under(signals)
 
-    def _run_under(self, signals: Signals) -> int:
+    def _run_under(self, signals: "Signals") -> int:
         """`run`, for who has signals handled already: what comes before the loop is there is done then."""
         # The program waits in here, so no other server of it can still come for what is handed on.
         loop = self._launch(signals.hear, takes_any=True)
@@ -338,7 +333,7 @@ class Server:
         """Wait until the server has ended; False if `timeout` seconds have passed instead."""
         return self._loop is None or self._loop.wait(timeout)
 
-    def __enter__(self) -> Server:
+    def __enter__(self) -> "Server":
         self.start()
         return self
 
@@ -346,7 +341,7 @@ class Server:
         """End the server within its grace; if Ctrl-C has ended the block, at once."""
         self.stop(0.0 if kind is not None and issubclass(kind, KeyboardInterrupt) else None)
 
-    async def __aenter__(self) -> Server:
+    async def __aenter__(self) -> "Server":
         import asyncio  # whoever comes here has it; the process of `run` need not, nor the 5 MiB
 
         run_in_thread = partial(asyncio.get_running_loop().run_in_executor, None)
@@ -402,7 +397,7 @@ class Server:
         self._running().reopen_logs()
 
     @property
-    def sockets(self) -> list[socket.socket]:
+    def sockets(self) -> "list[socket.socket]":
         """The listening sockets, one for each address; the server's.
 
         Raises:

@@ -44,7 +44,8 @@ from tests.process_state import open_descriptors
     ],
 )
 def test_a_bind_is_understood(text: str, spec: object) -> None:
-    assert parse(text) == spec
+    understood = parse(text)
+    assert (type(understood), understood) == (type(spec), spec)
 
 
 @pytest.mark.parametrize(
