@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from . import _bind, payload
 from ._cpus import usable_cpus
-from ._server import apps, checks, guess, upgrade
+from ._server import apps, checks, upgrade
 from ._server.context import Order, ServerWorker, current_worker
 from ._server.crew import Task
 from ._server.listeners import Listeners, keys_of
@@ -290,11 +290,14 @@ class Server:
                 order = self._order._replace(body=bytes(app.body), spilled=app.spilled)
                 serves = self.interface
                 if serves is None and order.target is not None:
+                    from ._server import guess  # `ast` comes with it, 4 ms
+
                     serves = guess.interface_of(order.target)
+                preload = [*checks.modules_to_look_closer(self.interface), *self._preload]
                 self._loop = Loop(
                     Task(app, order, self._on_reload),
                     Plan(self._workers, self._settings),
-                    Pools(serves, self._preload, self._start_method),
+                    Pools(serves, preload, self._start_method),
                     listeners,
                     Watch(*self._watch_for),
                     self._dispatch,

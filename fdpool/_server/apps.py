@@ -9,7 +9,6 @@ listeners      serve(listeners) or serve(listeners, worker): accepts for itself
 from __future__ import annotations
 
 import importlib
-import inspect
 import os
 import socketserver
 import sys
@@ -74,7 +73,7 @@ def interface_of(app: Any) -> str:
     Raises:
         TypeError: it cannot be told; the message says how to say it.
     """
-    if inspect.isclass(app) and issubclass(app, socketserver.BaseRequestHandler):
+    if isinstance(app, type) and issubclass(app, socketserver.BaseRequestHandler):
         return "socketserver"
     if not callable(app):
         raise TypeError(f"an application is callable, and {_described(app)} is not")
@@ -116,11 +115,15 @@ def _described(app: Any) -> str:
 
 
 def _is_async(app: Any) -> bool:
+    import inspect  # 7 ms, and who is told which kind it is asks nothing
+
     return inspect.iscoroutinefunction(app) or inspect.iscoroutinefunction(getattr(app, "__call__", None))  # noqa: B004
 
 
 def _positional(app: Any) -> list[str] | None:
     """The names of the positional parameters that a call must or may give; None if it takes any, or nobody knows."""
+    import inspect
+
     try:
         parameters = inspect.signature(app).parameters.values()
     except (TypeError, ValueError):

@@ -83,6 +83,11 @@ def modules_to_serve(interface: str | None) -> list[str]:
     return ["fdpool._server.worker", *(faces if interface is None else [_FACES[interface][1]])]
 
 
+def modules_to_look_closer(interface: str | None) -> list[str]:
+    """The modules that every worker needs beside, to see how an application of this kind, if any is told, is called."""
+    return ["inspect"] if interface in (None, "listeners") else []
+
+
 def modules_to_preload(preload: bool | Iterable[str], target: str | None) -> list[str]:
     """The modules that were asked to be imported before workers are forked.
 

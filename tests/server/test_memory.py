@@ -96,6 +96,20 @@ def test_a_worker_loads_nothing_but_the_application(
     assert loaded - forked == {"telling"}
 
 
+def test_what_finds_out_the_kind_of_an_application_is_shared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`inspect`, which only a worker needs that is not told."""
+    (tmp_path / "told.py").write_text(
+        "import sys\nwas = 'inspect' in sys.modules\n"
+        "def app(connection, _): connection.sendall(b'%d' % was)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for interface, shared in ((None, 1), ("handler", 0)):
+        with Server("told:app", ANY_PORT, workers=1, interface=interface) as server:
+            assert ask(server, b"")[0] == shared
+
+
 @pytest.mark.parametrize("preload", [(), ["json"]])
 def test_the_collector_leaves_alone_what_workers_share_with_their_supervisor(preload: Any) -> None:
     """It would write to each object that it looks at, and so have each worker copy all of them."""
@@ -140,7 +154,7 @@ def test_stats_have_each_workers_memory_and_age() -> None:
 
 def test_the_process_of_a_server_loads_nothing_that_it_may_do_without() -> None:
     """Neither an event loop, which is its workers', nor what is slow to import."""
-    slow = "asyncio ssl uvicorn waitress psutil"
+    slow = "ast asyncio dataclasses inspect psutil ssl uvicorn waitress"
     code = f"import sys, fdpool._serve.command\nprint(*({set(slow.split())} & set(sys.modules)))"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
