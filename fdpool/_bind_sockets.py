@@ -3,8 +3,6 @@
 A path of the file system is replaced only if nobody listens there, and removed only by whom it belongs to.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import fcntl

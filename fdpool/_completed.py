@@ -14,7 +14,7 @@ from .errors import FdpoolError
 if TYPE_CHECKING:
     from resource import struct_rusage
 
-Argument = Union[str, bytes, "os.PathLike[str]", "os.PathLike[bytes]"]
+Argument = Union[str, bytes, os.PathLike[str], os.PathLike[bytes]]
 #: A program and its arguments, or a string for the shell.
 Arguments = Union[Sequence[Argument], str]
 

@@ -21,8 +21,6 @@ Frames, JSON, in both directions as a peer in any language speaks them:
             and "error": text
 """
 
-from __future__ import annotations
-
 import signal
 from collections.abc import Callable, Mapping
 from enum import Enum
@@ -79,7 +77,7 @@ class Deny(NamedTuple("Deny", [("reason", str)])):
 
     __slots__ = ()
 
-    def __new__(cls, reason: str) -> Deny:
+    def __new__(cls, reason: str) -> "Deny":
         if not isinstance(reason, str):
             raise TypeError(f"Deny(reason) takes a text for the client, a str, not {reason!r}")
         return super().__new__(cls, reason)

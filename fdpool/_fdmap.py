@@ -6,8 +6,6 @@ cycles, of which a descriptor that stays where it is makes the shortest, go by w
 wants (M33, M36).
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Container, Iterable, Mapping
 from typing import NamedTuple, Union

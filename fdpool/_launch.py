@@ -7,8 +7,6 @@ limits; cwd and umask beside threads that a task left running) is done in a fork
 executes nothing but the few lines of `_become`.
 """
 
-from __future__ import annotations
-
 import errno
 import os
 import signal

@@ -4,8 +4,6 @@ In one, because stages in different workers would wait for each other: a pool wi
 there are stages would start the first, which fills its pipe, and never the last.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

@@ -8,8 +8,6 @@ Everything is bounded once the end has begun, also where somebody beyond reach h
 them is read, and then they are closed.
 """
 
-from __future__ import annotations
-
 import os
 import select
 import signal
@@ -95,7 +93,7 @@ class Run:
         timeout: float | None,
         grace_s: float,
         alarms: Iterable[int] = (),
-        on_alarm: Callable[[Run], None] | None = None,
+        on_alarm: "Callable[[Run], None] | None" = None,
     ) -> None:
         self._begun = time.monotonic()
         self._deadline = None if timeout is None else self._begun + timeout
@@ -280,7 +278,7 @@ class Run:
             found.append(Ended(status, usage, wall_s))
         return found
 
-    def __enter__(self) -> Run:
+    def __enter__(self) -> "Run":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, _: object, __: TracebackType | None) -> None:

@@ -8,8 +8,6 @@ travels as any task does, descriptors and all, and `run` carries it out in the w
     _launch    posix_spawn, or a fork                      _capture   what is collected, what is fed
 """
 
-from __future__ import annotations
-
 import codecs
 import os
 import resource

@@ -5,8 +5,6 @@ pidfd; the handle sends signals or the wish to end it. When the handle lets go o
 ended with all that descends from it, so nothing runs that nobody holds.
 """
 
-from __future__ import annotations
-
 import json  # of the leash: here, as with no descriptor left it could not be loaded any more
 import os
 import signal
@@ -213,7 +211,7 @@ class RunningCommand:
             # Its pidfd is closed with the last reference: another thread may be sending a signal through it.
             self._process = self._process._replace(pidfd=None)
 
-    def __enter__(self) -> RunningCommand:
+    def __enter__(self) -> "RunningCommand":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, _: object, __: TracebackType | None) -> None:

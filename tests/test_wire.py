@@ -788,8 +788,10 @@ def test_importing_wire_brings_in_nothing_slow() -> None:
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("module", ["pool", "_supervisor"])
-def test_importing_a_pool_or_a_supervisor_compiles_no_source(module: str) -> None:
+@pytest.mark.parametrize(
+    "module", ["_supervisor", "pool", "commands", "_serve.command", "_run.loop", "_exec_session"]
+)
+def test_what_programs_import_compiles_no_source(module: str) -> None:
     """Nor may it as `typing` sees it: a NamedTuple whose annotations are strings (`from __future__ import annotations`)
     compiles each field's, 20 microseconds each; and the first compile() of a process takes 2 ms."""
     script = (

@@ -1,7 +1,5 @@
 """When `fdpool run` stops before its end: the policy that `--halt` gives, and one question to it."""
 
-from __future__ import annotations
-
 import re
 from typing import NamedTuple
 
@@ -22,7 +20,7 @@ class Halt(NamedTuple):
     successes: int | None = None
 
     @classmethod
-    def parse(cls, text: str) -> Halt:
+    def parse(cls, text: str) -> "Halt":
         """From `now` or `soon`, and then `,fail=N`, `,fail=P%` or `,success=N`; without these, `fail=1`.
 
         Raises:

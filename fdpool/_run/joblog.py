@@ -5,8 +5,6 @@ all others: it is the line that `--dry-run` prints, with the file and the output
 is one line of printable UTF-8.
 """
 
-from __future__ import annotations
-
 import fcntl
 import os
 import re

@@ -1,7 +1,5 @@
 """One job of `fdpool run`: its names, its attempts with the files opened for them, and how it ended."""
 
-from __future__ import annotations
-
 import os
 import stat
 import tempfile

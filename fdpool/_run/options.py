@@ -1,7 +1,5 @@
 """The options of `fdpool run`: how they are written, which go together, and what they come to."""
 
-from __future__ import annotations
-
 import argparse
 import math
 import os

@@ -1,7 +1,5 @@
 """The options of `fdpool serve`: how they are written, which go together, and what they come to."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import math

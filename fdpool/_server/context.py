@@ -3,8 +3,6 @@
 Runs in: a server worker, but for `Order`, which the server makes.
 """
 
-from __future__ import annotations
-
 import os
 import threading
 from collections.abc import Callable, Mapping

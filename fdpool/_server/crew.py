@@ -1,8 +1,7 @@
 """The workers of a server, as its thread deals with them: starts, hears, drains and ends each. Decides nothing."""
 
-from __future__ import annotations
-
 import logging
+import socket
 import time
 from collections.abc import Callable
 from functools import partial
@@ -11,14 +10,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from .. import _process
 from .._broken import PoolBroken
 from ..errors import FdpoolError, PoolShutDown
+from ..payload import Payload
 from . import checks, news
 from .context import Order
 from .link import End, WorkerLink, in_one_line
 
 if TYPE_CHECKING:
-    import socket
-
-    from ..payload import Payload
     from .handoff import Handoff
     from .listeners import Listeners
     from .pools import Pools
@@ -73,11 +70,11 @@ class Crew:
 
     def __init__(
         self,
-        turns: Turns,
+        turns: "Turns",
         task: Task,
-        pools: Pools,
-        listeners: Listeners,
-        handoff: Handoff | None,
+        pools: "Pools",
+        listeners: "Listeners",
+        handoff: "Handoff | None",
         boss: Hears,
     ) -> None:
         self._turns = turns

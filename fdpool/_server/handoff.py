@@ -9,8 +9,6 @@ done where a worker takes nothing for a while (it is busy, or stopped) and anoth
                                 └──── taken back ───┘
 """
 
-from __future__ import annotations
-
 import socket
 import time
 from collections import deque
@@ -88,7 +86,7 @@ class _Seat:
         "was_busy",
     )
 
-    def __init__(self, link: WorkerLink) -> None:
+    def __init__(self, link: "WorkerLink") -> None:
         self.link = link
         self.mine, self.theirs = (
             socket.socket(fileno=above_stdio(end.detach()))
@@ -136,7 +134,7 @@ class _Seat:
         """True if requests of it have ended since it was decided to look."""
         return self.link.see().finished != self.finished_before
 
-    def is_later_than(self, other: _Seat) -> bool:
+    def is_later_than(self, other: "_Seat") -> bool:
         """True if what this one has not taken would be taken sooner by `other`.
 
         If the other's threads are all busy, only where those end requests and its own do not, or where it takes
@@ -168,7 +166,7 @@ class Handoff:
         taken_back: those that had to be taken back.
     """
 
-    def __init__(self, turns: Turns, listeners: Sequence[socket.socket]) -> None:
+    def __init__(self, turns: "Turns", listeners: Sequence[socket.socket]) -> None:
         self._turns = turns
         self._listeners = list(listeners)
         self._seats: dict[int, _Seat] = {}
@@ -184,7 +182,7 @@ class Handoff:
 
     # -- workers -------------------------------------------------------------------------------------------
 
-    def seat(self, link: WorkerLink) -> socket.socket:
+    def seat(self, link: "WorkerLink") -> socket.socket:
         """Make a worker's inbox; returns the end to give it, borrowed.
 
         Raises:

@@ -1,9 +1,8 @@
 """What the server holds of one worker: a control stream, the page that tells how far it is, and its task's future."""
 
-from __future__ import annotations
-
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -14,16 +13,14 @@ from .._broken import WorkerLost
 from .._frames import encode_json
 from ..errors import FdTransferError, RemoteTraceback, WireError
 from ..fds import Fd, above_stdio, close_all
+from ..payload import Payload
 from ..sockets import StreamSocket
 from . import worker
+from .context import Order
 from .progress import Seen, SeenPage
 
 if TYPE_CHECKING:
-    import socket
-
-    from ..payload import Payload
     from ..pool import Pool
-    from .context import Order
 
 _MAX_MESSAGE = 1 << 20
 _LONGEST_LINE = 500
@@ -85,7 +82,7 @@ class WorkerLink:
 
     def start(
         self,
-        pool: Pool,
+        pool: "Pool",
         order: Order,
         inbox: socket.socket | None,
         listeners: Sequence[socket.socket],

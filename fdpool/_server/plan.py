@@ -11,8 +11,6 @@ A slot is one place among the workers, and holds at most one worker that shall s
 is wanted, and not to be retired), besides those that it takes over from or that are on their way out.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Union
 

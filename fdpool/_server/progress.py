@@ -11,8 +11,6 @@ A file of one page, and behind it whatever faulthandler writes: at a fault, or w
     threads             so many requests run at a time, and connections wait for one to end; 0 if it is not for that
 """
 
-from __future__ import annotations
-
 import mmap
 import os
 import threading

@@ -4,8 +4,6 @@ A look costs a read of the page that a worker writes, and where memory is limite
 /proc files. What is found is judged by `judge`, which is pure.
 """
 
-from __future__ import annotations
-
 import math
 import os
 import sys
@@ -77,7 +75,7 @@ class Watch:
         ] = {}  # of slow workers, the moment since which they were when the log was told
         self.next_look: float | None = time.monotonic() + self._pause_s
 
-    def look(self, links: Sequence[WorkerLink], now: float) -> Iterator[Finding]:
+    def look(self, links: "Sequence[WorkerLink]", now: float) -> Iterator[Finding]:
         """If it is time, the workers with which something is wrong."""
         if self.next_look is None or now < self.next_look:
             return
@@ -100,7 +98,7 @@ class Watch:
         self._retired.discard(number)
         self._told.pop(number, None)
 
-    def _is_slow(self, link: WorkerLink, seen: Seen, now: float) -> bool:
+    def _is_slow(self, link: "WorkerLink", seen: Seen, now: float) -> bool:
         """True once for each time that it stands still."""
         since = now - seen.stuck_s(now)
         if now - since <= _SLOW_S or link.interface not in _NEVER_LONG:
@@ -109,13 +107,13 @@ class Watch:
         self._told[link.number] = since
         return since - known > _SLOW_S / 2
 
-    def _is_large(self, link: WorkerLink) -> bool:
+    def _is_large(self, link: "WorkerLink") -> bool:
         if self._max_memory is None or link.number in self._retired:
             return False
         size = resident_bytes(link.pid)
         return size is not None and size > self._max_memory
 
-    def _stopped(self, link: WorkerLink, now: float) -> str | None:
+    def _stopped(self, link: "WorkerLink", now: float) -> str | None:
         """Why it must go, if it has been stopped for too long. One that a debugger has stopped is left alone."""
         if not is_stopped(link.pid):
             link.stopped_since = None
