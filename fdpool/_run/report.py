@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import json
 import os
 from typing import Any
 
@@ -35,6 +33,8 @@ def entry(job: Job, command: bytes) -> Entry:
 
 def json_line(job: Job) -> bytes:
     """One object; its keys are in the documentation."""
+    import json  # 2 ms, and most runs print none; a descriptor is kept free for imports (`loop`)
+
     assert job.outcome is not None
     done = job.outcome.completed
     usage = None if done is None else done.rusage
@@ -74,4 +74,6 @@ def _text(data: bytes) -> Any:
     try:
         return data.decode()
     except UnicodeDecodeError:
+        import base64
+
         return {"base64": base64.b64encode(data).decode()}
