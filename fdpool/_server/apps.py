@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import socketserver
 import sys
 from typing import Any, Literal, get_args
 
@@ -73,7 +72,9 @@ def interface_of(app: Any) -> str:
     Raises:
         TypeError: it cannot be told; the message says how to say it.
     """
-    if isinstance(app, type) and issubclass(app, socketserver.BaseRequestHandler):
+    # Where that module is not loaded, which takes 1 ms, nobody has such a class.
+    handlers = getattr(sys.modules.get("socketserver"), "BaseRequestHandler", ())
+    if isinstance(app, type) and issubclass(app, handlers):
         return "socketserver"
     if not callable(app):
         raise TypeError(f"an application is callable, and {_described(app)} is not")

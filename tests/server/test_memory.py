@@ -154,7 +154,7 @@ def test_stats_have_each_workers_memory_and_age() -> None:
 
 def test_the_process_of_a_server_loads_nothing_that_it_may_do_without() -> None:
     """Neither an event loop, which is its workers', nor what is slow to import."""
-    slow = "ast asyncio dataclasses inspect psutil ssl uvicorn waitress"
+    slow = "ast asyncio dataclasses inspect psutil socketserver ssl uvicorn waitress"
     code = f"import sys, fdpool._serve.command\nprint(*({set(slow.split())} & set(sys.modules)))"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
