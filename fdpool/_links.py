@@ -85,7 +85,10 @@ class SlotLink:
         pidfd, pid = self._pidfd, self.pid  # another thread may just learn of its death
         if pid is None:
             return
-        below = _trees.descendants(pid)
+        try:
+            below = _trees.descendants(pid)
+        except (OSError, ImportError):  # no descriptor is left to look with, or to import what looks
+            below = []  # but the worker ends, and then its supervisor looks for what is left
         try:
             if pidfd is None or not fds.is_readable(pidfd):
                 os.killpg(pid, signal.SIGKILL)

@@ -278,6 +278,17 @@ def test_what_is_left_to_a_successor_goes_to_others_if_that_has_much_to_do(
         pool.kill_workers()
 
 
+def test_a_worker_is_killed_where_no_descriptor_is_left_to_look_for_what_is_below_it() -> None:
+    with fdpool.Pool(1) as pool:
+        running = pool.submit(time.sleep, 1000)
+        wait_until(running.running)
+        link = pool._client.links[0]
+        wait_until(lambda: link.pid is not None)  # its report may come after its first task has begun
+        with room_for(0):
+            link.signal_tree()
+        assert isinstance(running.exception(timeout=20), fdpool.WorkerLost)
+
+
 @pytest.mark.parametrize("room", [20, 80])
 def test_a_message_that_is_received_in_place_of_one_that_was_seen_loses_no_descriptor(
     room: int, monkeypatch: pytest.MonkeyPatch
