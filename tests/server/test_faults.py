@@ -28,23 +28,20 @@ from fdpool._server import accept
 from fdpool._server.handoff import Handoff
 from fdpool.server import Server, ServerWorker
 from tests.process_state import seconds_until_gone, wait_until
+from tests.server.applications import asgi, echo_pid, keep_echoing, wsgi
 from tests.server.helpers import (
     ANY_PORT,
     LOOPS,
     Load,
-    asgi,
     ask,
     connect,
-    echo_pid,
     get,
     is_over,
-    keep_echoing,
     pids,
     read_all,
     records,
     reset,
     workers,
-    wsgi,
 )
 from tests.server.programs import ask_port, port_in, program
 
@@ -1010,7 +1007,7 @@ def test_an_event_loop_that_stands_still_is_killed(loop: str, caplog: pytest.Log
         wait_until(lambda: pids(server) not in ([before], []))
         [killed] = logged("worker_killed")
         assert "event loop has not turned" in killed.reason
-        assert "time.sleep" in killed.stacks or "helpers.py" in killed.stacks
+        assert "time.sleep" in killed.stacks or "applications.py" in killed.stacks
 
 
 @pytest.mark.parametrize("loop", LOOPS)

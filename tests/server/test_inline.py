@@ -22,6 +22,7 @@ pytest.importorskip("waitress")
 from fdpool.fds import is_readable
 from fdpool.server import Server, ServerWorker
 from tests.process_state import wait_until
+from tests.server.applications import wsgi
 from tests.server.helpers import (
     ANY_PORT,
     Load,
@@ -33,7 +34,6 @@ from tests.server.helpers import (
     read_all,
     records,
     reset,
-    wsgi,
 )
 
 THREADS = pytest.mark.parametrize("threads", [1, 2])

@@ -25,21 +25,18 @@ from fdpool import ReloadFailed
 from fdpool._server.states import State
 from fdpool.server import Server, ServerWorker, current_worker
 from tests.process_state import wait_until
+from tests.server.applications import asgi, asgi_in_asyncio, echo_pid, wsgi
 from tests.server.helpers import (
     ANY_PORT,
     KeptAlive,
     Load,
-    asgi,
-    asgi_in_asyncio,
     ask,
     connect,
-    echo_pid,
     is_over,
     pids,
     port_of,
     read_all,
     records,
-    wsgi,
 )
 
 APPS = [
@@ -577,7 +574,7 @@ def test_listeners_apart_at_all_addresses_have_every_worker_serve_both_families(
 
 @pytest.mark.parametrize("dispatch", ["shared", "handoff", "reuseport"])
 def test_workers_more_that_cannot_boot_cost_no_connection(dispatch: Any, module: Path) -> None:
-    code = "from tests.server.helpers import echo_pid as app\n"
+    code = "from tests.server.applications import echo_pid as app\n"
     module.write_text(code)
     with Server("served:app", ANY_PORT, workers=2, dispatch=dispatch) as server:
         module.write_text("this is no python")

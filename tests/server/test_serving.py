@@ -22,21 +22,17 @@ import pytest
 from fdpool import ServerFailed
 from fdpool.server import Server, ServerWorker, current_worker
 from tests.process_state import wait_until
+from tests.server.applications import asgi, asgi_answering, echo_pid, keep_echoing, wsgi
 from tests.server.helpers import (
     ANY_PORT,
     LOOPS,
-    asgi,
-    asgi_answering,
     ask,
     connect,
-    echo_pid,
     get,
     is_over,
-    keep_echoing,
     pids,
     read_all,
     records,
-    wsgi,
 )
 
 
@@ -170,7 +166,7 @@ def test_uvicorn_puts_together_no_trace_that_nobody_reads() -> None:
 
 
 def test_an_application_that_is_named_is_found() -> None:
-    with Server("tests.server.helpers:echo_pid", ANY_PORT, workers=1, preload=True) as server:
+    with Server("tests.server.applications:echo_pid", ANY_PORT, workers=1, preload=True) as server:
         assert ask(server)[0] in pids(server)
 
 

@@ -8,7 +8,8 @@ import pytest
 
 from fdpool.server import Server
 from tests.process_state import wait_until
-from tests.server.helpers import ANY_PORT, LOOPS, asgi, pids, port_of
+from tests.server.applications import asgi
+from tests.server.helpers import ANY_PORT, LOOPS, pids, port_of
 
 pytest.importorskip("uvicorn")
 websockets = pytest.importorskip("websockets.asyncio.client")
