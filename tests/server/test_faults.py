@@ -28,7 +28,20 @@ from fdpool._server import accept
 from fdpool._server.handoff import Handoff
 from fdpool.server import Server, ServerWorker
 from tests.process_state import seconds_until_gone, wait_until
-from tests.server.applications import asgi, echo_pid, keep_echoing, wsgi
+from tests.server.applications import (
+    asgi,
+    asgi_forks,
+    asgi_forks_and_says_so,
+    echo_pid,
+    forks,
+    keep_echoing,
+    pid_and_stay,
+    slow_or_pid,
+    slow_then_pid,
+    wsgi,
+    wsgi_forks,
+    wsgi_slow_or_pid,
+)
 from tests.server.helpers import (
     ANY_PORT,
     LOOPS,
@@ -46,13 +59,6 @@ from tests.server.helpers import (
 from tests.server.programs import ask_port, port_in, program
 
 DISPATCHES = ["shared", "handoff"]
-
-
-def slow_or_pid(connection: socket.socket, _: object) -> None:
-    """Answer with this worker's pid; "slow" is never answered."""
-    if connection.recv(100) == b"slow":
-        time.sleep(600)
-    connection.sendall(b"%d " % os.getpid())
 
 
 # -- workers that die ------------------------------------------------------------------------------------
@@ -103,12 +109,6 @@ def test_what_a_dead_worker_has_not_taken_is_served_as_soon_as_the_server_has_ro
         # It is handed connections a moment before it counts as one that serves.
         wait_until(lambda: set(answers) <= set(pids(server)))
     assert next(has_room, None) is None
-
-
-def wsgi_slow_or_pid(environ: Any, start_response: Any) -> list[bytes]:
-    if environ["PATH_INFO"] == "/slow":
-        time.sleep(600)
-    return wsgi(environ, start_response)
 
 
 @pytest.mark.parametrize("dispatch", ["shared", "handoff"])
@@ -386,11 +386,6 @@ def test_a_worker_that_is_to_be_replaced_before_it_serves_is(tmp_path: Path) -> 
         wait_until(lambda: pids(server) not in ([first], []))
 
 
-def slow_then_pid(connection: socket.socket, _: object) -> None:
-    time.sleep(float(connection.recv(100)))
-    connection.sendall(b"%d" % os.getpid())
-
-
 def test_a_worker_that_is_stopped_and_goes_on_has_lost_nothing() -> None:
     """W1."""
     with Server(echo_pid, ANY_PORT, workers=1) as server:
@@ -423,12 +418,6 @@ def test_connections_handed_to_a_stopped_worker_go_to_another() -> None:
         os.kill(stopped, signal.SIGSTOP)
         assert {ask(server)[0] for _ in range(4)} == {other}
         os.kill(stopped, signal.SIGCONT)
-
-
-def pid_and_stay(connection: socket.socket, _: object) -> None:
-    """Answer with this worker's pid, and serve until the client goes."""
-    connection.sendall(b"%d" % os.getpid())
-    connection.recv(1)
 
 
 def test_a_connection_is_handed_to_the_worker_that_has_the_fewest_open(
@@ -652,39 +641,6 @@ def test_a_handler_that_exits_costs_its_connection_only(
     assert capfd.readouterr().err.count("a connection's handler failed") == 3
 
 
-def fork_and_fail() -> bytes:
-    """How a child has ended that was to become another program, and could not."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # there are threads
-        pid = os.fork()
-    if pid == 0:
-        os.execv("/nowhere", ["nowhere"])
-    return b"0 %d" % os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
-def forks(connection: socket.socket, _: object) -> None:
-    connection.sendall(fork_and_fail())
-
-
-async def asgi_forks(scope: Any, receive: Any, send: Any) -> None:
-    if scope["type"] == "lifespan":
-        await asgi(scope, receive, send)
-        return
-    body = fork_and_fail()
-    await send({"type": "http.response.start", "status": 200, "headers": []})
-    await send({"type": "http.response.body", "body": body})
-
-
-async def asgi_forks_and_says_so(scope: Any, receive: Any, send: Any) -> None:
-    """As frameworks do, it answers for what has failed."""
-    try:
-        await asgi_forks(scope, receive, send)
-    except OSError:
-        await send({"type": "http.response.start", "status": 500, "headers": []})
-        await send({"type": "http.response.body", "body": b"the child"})
-        raise
-
-
 class Forks(socketserver.BaseRequestHandler):
     """Its child comes back."""
 
@@ -695,12 +651,6 @@ class Forks(socketserver.BaseRequestHandler):
         if child:
             code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
             self.request.sendall(b"0 %d" % code)
-
-
-def wsgi_forks(environ: Any, start_response: Any) -> list[bytes]:
-    body = fork_and_fail()
-    start_response("200 OK", [("Content-Length", str(len(body)))])
-    return [body]
 
 
 @pytest.mark.parametrize(

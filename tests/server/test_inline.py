@@ -22,7 +22,7 @@ pytest.importorskip("waitress")
 from fdpool.fds import is_readable
 from fdpool.server import Server, ServerWorker
 from tests.process_state import wait_until
-from tests.server.applications import wsgi
+from tests.server.applications import Gate, with_length, with_write, without_length, wsgi
 from tests.server.helpers import (
     ANY_PORT,
     Load,
@@ -38,35 +38,6 @@ from tests.server.helpers import (
 
 THREADS = pytest.mark.parametrize("threads", [1, 2])
 MIB = 2**20
-
-
-class Gate:
-    """A place where the application waits for the test, which waits for it there: a FIFO."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = str(path)
-        os.mkfifo(path)
-
-    def wait(self) -> None:
-        """Runs in: the application.
-
-        In short turns: a signal that comes just before a call that waits is heard by Python when that returns.
-        """
-        fifo = os.open(self._path, os.O_RDONLY | os.O_NONBLOCK)
-        try:
-            while not is_readable(fifo, 0.02):
-                pass
-            os.set_blocking(fifo, True)
-            # Until the test has closed it, or it would be found open by the next to wait.
-            while os.read(fifo, 10):
-                pass
-        finally:
-            os.close(fifo)
-
-    def let_pass(self) -> None:
-        """Return when the application has come."""
-        with open(self._path, "wb") as fifo:
-            fifo.write(b"x")
 
 
 @pytest.fixture
@@ -163,23 +134,6 @@ def test_an_answer_leaves_with_its_header_in_one_piece(tmp_path: Path) -> None:
             answer = read_all(client)
     assert answer.startswith(b"HTTP/1.0 200 OK")
     assert log.read_bytes() == b"%d\n" % len(answer)
-
-
-def with_write(start_response: Any, pieces: Iterator[bytes]) -> list[bytes]:
-    write = start_response("200 OK", [])
-    for piece in pieces:
-        write(piece)
-    return []
-
-
-def with_length(start_response: Any, pieces: Iterator[bytes]) -> Iterator[bytes]:
-    start_response("200 OK", [("Content-Length", "3")])
-    return pieces
-
-
-def without_length(start_response: Any, pieces: Iterator[bytes]) -> Iterator[bytes]:
-    start_response("200 OK", [])
-    return pieces
 
 
 @pytest.mark.parametrize("answer", [with_write, with_length, without_length])

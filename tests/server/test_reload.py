@@ -25,7 +25,14 @@ from fdpool import ReloadFailed
 from fdpool._server.states import State
 from fdpool.server import Server, ServerWorker, current_worker
 from tests.process_state import wait_until
-from tests.server.applications import asgi, asgi_in_asyncio, echo_pid, wsgi
+from tests.server.applications import (
+    asgi,
+    asgi_in_asyncio,
+    boot_for_long_at_first,
+    close_idle_after,
+    echo_pid,
+    wsgi,
+)
 from tests.server.helpers import (
     ANY_PORT,
     KeptAlive,
@@ -60,13 +67,6 @@ def patient(app: Any) -> dict[str, Any]:
     if app is wsgi:
         return {"on_worker_start": partial(close_idle_after, 60.0)}
     return {"options": {"timeout_keep_alive": 60, **loop_of(app)}}
-
-
-def close_idle_after(seconds: float, _: ServerWorker) -> None:
-    """A hook: of a WSGI worker that drains."""
-    from fdpool._server import wsgi as face
-
-    face._IDLE_S = seconds
 
 
 @pytest.mark.parametrize("dispatch", ["shared", "reuseport"])
@@ -454,12 +454,6 @@ def test_a_server_that_gives_up_closes_its_listeners(module: Path) -> None:
 
 
 # -- several things at once ---------------------------------------------------------------------------
-
-
-def boot_for_long_at_first(worker: ServerWorker) -> None:
-    """A hook: those of the first reload do not come to serve, so that whatever comes meanwhile does not come late."""
-    if worker.generation == 2:
-        worker.wait_drain()
 
 
 def test_of_several_reloads_the_last_wins_and_all_get_its_outcome(tmp_path: Path) -> None:

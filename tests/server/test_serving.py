@@ -12,7 +12,6 @@ import socket
 import socketserver
 import ssl
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ import pytest
 from fdpool import ServerFailed
 from fdpool.server import Server, ServerWorker, current_worker
 from tests.process_state import wait_until
-from tests.server.applications import asgi, asgi_answering, echo_pid, keep_echoing, wsgi
+from tests.server.applications import asgi, asgi_answering, echo_pid, keep_echoing, sleep_and_tell, wsgi
 from tests.server.helpers import (
     ANY_PORT,
     LOOPS,
@@ -391,12 +390,6 @@ def test_once_it_has_ended_nobody_is_kept_waiting_at_its_addresses(tmp_path: Pat
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(address)
     assert not path.exists()
-
-
-def sleep_and_tell(connection: socket.socket, _: object) -> None:
-    """Take as many seconds as the client says, and answer."""
-    time.sleep(float(connection.recv(100)))
-    connection.sendall(b"done")
 
 
 @pytest.mark.parametrize("threads", [1, 2])
