@@ -157,7 +157,7 @@ def test_a_worker_that_drains_closes_idle_connections_after_their_time(
     need(app)
 
     quick = partial(close_idle_after, 0.3) if app is wsgi else None
-    options = {"timeout_keep_alive": 0.3} if app is asgi else {}
+    options = {} if app is wsgi else {"timeout_keep_alive": 0.3, **loop_of(app)}
     with Server(
         app,
         ANY_PORT,
