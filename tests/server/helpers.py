@@ -25,6 +25,13 @@ _NO_UVLOOP = pytest.mark.skipif(importlib.util.find_spec("uvloop") is None, reas
 #: Loops of ASGI workers; uvicorn takes uvloop where it is installed.
 LOOPS = ["asyncio", pytest.param("uvloop", marks=_NO_UVLOOP)]
 
+#: Loops and dispatching: uvloop accepts by itself; what is handed over, and all with asyncio, comes by the same door.
+WAYS_INTO_ASGI = [
+    ("asyncio", "shared"),
+    pytest.param("uvloop", "shared", marks=_NO_UVLOOP),
+    pytest.param("uvloop", "handoff", marks=_NO_UVLOOP),
+]
+
 
 def port_of(server: Server) -> int:
     """The port of the first listener."""

@@ -24,7 +24,7 @@ from tests.process_state import wait_until
 from tests.server.applications import asgi, asgi_answering, echo_pid, keep_echoing, sleep_and_tell, wsgi
 from tests.server.helpers import (
     ANY_PORT,
-    LOOPS,
+    WAYS_INTO_ASGI,
     ask,
     connect,
     get,
@@ -96,8 +96,7 @@ def test_a_request_is_served_in_whatever_pieces_it_comes(threads: int, dispatch:
             assert b"200 OK" in read_all(silent)
 
 
-@pytest.mark.parametrize("dispatch", ["shared", "reuseport", "handoff"])
-@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize(("loop", "dispatch"), [*WAYS_INTO_ASGI, ("asyncio", "reuseport")])
 def test_an_answer_of_an_asgi_application_does_not_wait_for_its_client_to_acknowledge(
     loop: str, dispatch: Any
 ) -> None:
@@ -333,10 +332,8 @@ def test_an_asgi_worker_is_handed_as_many_connections_as_it_has_descriptors_for(
                 assert client.recv(8) == b"HTTP/1.1"
 
 
-@pytest.mark.parametrize(
-    ("dispatch", "loop"),
-    [(dispatch, loop) for dispatch in ("shared", "handoff") for loop in ("asyncio", "uvloop")],
-)
+# With TLS all connections come by the door, in uvloop, too.
+@pytest.mark.parametrize(("dispatch", "loop"), [("shared", "uvloop"), ("handoff", "asyncio")])
 def test_tls_clients_that_never_finish_the_handshake_keep_no_worker_from_its_end(
     dispatch: Any, loop: str
 ) -> None:

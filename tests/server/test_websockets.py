@@ -9,14 +9,13 @@ import pytest
 from fdpool.server import Server
 from tests.process_state import wait_until
 from tests.server.applications import asgi
-from tests.server.helpers import ANY_PORT, LOOPS, pids, port_of
+from tests.server.helpers import ANY_PORT, WAYS_INTO_ASGI, pids, port_of
 
 pytest.importorskip("uvicorn")
 websockets = pytest.importorskip("websockets.asyncio.client")
 
 
-@pytest.mark.parametrize("dispatch", ["shared", "handoff"])
-@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize(("loop", "dispatch"), WAYS_INTO_ASGI)
 def test_a_websocket_is_served_and_closed_with_service_restart_when_its_worker_drains(
     loop: str, dispatch: str
 ) -> None:
