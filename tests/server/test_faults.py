@@ -183,8 +183,8 @@ def test_connections_that_come_while_all_threads_are_busy_are_served_as_one_gets
         Load(lambda: get(server), clients=12) as load,
         Load(lambda: garbage(server), clients=2) as refused,
     ):
-        load.go_on(400)
-        refused.go_on(50)
+        load.go_on(200)
+        refused.go_on(25)
     assert load.failed == refused.failed == []
 
 
