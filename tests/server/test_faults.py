@@ -1131,13 +1131,15 @@ def test_a_worker_without_descriptors_does_not_spin_and_serves_all_as_they_get_f
         wait_until(lambda: server.stats().workers[0].requests == 25)
 
 
-@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
-@pytest.mark.parametrize("dispatch", ["shared", "reuseport"])
 @pytest.mark.parametrize(
-    ("room", "count"),
+    ("room", "count", "dispatch", "loop"),
     [
-        (14, 25),
-        (160, 250),  # where uvloop begins with accepting by itself
+        (14, 25, "shared", "asyncio"),
+        (14, 25, "reuseport", "uvloop"),
+        # Where uvloop begins with accepting by itself.
+        (160, 250, "shared", "uvloop"),
+        (160, 250, "reuseport", "uvloop"),
+        (160, 250, "reuseport", "asyncio"),
     ],
 )
 def test_an_asgi_worker_without_descriptors_says_so_once_and_serves_all_as_they_get_free(
