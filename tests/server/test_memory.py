@@ -96,6 +96,7 @@ def test_a_worker_loads_nothing_but_the_application(
     assert loaded - forked == {"telling"}
 
 
+@pytest.mark.usefixtures("fresh_supervisors")  # another's may have loaded it
 def test_what_finds_out_the_kind_of_an_application_is_shared(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
