@@ -38,8 +38,8 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    """Twice as many processes as processors, with `-n auto`: a third of its time a test waits for something."""
-    return 2 * usable_cpus()
+    """Three times as many processes as processors, with `-n auto`: half of its time a test waits for something."""
+    return 3 * usable_cpus()
 
 
 @pytest.fixture(scope="session", autouse=True)
