@@ -164,6 +164,10 @@ class Client:
         try:
             sock = socket.socket(self._family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
             problem = sock.connect_ex(self._place)
+            if problem == errno.EINPROGRESS:
+                # Asked again it is known: on this machine it has been made by now. So the request is sent with it, also
+                # where many are due at once: a server may take connections as long as they ask for nothing.
+                problem = sock.connect_ex(self._place)
         except OSError as error:  # no descriptor is left, say
             self._count_lost(request, "failed", f"cannot connect: {error}")
             return
@@ -179,7 +183,7 @@ class Client:
         if problem == 0:
             connection.connected = True
             self._send(connection)
-        elif problem != errno.EINPROGRESS:
+        elif problem != errno.EALREADY:
             self._lose(connection, "reset", f"cannot connect: {errno.errorcode[problem]}")
 
     def _send(self, connection: _Connection) -> None:
