@@ -7,6 +7,7 @@ when the one before has nothing left to do, or has taken its time (`move_on`).
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -22,6 +23,7 @@ from ._broken import PoolBroken, describe_status
 from ._critical import mask_now
 from ._dispatch import Action
 from ._links import Exit
+from ._log import log
 from ._pump import Pump
 from ._signals import Mask
 from .errors import ForkedPool, PoolShutDown
@@ -260,9 +262,7 @@ class Lifetime:
                 else:
                     self.break_pool(f"{how}; its workers have been killed")
         if news:
-            import logging
-
-            logging.getLogger("fdpool").warning(news)
+            log("fdpool", logging.WARNING, news)
             return True
         assert client.pump is not None
         client.pump.settle()

@@ -5,11 +5,13 @@ Received with the answers, told by the pump: warnings and log handlers are user 
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections import deque
 
 from . import _leftovers, _messages
 from ._leftovers import Leftovers
+from ._log import log
 from .stats import LeftStats
 
 _KEPT = 100  # of the latest, for `stats`
@@ -46,10 +48,8 @@ class News:
 
                     _logs.handle(body)
             except BaseException:
-                import logging
-
                 # Among others, a warning that somebody has made an error; and SystemExit would end the pump.
-                logging.getLogger("fdpool").warning("a worker's news could not be told", exc_info=True)
+                log("fdpool", logging.WARNING, "a worker's news could not be told", exc_info=True)
 
     def _tell_left(self, left: Leftovers) -> None:
         text = left.describe()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _thread
+import logging
 import threading
 import time
 from collections import deque
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ._broken import WorkerLost
 from ._critical import block_in_main, put_back
+from ._log import log
 from ._options import check_seconds
 from ._trees import GRACE_S
 from .errors import TaskTerminated
@@ -282,9 +284,13 @@ class TaskFuture(Future[T]):
         except BaseException:
             # concurrent.futures logs what a callback raises, but SystemExit and its like it lets through, and the
             # pool would stand still.
-            import logging
-
-            logging.getLogger("concurrent.futures").exception("exception calling callback for %r", self)
+            log(
+                "concurrent.futures",
+                logging.ERROR,
+                "exception calling callback for %r",
+                self,
+                exc_info=True,
+            )
 
     def _Future__get_result(self) -> T:
         """What the base's `result()` ends with, save that an exception may be falsy (gh-132063, Python 3.14)."""

@@ -34,6 +34,7 @@ from ._completed import SpawnError
 from ._exec_session import Decided, Decision, Deny, Escalate, Finished, Gone, Overdue, Received, Request, Run
 from ._frames import encode_json
 from ._links import Waker
+from ._log import log
 from ._options import check_count, check_seconds
 from .errors import FdpoolError, FdTransferError, PayloadTooLarge, WireError
 from .fds import LONGEST_POLL_S, OwnedFds, made_above_stdio
@@ -53,7 +54,7 @@ _MAX_REQUEST = 1 << 20
 # Of the signals that are passed on, those that by default end no process (signal(7)).
 _SURVIVED = (signal.SIGWINCH, signal.SIGTSTP, signal.SIGCONT)
 _BATCH = 16  # most handshakes received before the sessions are looked at
-_LOG = logging.getLogger("fdpool.exec")
+_LOGGER = "fdpool.exec"
 
 
 class ExecServer:
@@ -210,7 +211,7 @@ class ExecServer:
         try:
             act(argument)
         except Exception:
-            _LOG.exception("a session failed, and is ended")
+            log(_LOGGER, logging.ERROR, "a session failed, and is ended", exc_info=True)
             session.give_up()
 
     def _timeout_s(self) -> float | None:
@@ -222,10 +223,10 @@ class ExecServer:
             try:
                 received = self._door.try_receive_with_fds()
             except (WireError, FdTransferError) as error:
-                _LOG.warning("a handshake was turned away: %s", error)
+                log(_LOGGER, logging.WARNING, "a handshake was turned away: %s", error)
                 continue
             except OSError as error:
-                _LOG.warning("the handshake socket failed: %s", error)
+                log(_LOGGER, logging.WARNING, "the handshake socket failed: %s", error)
                 return
             if received is None:
                 return
@@ -251,7 +252,7 @@ class ExecServer:
                 self._selector.register(stream, selectors.EVENT_READ, session)
         if problem is not None:
             owned.close()
-            _LOG.warning("a handshake was turned away: %s", problem)
+            log(_LOGGER, logging.WARNING, "a handshake was turned away: %s", problem)
 
     def post(self, session: _Served, event: _exec_session.Event) -> None:
         """Have the session handle the event in the server's thread; from any."""
@@ -294,7 +295,7 @@ class ExecServer:
             if not isinstance(decision, (Run, Escalate, Deny)):
                 raise TypeError(f"a policy returns Run(), Escalate() or Deny(reason), not {decision!r}")
         except BaseException as error:  # SystemExit, say, or CancelledError: the client waits all the same
-            _LOG.exception("the policy failed; its request is denied")
+            log(_LOGGER, logging.ERROR, "the policy failed; its request is denied", exc_info=True)
             return Deny("the policy failed: " + "".join(traceback.format_exception_only(error)).strip())
         return decision
 
@@ -399,7 +400,7 @@ class _Served:
             try:
                 self.stream.queue_bytes(encode_json(action.message))
             except PayloadTooLarge as error:  # a small `max_request` holds for what is answered, too
-                _LOG.warning("an answer could not be sent: %s", error)
+                log(_LOGGER, logging.WARNING, "an answer could not be sent: %s", error)
                 self._gone = True
             self._flush()
         elif isinstance(action, _exec_session.AskPolicy):
@@ -413,7 +414,7 @@ class _Served:
             if self._command is not None:
                 self._command.end()
         elif action.reason is not None:
-            _LOG.info("a session was closed: %s", action.reason)
+            log(_LOGGER, logging.INFO, "a session was closed: %s", action.reason)
             self._close()
         elif self.stream.closed or not self.stream.backlog:
             self._close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import signal
 from collections.abc import Iterator
@@ -84,6 +85,24 @@ def heeding_the_terminal() -> Iterator[None]:
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def raising_log(capsys: pytest.CaptureFixture[str]) -> Iterator[None]:
+    """Whatever is logged meets a handler that raises, as one of an application's own may; somewhere that is printed."""
+
+    class Raising(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            raise BrokenPipeError(f"nobody reads {record.getMessage()!r}")
+
+    handler = Raising()
+    loggers = [logging.getLogger(name) for name in ("fdpool", "concurrent.futures")]
+    for logger in loggers:
+        logger.addHandler(handler)
+    yield
+    for logger in loggers:
+        logger.removeHandler(handler)
+    assert "BrokenPipeError: nobody reads" in capsys.readouterr().err
 
 
 @pytest.fixture

@@ -16,9 +16,8 @@ import socket
 import threading
 import time
 
+from .._log import log
 from ..fds import above_stdio, duplicate, is_readable
-
-_LOG = logging.getLogger("fdpool.server")
 
 _NO_DESCRIPTOR = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 # accept(2): what befell that one connection, on its way; the next is accepted as if nothing had been.
@@ -136,7 +135,9 @@ class Acceptor:
     def _tell(self, error: OSError) -> None:
         if not self._told:
             self._told = True
-            _LOG.warning(
+            log(
+                "fdpool.server",
+                logging.WARNING,
                 "process %d cannot accept: %s. What waits is taken as descriptors get free",
                 os.getpid(),
                 error,

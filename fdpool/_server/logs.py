@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-_LOG = logging.getLogger("fdpool.server")
+from .._log import log
 
 
 def reopen_logs() -> int:
@@ -26,7 +26,9 @@ def reopen_logs() -> int:
             _reopen(handler)
             reopened += 1
         except OSError as error:
-            _LOG.warning(
+            log(
+                "fdpool.server",
+                logging.WARNING,
                 "the log file %s cannot be opened anew: %s",
                 handler.baseFilename,
                 error,

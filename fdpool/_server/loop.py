@@ -20,7 +20,7 @@ from .checks import check_descriptors
 from .crew import Crew, Task
 from .handoff import Handoff
 from .logs import reopen_logs
-from .news import LOG, say
+from .news import say
 from .plan import (
     Abandoned,
     Action,
@@ -247,7 +247,7 @@ class Loop:
     def _note_failed(self, error: BaseException) -> None:
         self.exit_code = FAILED
         self._failure = f"the server's loop failed: {type(error).__name__}: {error}"
-        LOG.critical("%s", self._failure, exc_info=error, extra={"event": "failed"})
+        say("failed", "%s", self._failure, level=logging.CRITICAL, exc_info=error)
 
     def _is_due(self, now: float) -> bool:
         due = self._plan.next_deadline()

@@ -10,22 +10,30 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
+from .._log import log
+
 if TYPE_CHECKING:
     from .link import End, WorkerLink
 
-LOG = logging.getLogger("fdpool.server")
 
-
-def say(event: str, text: str, *args: object, level: int = logging.INFO, **fields: object) -> None:
+def say(
+    event: str,
+    text: str,
+    *args: object,
+    level: int = logging.INFO,
+    exc_info: BaseException | None = None,
+    **fields: object,
+) -> None:
     """Say that something has happened."""
-    LOG.log(level, text, *args, extra={"event": event, **fields})
+    log("fdpool.server", level, text, *args, exc_info=exc_info, extra={"event": event, **fields})
 
 
 def say_of(
     link: WorkerLink, event: str, text: str, *args: object, level: int = logging.INFO, **fields: object
 ) -> None:
     """Say that something has happened to a worker; `text` begins after "worker <slot>"."""
-    LOG.log(
+    log(
+        "fdpool.server",
         level,
         f"worker %d {text}",
         link.slot,

@@ -756,6 +756,14 @@ def test_whatever_a_policy_raises_its_request_is_denied(pool: Pool, policy: Any,
         still_serves(server)
 
 
+@pytest.mark.usefixtures("raising_log")
+def test_a_log_handler_that_raises_leaves_no_client_without_an_answer(pool: Pool) -> None:
+    with serving(pool, lambda request: Escalate() if request.argv == ["true"] else 1 / 0) as server:
+        with RawClient(server) as client:
+            assert "ZeroDivisionError" in client.ask(["x"])["action"]["Deny"]["reason"]
+        still_serves(server)
+
+
 @pytest.mark.parametrize(
     ("number", "value", "error"),
     [

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
 import threading
 import time
 from pathlib import Path
@@ -175,3 +177,20 @@ def test_a_handler_that_wants_the_program_to_end_does_not_end_the_pools_thread(
             assert pool.submit(helpers.square, 3).result(timeout=20) == 9
     finally:
         logger.removeHandler(exits)
+
+
+@pytest.mark.usefixtures("raising_log")
+def test_a_handler_that_raises_is_told_of_and_the_pool_goes_on() -> None:
+    """What a callback raised, and that there is a new supervisor, is logged by the pool's own thread."""
+    read, write = os.pipe()
+    with Pool(1) as pool:
+        with open(read, "rb") as file:
+            waiting = pool.submit(helpers.read_all, file)
+        waiting.add_done_callback(lambda _: 1 / 0)
+        os.close(write)
+        assert waiting.result(timeout=20) == b""
+        assert pool.submit(helpers.square, 3).result(timeout=20) == 9
+        assert pool._client.control is not None
+        os.kill(pool._client.control.pid, signal.SIGKILL)
+        wait_until(lambda: pool.stats().supervisor_restarts == 1)
+        assert pool.submit(helpers.square, 4).result(timeout=20) == 16

@@ -1290,6 +1290,19 @@ def test_with_standard_streams_closed_nothing_of_the_servers_has_their_numbers(
         assert server.wait() == 0
 
 
+@pytest.mark.usefixtures("raising_log")
+def test_a_log_handler_that_raises_is_told_of_and_the_server_goes_on() -> None:
+    with Server(echo_pid, ANY_PORT, workers=1) as server:
+        [victim] = pids(server)
+        os.kill(victim, signal.SIGKILL)
+        wait_until(lambda: pids(server) not in ([], [victim]))
+        server.reload()
+        assert ask(server)
+        loop = server._loop
+    assert loop is not None
+    assert loop.exit_code == 0
+
+
 def test_a_server_that_cannot_clear_up_is_over_all_the_same(caplog: pytest.LogCaptureFixture) -> None:
     server = Server(echo_pid, ANY_PORT, workers=1)
     server.start()
