@@ -27,6 +27,7 @@ from typing import Any
 import uvicorn
 from uvicorn.middleware import proxy_headers
 
+from .._log import log
 from ..fds import duplicate
 from . import room
 from .context import Order, ServerWorker
@@ -49,7 +50,7 @@ for _name in (
 Message = MutableMapping[str, Any]
 Application = Callable[[Any, Any, Any], Awaitable[None]]
 
-_LOG = logging.getLogger("fdpool.server")
+_LOGGER = "fdpool.server"
 _TAKEN_AT_ONCE = 32  # connections taken before those that are open have their turn; of 8 each costs 4 % more
 # libuv accepts at most one connection of a listener each time that it polls, and polls up to 48 times in a turn; and
 # the application is to have some, too.
@@ -336,7 +337,13 @@ class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may no
             connection.close()  # the client has gone
         except Exception:
             connection.close()
-            _LOG.exception("a connection could not be taken", extra={"event": "adopt_failed"})
+            log(
+                _LOGGER,
+                logging.ERROR,
+                "a connection could not be taken",
+                extra={"event": "adopt_failed"},
+                exc_info=True,
+            )
         finally:
             del self._adopting[connection]
             self._count_open()
@@ -539,7 +546,9 @@ class _Watch:
             self._timer = self._loop.call_later(left_s, self._look)
             return
         assert self._task is not None
-        _LOG.error(
+        log(
+            _LOGGER,
+            logging.ERROR,
             "%s has not moved on for request_timeout=%g seconds, and is cancelled; it waits at %s",
             self._path,
             self._timeout_s,

@@ -13,11 +13,12 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from .. import wire
+from .._log import log
 from ..fds import close_all
 from .accept import Acceptor, Reserve
 from .progress import Progress
 
-_LOG = logging.getLogger("fdpool.server")
+_LOGGER = "fdpool.server"
 
 #: What the server writes before each connection, and the worker when a request has ended.
 HANDED = b"c"
@@ -102,7 +103,9 @@ class HandedOver:
         if len(received.fds) != 1 or received.fds_lost:
             close_all(received.fds)
             self._progress.took()
-            _LOG.error(
+            log(
+                _LOGGER,
+                logging.ERROR,
                 "process %d lost a connection that it was handed: no descriptor was left (RLIMIT_NOFILE)",
                 os.getpid(),
                 extra={"event": "connection_lost"},

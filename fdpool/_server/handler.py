@@ -18,13 +18,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from .._links import Waker
+from .._log import log
 from . import apps
 from .context import ServerWorker
 from .doors import Door
 
 Handle = Callable[[socket.socket, Any], object]
 
-_LOG = logging.getLogger("fdpool.server")
+_LOGGER = "fdpool.server"
 
 
 class HandlerFace:
@@ -127,14 +128,17 @@ class HandlerFace:
                     raise ConnectionResetError(*error.args) from None
                 self._handle(connection, address)
         except ConnectionError as error:
-            _LOG.debug("a client has gone: %s", error, extra={"event": "client_gone"})
+            log(_LOGGER, logging.DEBUG, "a client has gone: %s", error, extra={"event": "client_gone"})
         except BaseException as error:  # SystemExit, say: it would end the thread, or the worker
             if isinstance(error, KeyboardInterrupt) and self._threads == 1:
                 raise  # SIGINT, in the main thread
-            _LOG.exception(
+            log(
+                _LOGGER,
+                logging.ERROR,
                 "a connection's handler failed in worker %d",
                 self._worker.slot,
                 extra={"event": "handler_failed"},
+                exc_info=True,
             )
         finally:
             self._worker.leave_if_forked()

@@ -23,6 +23,7 @@ from typing import Any
 
 from .. import _forensics, _platform, payload
 from .._links import Waker
+from .._log import log
 from ..fds import Fd
 from ..sockets import StreamSocket
 from . import apps, doors, failures
@@ -35,7 +36,7 @@ _EXIT_S = 5.0  # how long threads and exit handlers may keep a worker that has s
 _HEEDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 #: When the main thread is interrupted again after one of these, in milliseconds from the time before.
 _AGAIN_MS = (20, 40, 80, 160)
-_LOG = logging.getLogger("fdpool.server")
+_LOGGER = "fdpool.server"
 
 
 def main(
@@ -102,8 +103,13 @@ def _boot_and_serve(
             try:
                 on_exit(worker)
             except Exception:
-                _LOG.exception(
-                    "on_worker_exit failed in worker %d", worker.slot, extra={"event": "hook_failed"}
+                log(
+                    _LOGGER,
+                    logging.ERROR,
+                    "on_worker_exit failed in worker %d",
+                    worker.slot,
+                    extra={"event": "hook_failed"},
+                    exc_info=True,
                 )
     return "drained" if worker.draining else "its application has ended"
 

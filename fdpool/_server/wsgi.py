@@ -23,6 +23,7 @@ from typing import Any, Protocol
 from waitress import wasyncore
 from waitress.server import BaseWSGIServer, create_server
 
+from .._log import log
 from ..fds import is_readable
 from .context import Order, ServerWorker
 from .doors import Door, Listening
@@ -32,7 +33,7 @@ from .threads import Threads
 _IDLE_S = 5.0  # how long a client that keeps its connection has for one more request, while the worker drains
 _TURN_S = 1.0
 _CUT_S = 0.2  # for a thread that is sending; one may read a file for that, which can take any time
-_LOG = logging.getLogger("fdpool.server")
+_LOGGER = "fdpool.server"
 
 
 class Tasks(Protocol):
@@ -269,10 +270,13 @@ class _Intake:
         try:
             self._take()
         except Exception:  # of one connection, and not of those to come; waitress would close this for good
-            _LOG.exception(
+            log(
+                _LOGGER,
+                logging.ERROR,
                 "a connection could not be taken in process %d",
                 os.getpid(),
                 extra={"event": "connection_lost"},
+                exc_info=True,
             )
 
     def _take(self) -> None:

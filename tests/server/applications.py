@@ -214,3 +214,21 @@ def with_length(start_response: Any, pieces: Iterator[bytes]) -> Iterator[bytes]
 def without_length(start_response: Any, pieces: Iterator[bytes]) -> Iterator[bytes]:
     start_response("200 OK", [])
     return pieces
+
+
+def have_log_raise(_worker: ServerWorker) -> None:
+    """A hook: whatever a worker logs meets a handler that raises."""
+    import logging
+
+    class Raising(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            raise BrokenPipeError(f"nobody reads {record.getMessage()!r}")
+
+    logging.getLogger("fdpool").addHandler(Raising())
+
+
+def fail_or_pid(connection: socket.socket, _address: object) -> None:
+    """Fail, if that is asked for."""
+    if connection.recv(100) == b"fail":
+        raise ValueError("as it was asked to")
+    connection.sendall(b"%d" % os.getpid())

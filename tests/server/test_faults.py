@@ -33,7 +33,9 @@ from tests.server.applications import (
     asgi_forks,
     asgi_forks_and_says_so,
     echo_pid,
+    fail_or_pid,
     forks,
+    have_log_raise,
     keep_echoing,
     pid_and_stay,
     slow_or_pid,
@@ -1301,6 +1303,19 @@ def test_a_log_handler_that_raises_is_told_of_and_the_server_goes_on() -> None:
         loop = server._loop
     assert loop is not None
     assert loop.exit_code == 0
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_log_handler_that_raises_in_a_worker_costs_it_no_thread(threads: int) -> None:
+    with Server(
+        fail_or_pid, ANY_PORT, workers=1, threads=threads, on_worker_start=have_log_raise, interface="handler"
+    ) as server:
+        [pid] = pids(server)
+        for _ in range(3):
+            with connect(server) as client:
+                client.sendall(b"fail")
+                assert is_over(client)
+        assert ask(server)[0] == pid
 
 
 def test_a_server_that_cannot_clear_up_is_over_all_the_same(caplog: pytest.LogCaptureFixture) -> None:
