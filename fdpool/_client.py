@@ -125,6 +125,9 @@ class Client:
 
     def worker_pids(self) -> list[int]:
         """Of the workers that have been reported, and of those that work already: their report is on its way."""
+        if not (self.life.phase in (OVER, FORKED) or self.critical.is_mine):
+            with self.critical:
+                self.critical.handle_posted()  # its first answer may be told before this is looked at: that it is ready
         deadline = time.monotonic() + _REPORT_S
         links = list(self.links.values())
         while time.monotonic() < deadline and any(

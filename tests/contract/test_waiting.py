@@ -320,3 +320,32 @@ def test_a_worker_that_has_answered_is_among_the_pids() -> None:
         with Pool(1) as pool:
             pid = pool.submit(os.getpid).result()
             assert pool.worker_pids() == [pid]
+
+
+def test_a_worker_whose_first_answer_is_told_before_its_news_is_handled_is_among_the_pids() -> None:
+    with Pool(1) as pool:
+        future = pool.submit(os.getpid)
+        held, go_on = threading.Event(), threading.Event()
+        found: list[int] = []
+
+        def decide() -> None:
+            with pool._client.critical:
+                pool._client.wake()  # the pump asks when it is wanted next, and so waits for this as well
+                held.set()
+                go_on.wait()
+
+        threads = [
+            threading.Thread(target=decide),
+            threading.Thread(target=lambda: found.extend(pool.worker_pids())),
+        ]
+        threads[0].start()
+        held.wait()
+        try:
+            pid = future.result()
+            threads[1].start()
+            threads[1].join(0.05)  # as long as it takes who does not wait for that decision
+        finally:
+            go_on.set()
+            for thread in threads:
+                thread.join()
+        assert found == [pid]
