@@ -12,9 +12,9 @@ import stat
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+from . import _untimed
 from ._bind_spec import Tcp, Unix
 from .errors import BindFailed
-from .fds import above_stdio
 
 _Address = tuple[Any, ...]  # as getaddrinfo gives it, and bind takes it
 
@@ -108,7 +108,7 @@ def _listen_everywhere(port: int, backlog: int, reuseport: bool) -> socket.socke
 
 
 def _listen(family: int, address: _Address, backlog: int, reuseport: bool, only_v6: bool) -> socket.socket:
-    listening = _socket(family)
+    listening = _untimed.made(family)
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if reuseport:
@@ -149,7 +149,7 @@ def listen_unix(spec: Unix, backlog: int) -> tuple[socket.socket, OwnPath | None
         if not spec.is_abstract:
             with _folder_locked(spec.path):
                 return _listen_at_path(spec, backlog)
-        listening = _socket(socket.AF_UNIX)
+        listening = _untimed.made(socket.AF_UNIX)
         try:
             listening.bind("\0" + spec.path[1:])
             listening.listen(backlog)
@@ -165,7 +165,7 @@ def listen_unix(spec: Unix, backlog: int) -> tuple[socket.socket, OwnPath | None
 
 def _listen_at_path(spec: Unix, backlog: int) -> tuple[socket.socket, OwnPath | None]:
     _remove_stale(spec.path)
-    listening = _socket(socket.AF_UNIX)
+    listening = _untimed.made(socket.AF_UNIX)
     own: OwnPath | None = None
     try:
         listening.bind(spec.path)
@@ -195,7 +195,7 @@ def _remove_stale(path: str) -> None:
             "choose another path",
             errno.EEXIST,
         )
-    with _socket(socket.AF_UNIX) as visitor:
+    with _untimed.made(socket.AF_UNIX) as visitor:
         visitor.setblocking(False)
         try:
             visitor.connect(path)
@@ -240,12 +240,6 @@ def _identity(path: str) -> tuple[int, int] | None:
     except OSError:
         return None
     return found.st_dev, found.st_ino
-
-
-def _socket(family: int) -> socket.socket:
-    """A stream socket whose number is none of the standard streams', which may be closed."""
-    made = socket.socket(family, socket.SOCK_STREAM)
-    return made if made.fileno() > 2 else socket.socket(fileno=above_stdio(made.detach()))
 
 
 def why_not(error: OSError) -> str:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
-from . import _by_value, _chunks, _forensics, _messages, _shared, _signals, _spill, payload, wire
+from . import _by_value, _chunks, _forensics, _messages, _shared, _signals, _spill, _untimed, payload, wire
 from ._board import Page
 from ._leftovers import Leftovers, encode
 from ._messages import HEADER_BYTES, MAX_DATAGRAM, Header, Recycling
@@ -406,7 +406,7 @@ def main(inbox_fd: int, boot: Boot) -> None:
     """Serve on the worker's end of its slot's pair until told to leave."""
     _begin()
     _forensics.overhear_stderr(boot.page.say)
-    inbox = socket.socket(fileno=inbox_fd)
+    inbox = _untimed.adopt(inbox_fd)
     if boot.log_level is not None:
         from . import _logs
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import select
 import socket
 from _thread import allocate_lock  # `threading` costs 1.5 ms to import
@@ -11,6 +10,7 @@ from array import array
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
+from . import _untimed
 from ._frames import (
     STREAM_MAX_BYTES,
     FrameReader,
@@ -23,7 +23,7 @@ from ._frames import (
     encode_json,
 )
 from .errors import PayloadTooLarge, WireError
-from .fds import SCM_MAX_FD, HasFileno, OwnedFds, above_stdio, close_all, descriptor_number
+from .fds import SCM_MAX_FD, HasFileno, OwnedFds, close_all, descriptor_number
 from .wire import (
     CLOEXEC,
     CONTROL_BYTES,
@@ -78,12 +78,8 @@ def _adopt(fd: int, kind: int, max_bytes: int | None, max_fds: int) -> socket.so
 
 def _fresh_pair(kind: int) -> tuple[int, int]:
     """Two connected descriptors, blocking, close-on-exec, above the standard streams."""
-    first, second = socket.socketpair(socket.AF_UNIX, kind)
-    fds = above_stdio(first.detach()), above_stdio(second.detach())
-    if socket.getdefaulttimeout() is not None:
-        for fd in fds:
-            os.set_blocking(fd, True)
-    return fds
+    first, second = _untimed.pair(kind)
+    return first.detach(), second.detach()
 
 
 class _Face:

@@ -16,6 +16,8 @@ from types import TracebackType
 from typing import Any, Literal
 from urllib.parse import quote
 
+from .. import _untimed
+
 Kind = Literal["tcp", "tcp6", "unix"]
 
 BACKLOG = 128
@@ -84,7 +86,7 @@ class Listener:
     @classmethod
     def _open_unix(cls, backlog: int) -> Listener:
         folder = tempfile.mkdtemp(prefix="fdpool-", dir=folder_for_sockets())
-        listening = socket.socket(socket.AF_UNIX)
+        listening = _untimed.made(socket.AF_UNIX)
         try:
             listening.bind(f"{folder}/socket")
             listening.listen(backlog)
@@ -185,7 +187,7 @@ class Listener:
             if self._folder is None:
                 raise OSError(errno.EBADF, f"the listener at {self._name} is closed")
             os.unlink(self._name)
-            self.socket = socket.socket(socket.AF_UNIX)
+            self.socket = _untimed.made(socket.AF_UNIX)
             self.socket.bind(self._name)
         self.socket.listen(self._backlog)
         self._refuses = False
@@ -262,7 +264,7 @@ def _bound(kind: Kind, host: str) -> socket.socket:
     """
     family = socket.AF_INET6 if kind == "tcp6" else socket.AF_INET
     with socket.socket(family) as finding:
-        keeping = socket.socket(family)
+        keeping = _untimed.made(family)
         try:
             for each in (finding, keeping):
                 each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -16,8 +16,8 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
-from .. import _messages, wire
-from ..fds import above_stdio, close_all
+from .. import _messages, _untimed, wire
+from ..fds import close_all
 from .accept import Acceptor, Reserve, off_stdio
 from .doors import HANDED
 
@@ -88,10 +88,7 @@ class _Seat:
 
     def __init__(self, link: "WorkerLink") -> None:
         self.link = link
-        self.mine, self.theirs = (
-            socket.socket(fileno=above_stdio(end.detach()))
-            for end in socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
-        )
+        self.mine, self.theirs = _untimed.pair(socket.SOCK_DGRAM)
         self.most = 1
         self.sent = 0
         self.serves = False
@@ -315,6 +312,8 @@ class Handoff:
                     self._turns.later(pause_s, self._pump)
                     return
                 break
+            if connection.gettimeout() is not None:
+                connection.settimeout(None)  # the default of this program: a worker has its own, or none
             if not self._hand_over(self._seats[number], connection):
                 self._held.append(connection)
                 break
@@ -369,7 +368,7 @@ class Handoff:
             if received is not None and received.fds:
                 seat.sent -= 1
                 self.taken_back += 1
-                self._held.append(off_stdio(socket.socket(fileno=received.fds[0])))
+                self._held.append(off_stdio(_untimed.adopt(received.fds[0])))
             self._reserve.fill()
             if received is None:
                 return True
