@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from typing import Union
 
-from . import _systemd, _untimed
+from . import _own_sockets, _systemd
 from ._bind_sockets import OwnPath, listen_beside, listen_tcp, listen_unix, why_not
 from ._bind_spec import FromSystemd, Inherited, Spec, Tcp, Unix, parse
 from .errors import BindFailed
@@ -193,7 +193,7 @@ def _adopt(given: Inherited | socket.socket, backlog: int, reuseport: bool) -> L
     try:
         copy = duplicate(number)
         try:
-            listening = _untimed.adopt(copy)
+            listening = _own_sockets.adopt(copy)
         except BaseException:
             os.close(copy)
             raise

@@ -12,7 +12,7 @@ import stat
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from . import _untimed
+from . import _own_sockets
 from ._bind_spec import Tcp, Unix
 from .errors import BindFailed
 
@@ -108,7 +108,7 @@ def _listen_everywhere(port: int, backlog: int, reuseport: bool) -> socket.socke
 
 
 def _listen(family: int, address: _Address, backlog: int, reuseport: bool, only_v6: bool) -> socket.socket:
-    listening = _untimed.made(family)
+    listening = _own_sockets.made(family)
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if reuseport:
@@ -149,7 +149,7 @@ def listen_unix(spec: Unix, backlog: int) -> tuple[socket.socket, OwnPath | None
         if not spec.is_abstract:
             with _folder_locked(spec.path):
                 return _listen_at_path(spec, backlog)
-        listening = _untimed.made(socket.AF_UNIX)
+        listening = _own_sockets.made(socket.AF_UNIX)
         try:
             listening.bind("\0" + spec.path[1:])
             listening.listen(backlog)
@@ -165,7 +165,7 @@ def listen_unix(spec: Unix, backlog: int) -> tuple[socket.socket, OwnPath | None
 
 def _listen_at_path(spec: Unix, backlog: int) -> tuple[socket.socket, OwnPath | None]:
     _remove_stale(spec.path)
-    listening = _untimed.made(socket.AF_UNIX)
+    listening = _own_sockets.made(socket.AF_UNIX)
     own: OwnPath | None = None
     try:
         listening.bind(spec.path)
@@ -195,7 +195,7 @@ def _remove_stale(path: str) -> None:
             "choose another path",
             errno.EEXIST,
         )
-    with _untimed.made(socket.AF_UNIX) as visitor:
+    with _own_sockets.made(socket.AF_UNIX) as visitor:
         visitor.setblocking(False)
         try:
             visitor.connect(path)

@@ -42,8 +42,9 @@ _last: Mask = sigmask(_BLOCK, ())
 
 def block_signals() -> Mask:
     """Block, in a thread that runs no handlers, the signals for which programs usually have some; returns its mask
-    before."""
-    return sigmask(_BLOCK, _BLOCKED)
+    before. Not where what runs as a thread is a greenlet in the main one (gevent): nobody would get them any more."""
+    is_main = threading.get_native_id() == os.getpid()
+    return sigmask(_BLOCK, () if is_main else _BLOCKED)
 
 
 def block_in_main() -> Mask | None:

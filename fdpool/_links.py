@@ -5,7 +5,7 @@ import signal
 import socket
 from typing import NamedTuple
 
-from . import _trees, _untimed, fds, payload
+from . import _own_sockets, _trees, fds, payload
 
 _PIDFD_SIGNAL_PROCESS_GROUP = 4  # pidfd_send_signal(2), Linux 6.9
 
@@ -38,7 +38,7 @@ class SlotLink:
 
     def __init__(self, slot: int) -> None:
         self.slot = slot
-        self.mine, self.theirs = _untimed.pair(socket.SOCK_DGRAM)
+        self.mine, self.theirs = _own_sockets.pair(socket.SOCK_DGRAM)
         for end in (self.mine, self.theirs):
             payload.reserve(end.fileno())
         self.pid: int | None = None

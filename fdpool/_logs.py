@@ -10,10 +10,10 @@ from __future__ import annotations
 import logging
 import pickle
 import select
-import socket
 import time
 
 from . import _messages, wire
+from ._own_sockets import OwnSocket
 
 _PATIENCE_S = 1.0
 _PAUSE_S = 0.002
@@ -28,7 +28,7 @@ class Forwarder(logging.Handler):
         slot: the worker's place, which is in the `processName` of its records.
     """
 
-    def __init__(self, inbox: socket.socket, slot: int) -> None:
+    def __init__(self, inbox: OwnSocket, slot: int) -> None:
         super().__init__()
         self._inbox = inbox
         self._name = f"Worker-{slot}"
@@ -87,7 +87,7 @@ def _pickled(value: object) -> bytes | None:
         return None
 
 
-def forward(inbox: socket.socket, slot: int, level: int) -> None:
+def forward(inbox: OwnSocket, slot: int, level: int) -> None:
     """Runs in: a worker. Send what is logged from now on, from `level` up."""
     root = logging.getLogger()
     root.handlers[:] = [Forwarder(inbox, slot)]  # those of a client that was forked would write it twice

@@ -13,7 +13,7 @@ import stat
 import time
 from collections.abc import Mapping, MutableMapping
 
-from . import _untimed
+from . import _own_sockets
 from .errors import BindFailed
 
 _FIRST = 3  # SD_LISTEN_FDS_START
@@ -69,7 +69,7 @@ def _check(number: int, name: str) -> None:
     if not stat.S_ISSOCK(kind):
         raise BindFailed(f"{what} is no socket: of a socket unit's lines only ListenStream= can be served")
     # A probe of our own, as closing it must not close what was passed.
-    with _untimed.adopt(fcntl.fcntl(number, fcntl.F_DUPFD_CLOEXEC, _FIRST)) as probe:
+    with _own_sockets.adopt(fcntl.fcntl(number, fcntl.F_DUPFD_CLOEXEC, _FIRST)) as probe:
         if probe.type != socket.SOCK_STREAM:
             raise BindFailed(f"{what} is a {probe.type.name} socket: write ListenStream= into its unit")
         if not probe.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
@@ -78,7 +78,7 @@ def _check(number: int, name: str) -> None:
 
 def _owned(number: int) -> socket.socket:
     os.set_inheritable(number, False)
-    return _untimed.adopt(number)
+    return _own_sockets.adopt(number)
 
 
 def passes_sockets(environment: Mapping[str, str] = os.environ) -> bool:

@@ -9,7 +9,6 @@ import errno
 import os
 import select
 import signal
-import socket
 import sys
 import time
 import warnings
@@ -17,7 +16,18 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
-from . import _by_value, _chunks, _forensics, _messages, _shared, _signals, _spill, _untimed, payload, wire
+from . import (
+    _by_value,
+    _chunks,
+    _forensics,
+    _messages,
+    _own_sockets,
+    _shared,
+    _signals,
+    _spill,
+    payload,
+    wire,
+)
 from ._board import Page
 from ._leftovers import Leftovers, encode
 from ._messages import HEADER_BYTES, MAX_DATAGRAM, Header, Recycling
@@ -75,7 +85,7 @@ class _Clock:
 class Worker:
     """One worker's state: its socket, and whether user code is running (a `_chunks.Guard`)."""
 
-    def __init__(self, inbox: socket.socket, page: Page) -> None:
+    def __init__(self, inbox: _own_sockets.OwnSocket, page: Page) -> None:
         self._inbox = inbox
         self._pid = os.getpid()
         self.in_task = False
@@ -406,7 +416,7 @@ def main(inbox_fd: int, boot: Boot) -> None:
     """Serve on the worker's end of its slot's pair until told to leave."""
     _begin()
     _forensics.overhear_stderr(boot.page.say)
-    inbox = _untimed.adopt(inbox_fd)
+    inbox = _own_sockets.own(inbox_fd)
     if boot.log_level is not None:
         from . import _logs
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import sys
 import threading
 import time
 import weakref
@@ -166,6 +167,11 @@ class Pool(Executor):
             start_method = "fork" if inherits else "forkserver"
         if start_method not in ("forkserver", "fork"):
             raise ValueError(f"start_method must be 'forkserver' or 'fork', not {start_method!r}")
+        gevent = sys.modules.get("gevent.monkey")
+        if start_method == "fork" and gevent is not None and gevent.is_module_patched("select"):
+            raise ValueError(
+                "start_method='fork' would fork gevent's hub, which has patched this process: use the default"
+            )
         if isinstance(preload, str):
             raise TypeError(f"preload must be an iterable of module names, not the string {preload!r}")
         preload = tuple(preload)

@@ -10,7 +10,6 @@ from array import array
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
-from . import _untimed
 from ._frames import (
     STREAM_MAX_BYTES,
     FrameReader,
@@ -22,6 +21,7 @@ from ._frames import (
     decode_json,
     encode_json,
 )
+from ._own_sockets import OwnSocket, pair
 from .errors import PayloadTooLarge, WireError
 from .fds import SCM_MAX_FD, HasFileno, OwnedFds, close_all, descriptor_number
 from .wire import (
@@ -46,7 +46,7 @@ _T = TypeVar("_T")
 _OF_DESCRIPTORS = (errno.EBADF, errno.EINVAL, errno.ETOOMANYREFS)
 
 
-def _adopt(fd: int, kind: int, max_bytes: int | None, max_fds: int) -> socket.socket:
+def _adopt(fd: int, kind: int, max_bytes: int | None, max_fds: int) -> OwnSocket:
     """A socket object that owns `fd`; on an error `fd` is still the caller's."""
     if not 0 <= max_fds <= SCM_MAX_FD:
         raise ValueError(f"max_fds must be in 0..{SCM_MAX_FD}, not {max_fds}")
@@ -57,7 +57,7 @@ def _adopt(fd: int, kind: int, max_bytes: int | None, max_fds: int) -> socket.so
     hands_off = getattr(socket, "SOCK_NONBLOCK", 0)
     number = descriptor_number(fd)
     try:
-        sock = socket.socket(socket.AF_UNIX, kind | hands_off, 0, fileno=number)
+        sock = OwnSocket(socket.AF_UNIX, kind | hands_off, 0, fileno=number)
     except OSError as error:
         if error.errno != errno.ENOTSOCK:
             raise
@@ -78,7 +78,7 @@ def _adopt(fd: int, kind: int, max_bytes: int | None, max_fds: int) -> socket.so
 
 def _fresh_pair(kind: int) -> tuple[int, int]:
     """Two connected descriptors, blocking, close-on-exec, above the standard streams."""
-    first, second = _untimed.pair(kind)
+    first, second = pair(kind)
     return first.detach(), second.detach()
 
 
@@ -87,8 +87,8 @@ class _Face:
 
     __slots__ = ("_receiving", "_sock", "max_bytes", "max_fds")
 
-    def __init__(self, sock: socket.socket, max_bytes: int, max_fds: int) -> None:
-        self._sock: socket.socket | None = sock
+    def __init__(self, sock: OwnSocket, max_bytes: int, max_fds: int) -> None:
+        self._sock: OwnSocket | None = sock
         self._receiving = False
         self.max_bytes = max_bytes
         self.max_fds = max_fds
@@ -106,7 +106,7 @@ class _Face:
         """True once closed, or once `into_inner` has given the socket away."""
         return self._sock is None
 
-    def _open_socket(self) -> socket.socket:
+    def _open_socket(self) -> OwnSocket:
         if self._sock is None:
             raise ValueError(f"this {type(self).__name__} is closed")
         return self._sock
@@ -154,7 +154,7 @@ class StreamSocket(_Face):
 
     __slots__ = ("__weakref__", "_lock", "_reader", "_writer")
 
-    def __init__(self, sock: socket.socket, max_bytes: int, max_fds: int) -> None:
+    def __init__(self, sock: OwnSocket, max_bytes: int, max_fds: int) -> None:
         super().__init__(sock, max_bytes, max_fds)
         # Held for one system call that does not wait, never while waiting: so `try_*` may take it too.
         self._lock = allocate_lock()
@@ -347,7 +347,7 @@ class StreamSocket(_Face):
         finally:
             self._receiving = False
 
-    def _read(self, sock: socket.socket, flags: int) -> bool:
+    def _read(self, sock: OwnSocket, flags: int) -> bool:
         """Read until a frame is whole; False if the socket has no more to give."""
         reader = self._reader
         # Always room for all descriptors that the kernel can send: too many can then be told from lost.
@@ -457,7 +457,7 @@ class DatagramSocket(_Face):
 
     __slots__ = ("__weakref__", "_inbox")
 
-    def __init__(self, sock: socket.socket, max_bytes: int, max_fds: int) -> None:
+    def __init__(self, sock: OwnSocket, max_bytes: int, max_fds: int) -> None:
         super().__init__(sock, max_bytes, max_fds)
         # Room for all descriptors that the kernel can send: too many can then be told from lost.
         self._inbox = Inbox(sock, max_bytes, SCM_MAX_FD)

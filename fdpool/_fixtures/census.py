@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-from .. import _untimed
+from .. import _own_sockets
 from .holdings import LASTING, MEMORY, Holdings, holdings_of, live_pools
 
 #: Set in the process of the tests, and so in what these start: the same test may be running elsewhere as well.
@@ -281,7 +281,7 @@ def _describe_descriptor(number: int, what: str) -> str:
     duplicate = -1
     try:
         duplicate = os.dup(number)
-        found = _untimed.adopt(duplicate)
+        found = _own_sockets.adopt(duplicate)
     except OSError:  # another thread has closed it meanwhile, and the number may be something else's
         if duplicate >= 0:
             os.close(duplicate)

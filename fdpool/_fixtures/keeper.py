@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .. import _untimed
+from .. import _own_sockets
 from ..fds import close_all
 from ..pool import Pool
 from ..sockets import StreamSocket
@@ -79,7 +79,7 @@ def spawn(path: str, door: socket.socket, order: bytes, log_fd: int) -> None:
 
 def main(path: str) -> None:
     """Serve until nobody holds the service any more."""
-    door = _untimed.adopt(3)
+    door = _own_sockets.adopt(3)
     with open(4, "rb") as file:
         order: Order = pickle.load(file)
     pool = Pool(2, max_tasks_per_child=1)

@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any, Literal
 from urllib.parse import quote
 
-from .. import _untimed
+from .. import _own_sockets
 
 Kind = Literal["tcp", "tcp6", "unix"]
 
@@ -86,7 +86,7 @@ class Listener:
     @classmethod
     def _open_unix(cls, backlog: int) -> Listener:
         folder = tempfile.mkdtemp(prefix="fdpool-", dir=folder_for_sockets())
-        listening = _untimed.made(socket.AF_UNIX)
+        listening = _own_sockets.made(socket.AF_UNIX)
         try:
             listening.bind(f"{folder}/socket")
             listening.listen(backlog)
@@ -187,7 +187,7 @@ class Listener:
             if self._folder is None:
                 raise OSError(errno.EBADF, f"the listener at {self._name} is closed")
             os.unlink(self._name)
-            self.socket = _untimed.made(socket.AF_UNIX)
+            self.socket = _own_sockets.made(socket.AF_UNIX)
             self.socket.bind(self._name)
         self.socket.listen(self._backlog)
         self._refuses = False
@@ -264,7 +264,7 @@ def _bound(kind: Kind, host: str) -> socket.socket:
     """
     family = socket.AF_INET6 if kind == "tcp6" else socket.AF_INET
     with socket.socket(family) as finding:
-        keeping = _untimed.made(family)
+        keeping = _own_sockets.made(family)
         try:
             for each in (finding, keeping):
                 each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

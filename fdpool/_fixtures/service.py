@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from .. import _platform, _untimed
+from .. import _own_sockets, _platform
 from ..sockets import StreamSocket
 from . import keeper
 from .errors import ServerDied
@@ -151,7 +151,7 @@ class Services:
                 raise ServerDied(
                     f"the service {name} could not be started: {answer['error']}", answer["logs"]
                 )
-            listening = _untimed.adopt(numbers[0])
+            listening = _own_sockets.adopt(numbers[0])
             listener = Listener(listening, answer["kind"])
             return Service(name, answer["what"], answer["given"], hold, listener, numbers[1], answer["pid"])
         raise ServerDied(f"the service {name} could not be started", said)

@@ -27,7 +27,7 @@ from typing import Any
 import uvicorn
 from uvicorn.middleware import proxy_headers
 
-from .. import _untimed
+from .. import _own_sockets
 from .._log import log
 from ..fds import duplicate
 from . import room
@@ -150,7 +150,7 @@ class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may no
             if self._loop_accepts:
                 self._connections.unseen, self._connections.look = 0, self._look_for_room
                 # The door keeps its own. (A socket's `dup` would set O_NONBLOCK anew, which all workers share.)
-                own = [_untimed.adopt(duplicate(listener.fileno())) for listener in listeners]
+                own = [_own_sockets.adopt(duplicate(listener.fileno())) for listener in listeners]
         try:
             await super().startup(sockets=own)
         except BaseException:

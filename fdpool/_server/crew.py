@@ -1,7 +1,6 @@
 """The workers of a server, as its thread deals with them: starts, hears, drains and ends each. Decides nothing."""
 
 import logging
-import socket
 import time
 from collections.abc import Callable
 from functools import partial
@@ -9,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from .. import _process
 from .._broken import PoolBroken
+from .._own_sockets import OwnSocket
 from ..errors import FdpoolError, PoolShutDown
 from ..payload import Payload
 from . import checks, news
@@ -115,7 +115,7 @@ class Crew:
             max_requests=None if most is None else max(1, round(most * spread)),
         )
 
-    def _begin(self, link: WorkerLink, inbox: socket.socket | None, order: Order, anew: bool = False) -> None:
+    def _begin(self, link: WorkerLink, inbox: OwnSocket | None, order: Order, anew: bool = False) -> None:
         try:
             link.start(
                 self._pools.of(link.generation, anew),

@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from typing import Protocol
 
-from .. import _untimed, wire
+from .. import _own_sockets, wire
 from .._log import log
 from ..fds import close_all
 from .accept import Acceptor, Reserve
@@ -80,7 +80,7 @@ class HandedOver:
     """
 
     def __init__(self, fd: int, progress: Progress) -> None:
-        self._inbox: socket.socket | None = _untimed.adopt(fd)
+        self._inbox: _own_sockets.OwnSocket | None = _own_sockets.own(fd)
         self._progress = progress
         self._reserve = Reserve()
         self._paused_until = 0.0

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
-from .. import _messages, _untimed, wire
+from .. import _messages, _own_sockets, wire
 from ..fds import close_all
 from .accept import Acceptor, Reserve, off_stdio
 from .doors import HANDED
@@ -88,7 +88,7 @@ class _Seat:
 
     def __init__(self, link: "WorkerLink") -> None:
         self.link = link
-        self.mine, self.theirs = _untimed.pair(socket.SOCK_DGRAM)
+        self.mine, self.theirs = _own_sockets.pair(socket.SOCK_DGRAM)
         self.most = 1
         self.sent = 0
         self.serves = False
@@ -179,7 +179,7 @@ class Handoff:
 
     # -- workers -------------------------------------------------------------------------------------------
 
-    def seat(self, link: "WorkerLink") -> socket.socket:
+    def seat(self, link: "WorkerLink") -> _own_sockets.OwnSocket:
         """Make a worker's inbox; returns the end to give it, borrowed.
 
         Raises:
@@ -368,7 +368,7 @@ class Handoff:
             if received is not None and received.fds:
                 seat.sent -= 1
                 self.taken_back += 1
-                self._held.append(off_stdio(_untimed.adopt(received.fds[0])))
+                self._held.append(off_stdio(_own_sockets.adopt(received.fds[0])))
             self._reserve.fill()
             if received is None:
                 return True

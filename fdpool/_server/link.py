@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from .. import _forensics
 from .._broken import WorkerLost
 from .._frames import encode_json
+from .._own_sockets import OwnSocket
 from ..errors import FdTransferError, RemoteTraceback, WireError
 from ..fds import Fd, above_stdio, close_all
 from ..payload import Payload
@@ -84,7 +85,7 @@ class WorkerLink:
         self,
         pool: "Pool",
         order: Order,
-        inbox: socket.socket | None,
+        inbox: OwnSocket | None,
         listeners: Sequence[socket.socket],
         app: Payload,
         on_end: Callable[[End], object],

@@ -1,16 +1,19 @@
-"""The sockets of ours have no timeout, whatever the program's default is (M30)."""
+"""Sockets of ours do what they are told, whatever the program has done to the socket module (M30)."""
 
 from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-from fdpool import Pool, _untimed
+from fdpool import Pool, _own_sockets
 from fdpool._bind import open_listeners
 from fdpool.server import Server
 from tests.contract import helpers
@@ -32,7 +35,7 @@ def test_what_is_adopted_is_what_it_was(
 ) -> None:
     with socket.socket(family, kind) as sock:
         sock.setblocking(blocking)
-        with _untimed.adopt(os.dup(sock.fileno())) as adopted:
+        with _own_sockets.adopt(os.dup(sock.fileno())) as adopted:
             assert os.get_blocking(sock.fileno()) is blocking
             assert adopted.gettimeout() == (None if blocking else 0.0)
             assert (adopted.family, adopted.type) == (family, kind)
@@ -42,13 +45,13 @@ def test_what_is_no_socket_stays_its_owners(default_timeout: float) -> None:
     reading, writing = os.pipe()
     with open(reading), open(writing, "w"):
         with pytest.raises(OSError, match="not a socket|non-socket"):
-            _untimed.adopt(reading)
+            _own_sockets.adopt(reading)
         os.fstat(reading)
 
 
 def test_what_is_new_blocks_without_a_timeout(default_timeout: float) -> None:
-    first, second = _untimed.pair(socket.SOCK_DGRAM)
-    with first, second, _untimed.made(socket.AF_INET6) as made:
+    first, second = _own_sockets.pair(socket.SOCK_DGRAM)
+    with first, second, _own_sockets.made(socket.AF_INET6) as made:
         for sock in (first, second, made):
             assert sock.gettimeout() is None
             assert os.get_blocking(sock.fileno())
@@ -90,3 +93,20 @@ def test_a_connection_has_the_default_timeout_of_its_worker_not_of_the_server(
 
     with Server(tell, ANY_PORT, workers=1, dispatch=dispatch) as server, connect(server) as client:
         assert read_all(client) == b"1"
+
+
+def test_a_pool_works_in_a_program_that_gevent_has_patched() -> None:
+    pytest.importorskip("gevent")
+    # Its own warnings are not ours.
+    program = [sys.executable, "-W", "default", str(Path(__file__).with_name("gevent_program.py"))]
+    done = subprocess.run(program, check=False, capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines() == [
+        "said meanwhile",
+        "500500",
+        "timed out",
+        "a program",
+        "SIGINT blocked: False",
+        "interrupted",
+        "True",
+    ], done.stderr
+    assert done.returncode == 0, done.stderr
