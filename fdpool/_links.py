@@ -97,21 +97,24 @@ class SlotLink:
         _trees.signal_all(below, signal.SIGKILL)
 
     def memory_bytes(self) -> int:
-        """Resident memory of the worker and of all that descends from it; 0 if it has died."""
-        import psutil
-
+        """Resident memory of the worker and of all that descends from it, as far as it can be looked at now; 0 if it
+        has died, or no descriptor is left to look with."""
         if self.pid is None:
             return 0
         total = 0
         try:
+            import psutil
+
             worker = psutil.Process(self.pid)
             processes = [worker, *worker.children(recursive=True)]
+        except (OSError, ImportError):  # psutil itself takes descriptors to import
+            return 0
         except psutil.Error:
             return 0
         for process in processes:
             try:
                 total += process.memory_info().rss
-            except psutil.Error:
+            except (psutil.Error, OSError):
                 continue  # it has died meanwhile, or is another user's: the others count all the same
         return total
 

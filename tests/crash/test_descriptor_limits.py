@@ -8,6 +8,7 @@ import os
 import resource
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -15,12 +16,21 @@ from concurrent.futures import wait
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 import fdpool
 from fdpool import wire
+from fdpool._links import SlotLink
 from tests.chaos.disorder import limit_with_room, room_for
-from tests.contract.helpers import count_and_note, count_descriptors, sleep_with, square, wait_at
+from tests.contract.helpers import (
+    count_and_note,
+    count_descriptors,
+    hoard_when_told,
+    sleep_with,
+    square,
+    wait_at,
+)
 from tests.process_state import open_descriptors, wait_until
 
 
@@ -287,6 +297,41 @@ def test_a_worker_is_killed_where_no_descriptor_is_left_to_look_for_what_is_belo
         with room_for(0):
             link.signal_tree()
         assert isinstance(running.exception(timeout=20), fdpool.WorkerLost)
+
+
+def test_the_memory_of_a_task_is_looked_at_again_where_no_descriptor_was_left_to_look_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """T3."""
+    looks = []
+    memory_bytes = SlotLink.memory_bytes
+    monkeypatch.setattr(SlotLink, "memory_bytes", lambda link: looks.append(link) or memory_bytes(link))
+    gate = tmp_path / "gate"
+    with fdpool.Pool(1) as pool:
+        running = pool.with_options(max_memory=200 << 20, grace=0).submit(hoard_when_told, str(gate))
+        wait_until(lambda: looks and pool._client.links[0].pid is not None)
+        with contextlib.ExitStack() as short:
+            with pool._client.critical:  # so in the midst of no look, which may have one of its own open
+                short.enter_context(room_for(0))
+            seen = len(looks)
+            wait_until(lambda: len(looks) > seen + 1 or running.done())
+        gate.touch()
+        assert isinstance(running.exception(timeout=20), fdpool.MemoryLimitExceeded)
+        assert pool.submit(square, 3).result(timeout=20) == 9
+
+
+@pytest.mark.parametrize("missing", ["descriptor", "module"])
+def test_what_a_worker_holds_is_nothing_where_nobody_can_look(
+    missing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """T3: what looks may not be loaded yet, and it takes descriptors to load it."""
+    link = SlotLink(0)
+    link.pid = os.getpid()
+    monkeypatch.setitem(sys.modules, "psutil", psutil if missing == "descriptor" else None)
+    with room_for(0):
+        assert link.memory_bytes() == 0
+    link.pid = None
+    link.close()
 
 
 @pytest.mark.parametrize("room", [20, 80])
