@@ -37,7 +37,11 @@ def reap_adopted() -> None:
     for it. Not from a signal handler: it takes a lock.
     """
     with _lock:
-        for pid in _trees.direct_children() - _own:
+        try:
+            found = _trees.direct_children()
+        except _trees.CANNOT_LOOK:
+            return  # they are found with the next that dies
+        for pid in found - _own:
             try:
                 os.waitpid(pid, os.WNOHANG)
             except ChildProcessError:

@@ -1,6 +1,7 @@
 """A worker and all that descends from it, on its way out: its stacks if they are wanted, then SIGTERM, then SIGKILL.
 
-Runs in: the supervisor, which calls `step` when `due` says so.
+Runs in: the supervisor, which calls `step` when `due` says so. Where it cannot look at processes, as no descriptor is
+left, it signals the worker's process group, which takes none; the rest is found when the worker is dead.
 """
 
 from __future__ import annotations
@@ -42,7 +43,11 @@ class Ending:
         self.kills_at = now + grace_s
         self._pid = pid
         self._grace_s = grace_s
-        self._processes: list[psutil.Process] = _trees.tree(pid)
+        self._processes: list[psutil.Process] = []
+        try:
+            self._look()
+        except _trees.CANNOT_LOOK:
+            pass  # it is looked again before anything is signalled
         self._told = False
         self._stacks_fd = stacks_fd
         self._stacks_until = now + _STACKS_S
@@ -75,18 +80,25 @@ class Ending:
             self._stacks_fd = None
         if not self._told and self._grace_s > 0:
             self._told = True
-            self._add_descendants()
-            for number in _trees.TERMINATE:
-                _trees.signal_all(self._processes, number)
+            self._signal(*_trees.TERMINATE)
             self.due = now + self._grace_s
             return
-        self._add_descendants()  # with what they have forked since
-        _trees.signal_all(self._processes, signal.SIGKILL)
+        self._signal(signal.SIGKILL)
         self.due = None
 
-    def _add_descendants(self) -> None:
+    def _signal(self, *numbers: int) -> None:
+        try:
+            self._look()  # also for what they have forked since
+            for number in numbers:
+                _trees.signal_all(self._processes, number)
+        except _trees.CANNOT_LOOK:
+            if not self.dead and _trees.is_ours(self._pid):
+                for number in numbers:
+                    _trees.signal_group(self._pid, number)
+
+    def _look(self) -> None:
         if not self.dead:
-            self.add(_trees.descendants(self._pid))
+            self.add(_trees.tree(self._pid))
 
     def _stacks_are_written(self, fd: int) -> bool:
         size = os.fstat(fd).st_size

@@ -84,7 +84,7 @@ class SlotLink:
             return
         try:
             below = _trees.descendants(pid)
-        except (OSError, ImportError):  # no descriptor is left to look with, or to import what looks
+        except _trees.CANNOT_LOOK:
             below = []  # but the worker ends, and then its supervisor looks for what is left
         try:
             if pidfd is None or not fds.is_readable(pidfd):
@@ -94,7 +94,10 @@ class SlotLink:
                 signal.pidfd_send_signal(pidfd, signal.SIGKILL, None, _PIDFD_SIGNAL_PROCESS_GROUP)
         except OSError:
             pass  # no such group any more, or a kernel without the flag
-        _trees.signal_all(below, signal.SIGKILL)
+        try:
+            _trees.signal_all(below, signal.SIGKILL)
+        except OSError:
+            pass  # as above
 
     def memory_bytes(self) -> int:
         """Resident memory of the worker and of all that descends from it, as far as it can be looked at now; 0 if it
@@ -107,7 +110,7 @@ class SlotLink:
 
             worker = psutil.Process(self.pid)
             processes = [worker, *worker.children(recursive=True)]
-        except (OSError, ImportError):  # psutil itself takes descriptors to import
+        except _trees.CANNOT_LOOK:
             return 0
         except psutil.Error:
             return 0

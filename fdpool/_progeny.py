@@ -47,7 +47,10 @@ class Progeny:
                 os.killpg(pid, number)
             except (ProcessLookupError, PermissionError):
                 continue
-        _trees.signal_all(self.others(outside=True), number)
+        try:
+            _trees.signal_all(self.others(outside=True), number)
+        except _trees.CANNOT_LOOK:
+            pass  # it comes again, but for a SIGTERM, and goes to what can be found then
 
     def signal_one(self, pid: int, number: int, group: bool) -> bool:
         """Send a signal to one program, or to its process group; False if that cannot be.
@@ -83,6 +86,14 @@ class Progeny:
                 continue
         return found
 
+    @property
+    def has_others(self) -> bool:
+        """True if descendants live beside the programs themselves, or nobody can look now."""
+        try:
+            return bool(self.others())
+        except _trees.CANNOT_LOOK:
+            return True
+
     def _below(self) -> list[psutil.Process]:
         """Every descendant, dead or alive."""
         if self._before is None:  # nobody can tell what was here before, but nothing is adopted either
@@ -90,7 +101,7 @@ class Progeny:
         found: dict[int, psutil.Process] = {}
         seen = set(self._before)
         # What loses its parent while we look below that one becomes a child of ours, so they are looked for again.
-        while new := (self._unreaped | (_platform.child_pids() or set())) - seen:
+        while new := (self._unreaped | _trees.direct_children()) - seen:
             seen |= new
             for pid in new:
                 found.update((process.pid, process) for process in _trees.tree(pid))

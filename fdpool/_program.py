@@ -224,7 +224,7 @@ class Run:
             self.end(Why.TIMED_OUT)
         if now < self._look_at:
             return False
-        if not self._alive and not self.progeny.others():
+        if not self._alive and not self.progeny.has_others:
             self._drain(now + _AFTER_KILL_S)
             return True
         if now >= self._kill_at:

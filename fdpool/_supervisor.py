@@ -18,16 +18,17 @@ from . import _forensics, _lending, _messages, _oom, _platform, _spawn, _trees, 
 from ._board import AREA_BYTES, Page
 from ._ending import Ending
 from ._messages import Configure, EndWorker, Lend, Quit, StartWorker
+from ._reserve import Reserve
+from .errors import FdTransferError
 from .sockets import StreamSocket
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    import psutil
-
 
 _IDLE_MS = 20.0  # nothing asked for so long is an idle moment
+_LOOK_AGAIN_S = 0.05  # for what dead workers have left, where nobody could look
 
 
 class _Child:
@@ -76,10 +77,12 @@ class Supervisor:
         self._initializer_fds: list[int] = []
         self._children: dict[int, _Child] = {}
         self._endings: list[_Child] = []
+        self._unswept: list[_Child] = []  # dead, and nobody could see yet what they have left
         self._lent: set[int] = set()  # other pools' supervisors, that are children of this one
         self._sigchld_read, self._sigchld_write = (fds.above_stdio(fd) for fd in os.pipe())
         os.set_blocking(self._sigchld_read, False)
         os.set_blocking(self._sigchld_write, False)
+        self._reserve = Reserve()  # to look at processes with, and for a worker's inbox
         self._poll = select.poll()
         self._warm = False
         self._oom = _oom.Witness()
@@ -97,6 +100,7 @@ class Supervisor:
         finally:
             for pid in self._children:
                 _trees.kill_group(pid)
+            self._reserve.close()
             _trees.kill_descendants(sparing=self._lent)
 
     def _listen_to_signals(self) -> None:
@@ -115,16 +119,22 @@ class Supervisor:
             self._reap()
         if self._client_pidfd in ready:
             return False
+        unswept, self._unswept = self._unswept, []
+        for child in unswept:
+            self._sweep(child)
         self._move_endings_on(time.monotonic())
         return self._control.fileno() not in ready or self._serve_frame()
 
     def _poll_ms(self) -> float | None:
         if self._children and not self._warm:
             return _IDLE_MS
-        deadline = min((due for child in self._endings if (due := _due(child)) is not None), default=None)
-        if deadline is None:
+        now = time.monotonic()
+        moments = [due for child in self._endings if (due := _due(child)) is not None]
+        if self._unswept:
+            moments.append(now + _LOOK_AGAIN_S)
+        if not moments:
             return None
-        return min(max(0.0, deadline - time.monotonic()), fds.LONGEST_POLL_S) * 1000 + 1
+        return min(max(0.0, min(moments) - now), fds.LONGEST_POLL_S) * 1000 + 1
 
     def _warm_up(self) -> None:
         """Import what each worker would otherwise import for itself. Before the first worker it would be somebody's
@@ -144,7 +154,10 @@ class Supervisor:
     def _serve_frame(self) -> bool:
         """Do what one frame says; False if it is the last."""
         try:
-            data, numbers = self._control.receive_bytes()
+            with self._reserve.lent():
+                data, numbers = self._control.receive_bytes()
+        except FdTransferError as error:
+            data, numbers = error.data, []  # there was no room for them
         except (EOFError, OSError):
             return False
         message = _messages.decode_control(data)
@@ -153,9 +166,12 @@ class Supervisor:
         elif isinstance(message, EndWorker):
             self._end_worker(message)
         elif isinstance(message, Configure):
+            if not numbers:
+                return False
             self._configure(message, numbers)
         elif isinstance(message, Lend):
-            self._lend(message, numbers)
+            if numbers:  # else its client sees the end of the link
+                self._lend(message, numbers)
         elif isinstance(message, Quit):
             return False
         return True
@@ -213,6 +229,10 @@ class Supervisor:
             fds.close_all(numbers)
             self._tell(_messages.StartFailed(slot, generation, "a module could not be preloaded"))
             return
+        if not numbers:
+            reason = "its supervisor had no descriptor left for its inbox"
+            self._tell(_messages.StartFailed(slot, generation, reason))
+            return
         inbox_fd = numbers[0]
         stacks_fd = _new_stacks_file()
         page = _new_page(self._board_fd, slot)
@@ -230,6 +250,7 @@ class Supervisor:
         finally:
             del os.environ[_trees.WORKER_MARK]
             fds.close_all(numbers)
+            self._reserve.fill()  # whose place the inbox may have had
             if page is not None:
                 page.close()
         self._children[pid] = child = _Child(slot, generation, mark, pid, stacks_fd)
@@ -264,7 +285,7 @@ class Supervisor:
 
     def _own_fds(self) -> list[int]:
         """What a worker must not keep: everything of this loop's, the initializer's descriptors excepted."""
-        own = [self._control.fileno(), self._sigchld_read, self._sigchld_write]
+        own = [self._control.fileno(), self._sigchld_read, self._sigchld_write, *self._reserve.owned()]
         own += [fd for child in self._children.values() for fd in child.owned()]
         return own if self._client_pidfd is None else [*own, self._client_pidfd]
 
@@ -282,7 +303,8 @@ class Supervisor:
             child.ending.hasten(message.grace_s, now)
         else:
             stacks_fd = child.stacks_fd if message.stacks else None
-            child.ending = Ending(child.pid, stacks_fd, message.grace_s, now)
+            with self._reserve.lent():
+                child.ending = Ending(child.pid, stacks_fd, message.grace_s, now)
             self._endings.append(child)
         self._move_endings_on(now)
 
@@ -290,10 +312,11 @@ class Supervisor:
         for child in list(self._endings):
             due = _due(child)
             if due is not None and due <= now and child.ending is not None:
-                child.ending.step(now)
+                with self._reserve.lent():
+                    child.ending.step(now)
                 if child.ending.due is None:
                     self._endings.remove(child)
-                    _trees.signal_all(self._strays(child), signal.SIGKILL)
+                    self._sweep(child)
 
     def _reap(self) -> None:
         """Collect every dead child: workers are reported, adopted orphans are just laid to rest."""
@@ -311,14 +334,9 @@ class Supervisor:
 
     def _report_death(self, child: _Child, status: int | None) -> None:
         del self._children[child.pid]
-        # Just now what it has forked can be told by the slot, as no other worker has that yet.
-        strays = self._strays(child, on_board=True)
         if child.ending is not None:
             child.ending.dead = True
-        if child.ending is not None and child in self._endings:
-            child.ending.add(strays)
-        else:
-            _trees.signal_all(strays, signal.SIGKILL)
+        self._sweep(child)
         stacks = ""
         if child.stacks_fd is not None:
             stacks = _forensics.read_stacks(child.stacks_fd)
@@ -330,10 +348,24 @@ class Supervisor:
             hint = self._oom.explain(os.WTERMSIG(status))
         self._tell(_messages.WorkerExited(child.slot, child.generation, child.pid, status, stacks, hint))
 
-    def _strays(self, child: _Child, on_board: bool = False) -> list[psutil.Process]:
-        """What lives of a dead worker's tasks and lost its parent; `on_board`, also what is told by the slot alone."""
-        area = (os.fstat(self._board_fd).st_ino, child.slot * AREA_BYTES) if on_board else None
-        return _trees.strays(child.mark, {*self._children, *self._lent}, area)
+    def _sweep(self, child: _Child) -> None:
+        """End what lives of a worker's tasks and lost its parent; with the rest, if that is on its way out.
+
+        Where nobody can look now, it is done soon.
+        """
+        area = None
+        if all(other.slot != child.slot for other in self._children.values()):
+            # What it has forked can be told by the slot, as no other worker has that yet.
+            area = (os.fstat(self._board_fd).st_ino, child.slot * AREA_BYTES)
+        try:
+            with self._reserve.lent():
+                strays = _trees.strays(child.mark, {*self._children, *self._lent}, area)
+                if child.ending is not None and child in self._endings:
+                    child.ending.add(strays)
+                else:
+                    _trees.signal_all(strays, signal.SIGKILL)
+        except _trees.CANNOT_LOOK:
+            self._unswept.append(child)
 
     def _forget_wakeups(self) -> None:
         try:

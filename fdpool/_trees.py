@@ -2,6 +2,9 @@
 
 A pid is only signalled while something keeps it from being used again: we are its parent and have not
 reaped it, a pidfd of ours says that it lives, or psutil has compared its start time.
+
+To look at processes takes descriptors, one at a time, and as many to load what looks. Without any left, whoever looks
+gets one of `CANNOT_LOOK`: it is never said then that nothing lives.
 """
 
 from __future__ import annotations
@@ -28,7 +31,13 @@ GRACE_S = 1.0
 
 TERMINATE = (signal.SIGTERM, signal.SIGCONT)  # a stopped process does not die of SIGTERM before it goes on
 
+#: What is raised where nobody can look: EMFILE, ENFILE or ENOMEM, as psutil lets them through; or it cannot be loaded.
+CANNOT_LOOK = (OSError, ImportError)
+
+_NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+
 _SWEEP_S = 5.0
+_LOOK_AGAIN_S = 0.01  # where nobody could look
 
 
 def descendants(pid: int) -> list[psutil.Process]:
@@ -52,36 +61,51 @@ def tree(pid: int) -> list[psutil.Process]:
 
 
 def signal_all(processes: list[psutil.Process], number: int) -> None:
-    """Send a signal to each that still lives; those that are gone, or not ours to signal, are passed over."""
+    """Send a signal to each that still lives; those that are gone, or not ours to signal, are passed over.
+
+    Raises:
+        OSError: of some nobody can see now whether they are the same still. All others have been sent it.
+    """
     if not processes:
         return  # 15 ms of each short pool's end went into importing psutil for nothing
     import psutil
 
+    failure = None
     for process in processes:
         try:
             process.send_signal(number)
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
+        except OSError as error:
+            failure = error
+    if failure is not None:
+        raise failure
 
 
 def kill_descendants(limit_s: float = _SWEEP_S, sparing: Set[int] = frozenset()) -> bool:
     """SIGKILL everything that descends from this process, again and again until nothing is left.
 
     A descendant may fork while we look, so one pass is not enough. Children of this process are reaped.
-    Returns False if something survived `limit_s` seconds (an unkillable process).
+    Returns False if something survived `limit_s` seconds (an unkillable process), or nobody could look so long.
 
     Args:
         sparing: children of this process that are left alone, with all that descends from them.
     """
     deadline = time.monotonic() + limit_s
-    while children_exist() and not (sparing and direct_children() <= sparing):
-        found = descendants(os.getpid())
-        for pid in sparing:
-            spared = {pid, *(process.pid for process in descendants(pid))}
-            found = [process for process in found if process.pid not in spared]
-        signal_all(found, signal.SIGKILL)
-        for process in found:
-            _reap_if_child(process.pid, deadline)
+    while children_exist():
+        try:
+            if sparing and direct_children() <= sparing:
+                break
+            found = descendants(os.getpid())
+            for pid in sparing:
+                spared = {pid, *(process.pid for process in descendants(pid))}
+                found = [process for process in found if process.pid not in spared]
+            signal_all(found, signal.SIGKILL)
+        except CANNOT_LOOK:
+            time.sleep(_LOOK_AGAIN_S)
+        else:
+            for process in found:
+                _reap_if_child(process.pid, deadline)
         if time.monotonic() > deadline:
             return False
     return True
@@ -139,8 +163,13 @@ _reaped: dict[int, int] = {}
 
 def kill_group(pid: int) -> None:
     """SIGKILL the process group that `pid` leads; `pid` must be an unreaped child of ours, dead or alive."""
+    signal_group(pid, signal.SIGKILL)
+
+
+def signal_group(pid: int, number: int) -> None:
+    """As `kill_group`, with another signal. It takes no descriptor."""
     try:
-        os.killpg(pid, signal.SIGKILL)
+        os.killpg(pid, number)
     except (ProcessLookupError, PermissionError):  # PermissionError: macOS, where all members are zombies
         pass
 
@@ -155,6 +184,9 @@ def strays(mark: str, known: set[int], area: tuple[int, int] | None = None) -> l
         mark: of the worker, which programs have in their environment.
         area: of the worker on the pool's board, as the file's inode and the offset in it: what was forked and never
             ran a program has it in its memory. As that is the slot's, only while no other worker has the slot.
+
+    Raises:
+        OSError, ImportError: as in `CANNOT_LOOK`.
     """
     strangers = [pid for pid in direct_children() if pid not in known]
     if not strangers:
@@ -167,8 +199,10 @@ def strays(mark: str, known: set[int], area: tuple[int, int] | None = None) -> l
             process = psutil.Process(pid)
             if process.environ().get(WORKER_MARK) == mark or (area and _writes_to(pid, *area)):
                 found += [process, *descendants(pid)]
-        except (psutil.NoSuchProcess, psutil.AccessDenied, OSError):
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
+        except OSError as error:
+            _raise_if_no_room(error)
     return found
 
 
@@ -182,32 +216,46 @@ def kill_marked(supervisor: str, board_fd: int, limit_s: float = _SWEEP_S) -> bo
 
     A program has the worker's mark in its environment. What was forked and never ran a program has its worker's area of
     the pool's board in its memory (the client's own mapping is read-only). Looks at every process that this user
-    may look at: 20 to 100 ms for some hundreds. Returns False if something survived `limit_s` seconds.
+    may look at: 20 to 100 ms for some hundreds. Returns False if something survived `limit_s` seconds, or nobody could
+    look so long.
 
     Args:
         supervisor: its `supervisor_mark`.
         board_fd: of that board; borrowed.
     """
-    import psutil
-
     board = os.fstat(board_fd).st_ino
     deadline = time.monotonic() + limit_s
     while True:
-        found = []
-        for process in psutil.process_iter():
-            try:
-                if process.environ().get(WORKER_MARK, "").startswith(supervisor) or _writes_to(
-                    process.pid, board
-                ):
-                    found.append(process)
-            except (psutil.NoSuchProcess, psutil.AccessDenied, OSError):
-                continue  # a dead one, too: it has no environment any more
-        if not found:
-            return True
-        signal_all(found, signal.SIGKILL)
+        try:
+            found = _marked(supervisor, board)
+            if not found:
+                return True
+            signal_all(found, signal.SIGKILL)
+            import psutil
+
+            psutil.wait_procs(found, timeout=0.05)
+        except CANNOT_LOOK:
+            time.sleep(_LOOK_AGAIN_S)
         if time.monotonic() > deadline:
             return False
-        psutil.wait_procs(found, timeout=0.05)
+
+
+def _marked(supervisor: str, board: int) -> list[psutil.Process]:
+    """What comes from a worker of that supervisor, or of that board, and lives."""
+    import psutil
+
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(WORKER_MARK, "").startswith(supervisor) or _writes_to(
+                process.pid, board
+            ):
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue  # a dead one, too: it has no environment any more
+        except OSError as error:
+            _raise_if_no_room(error)
+    return found
 
 
 def _writes_to(pid: int, inode: int, offset: int | None = None) -> bool:
@@ -216,13 +264,20 @@ def _writes_to(pid: int, inode: int, offset: int | None = None) -> bool:
     try:
         with open(f"/proc/{pid}/maps", "rb") as maps:
             mappings = [line.split(None, 5) for line in maps if b" rw-s " in line]
-    except OSError:
+    except OSError as error:
+        _raise_if_no_room(error)
         return False
     return any(
         int(fields[4]) == inode and b"fdpool-board" in fields[5] and offset in (None, int(fields[2], 16))
         for fields in mappings
         if fields[5:]
     )
+
+
+def _raise_if_no_room(error: OSError) -> None:
+    """Raise what says that nobody can look; anything else is said of one process alone."""
+    if error.errno in _NO_ROOM:
+        raise error
 
 
 def direct_children() -> set[int]:

@@ -81,6 +81,12 @@ class Upkeep:
         most = self._rules.max_memory
         if most is None or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _PEAK_UNIT <= most:
             return False  # it never was
-        import psutil
+        try:
+            import psutil
 
-        return bool(psutil.Process().memory_info().rss > most)
+            return bool(psutil.Process().memory_info().rss > most)
+        except (
+            OSError,
+            ImportError,
+        ):  # a task has left no descriptor to look with: the next look may find one
+            return False

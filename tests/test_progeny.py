@@ -10,6 +10,7 @@ import pytest
 
 from fdpool import _platform, _trees
 from fdpool._progeny import Progeny
+from tests.chaos.disorder import room_for
 from tests.process_state import wait_until
 
 
@@ -65,4 +66,20 @@ def test_who_loses_its_parent_as_one_looks_is_found_all_the_same(monkeypatch: py
             process.kill()
             os.waitpid(process.pid, 0)
         progeny.reap(program)
+        progeny.close()
+
+
+def test_where_nobody_can_look_groups_are_signalled_and_there_may_be_others() -> None:
+    progeny = Progeny()
+    try:
+        pid = os.posix_spawn("/bin/sleep", ["sleep", "1000"], {}, setpgroup=0)
+        progeny.add(pid, leads_group=True)
+        with room_for(0):
+            assert progeny.has_others
+            progeny.signal(signal.SIGKILL)
+        ended = progeny.reap(pid)
+        assert ended is not None
+        assert os.WTERMSIG(ended[0]) == signal.SIGKILL
+        assert not progeny.has_others
+    finally:
         progeny.close()

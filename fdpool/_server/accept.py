@@ -13,11 +13,11 @@ import fcntl
 import logging
 import os
 import socket
-import threading
 import time
 
 from .._log import log
-from ..fds import above_stdio, duplicate, is_readable
+from .._reserve import Reserve
+from ..fds import duplicate, is_readable
 
 _NO_DESCRIPTOR = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 # accept(2): what befell that one connection, on its way; the next is accepted as if nothing had been.
@@ -35,45 +35,6 @@ _ITS_OWN = (
 )
 _FIRST_PAUSE_S = 0.01
 _LONGEST_PAUSE_S = 0.5
-
-
-class Reserve:
-    """One descriptor kept back, so that at the limit there is room for one more connection. Thread-safe."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._fd: int | None = None
-        self._closed = False
-        self.fill()
-
-    def fill(self) -> bool:
-        """Have it, if a descriptor is free; True if it is there."""
-        with self._lock:
-            if self._fd is None and not self._closed:
-                try:
-                    self._fd = above_stdio(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
-                except OSError:
-                    return False
-            return self._fd is not None
-
-    def give(self) -> bool:
-        """Let go of it, for whoever needs a descriptor now; False if it is not there."""
-        with self._lock:
-            fd, self._fd = self._fd, None
-        if fd is not None:
-            os.close(fd)
-        return fd is not None
-
-    def close(self) -> None:
-        """Let go of it for good."""
-        self._closed = True
-        self.give()
-
-    def forget(self) -> None:
-        """Runs in a forked child: close the copy. Another thread may have held the lock at the fork, and nobody lets go
-        of it here."""
-        self._lock = threading.Lock()
-        self.close()
 
 
 class Acceptor:

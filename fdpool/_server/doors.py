@@ -14,8 +14,9 @@ from typing import Protocol
 
 from .. import _own_sockets, wire
 from .._log import log
+from .._reserve import Reserve
 from ..fds import close_all
-from .accept import Acceptor, Reserve
+from .accept import Acceptor
 from .progress import Progress
 
 _LOGGER = "fdpool.server"

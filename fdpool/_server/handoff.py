@@ -17,8 +17,9 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from .. import _messages, _own_sockets, wire
+from .._reserve import Reserve
 from ..fds import close_all
-from .accept import Acceptor, Reserve, off_stdio
+from .accept import Acceptor, off_stdio
 from .doors import HANDED
 
 if TYPE_CHECKING:

@@ -151,6 +151,25 @@ def grow() -> int:
     return os.getpid()
 
 
+def have_few_descriptors() -> None:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))
+
+
+def grow_and_take_all_descriptors() -> int:
+    import contextlib
+
+    with contextlib.suppress(OSError):
+        while True:
+            helpers.TAKEN.append(os.dup(0))
+    return grow()
+
+
+def close_taken() -> int:
+    while helpers.TAKEN:
+        os.close(helpers.TAKEN.pop())
+    return os.getpid()
+
+
 def leave_endless_thread() -> int:
     threading.Thread(target=time.sleep, args=(1000,)).start()
     return os.getpid()

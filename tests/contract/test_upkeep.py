@@ -23,7 +23,10 @@ from tests.contract.helpers_upkeep import (
     UNDONE,
     become_somebody_else,
     change_directory,
+    close_taken,
     grow,
+    grow_and_take_all_descriptors,
+    have_few_descriptors,
     keep_signal_waiting,
     leave_child,
     leave_descriptor,
@@ -152,6 +155,15 @@ def test_a_worker_that_has_grown_too_large_is_replaced_after_the_task() -> None:
         assert len(set(small)) == 1
         assert pool.submit(grow).result(timeout=20) == small[0]
         wait_until(lambda: pool.submit(os.getpid).result(timeout=20) != small[0])
+
+
+def test_how_large_a_worker_is_waits_where_it_has_no_descriptor_left_to_look_with() -> None:
+    with warnings.catch_warnings(), Pool(1, initializer=have_few_descriptors, max_memory=90 << 20) as pool:
+        warnings.simplefilter("ignore", ResourceWarning)
+        large = pool.submit(grow_and_take_all_descriptors).result(timeout=20)
+        assert pool.submit(close_taken).result(timeout=20) == large
+        wait_until(lambda: pool.submit(os.getpid).result(timeout=20) != large)
+        assert pool.stats().lost_workers == 0
 
 
 def test_a_worker_that_is_too_old_is_replaced_and_no_task_is_lost() -> None:

@@ -17,9 +17,10 @@ import pytest
 import fdpool
 from fdpool import Pool
 from tests.contract import helpers
-from tests.process_state import seconds_until_gone, wait_until
+from tests.process_state import living, seconds_until_gone, wait_until
 
-from . import points, reaping_by_others
+from . import no_room, points, reaping_by_others
+from .worker_tasks import leave_program
 
 # That of a first pool, a child of this process, which can tell how it ended.
 pytestmark = pytest.mark.usefixtures("fresh_supervisors")
@@ -115,3 +116,27 @@ def test_a_supervisor_killed_at_any_point_costs_what_ran_and_leaves_no_process(
         done = [number for number, error in enumerate(errors) if error is None]
         assert [futures[number].result() for number in done] == done
         assert pool.submit(helpers.square, 3).result(20) == 9
+
+
+@pytest.mark.parametrize("room", ["but one", "none"])
+def test_a_supervisor_without_descriptors_ends_what_it_should_and_nothing_else(
+    room: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """T3."""
+    monkeypatch.setenv(no_room.VARIABLE, room)
+    ledger, gate = tmp_path / "ledger", tmp_path / "gate"
+    os.mkfifo(gate)
+    with Pool(2, preload=["tests.crash.no_room"]) as pool:
+        running = pool.submit(helpers.wait_at, str(gate))
+        wait_until(running.running)
+        stays = pool.with_options(timeout=0.3, grace=0.05).submit(leave_program, str(ledger), stay=True)
+        assert isinstance(stays.exception(20), fdpool.TaskTimeout)
+        goes = pool.submit(leave_program, str(ledger), stay=False)
+        assert isinstance(goes.exception(20), fdpool.WorkerLost)
+        left = living(map(int, ledger.read_text().split()))
+        assert seconds_until_gone(left, 20.0) < 20
+        assert pool.submit(helpers.square, 3).result(20) == 9
+        assert running.running()
+        gate.write_text("")
+        running.result(20)
+        assert pool.stats().supervisor_restarts == 0

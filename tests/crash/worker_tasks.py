@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from typing import Any
 
 from tests.contract import helpers
@@ -35,3 +37,14 @@ def note_and_stop(ledger: str, folder: str, number: int) -> int:
     if number == 17:
         points.reach(folder)
     return number
+
+
+def leave_program(ledger: str, stay: bool) -> None:
+    """Starts one in a session of its own, with what tells whose it was; then the worker dies, unless the task is to
+    stay."""
+    pid = os.posix_spawn("/bin/sleep", ["sleep", "1000"], os.environ, setsid=True)
+    with open(ledger, "a") as file:
+        file.write(f"{pid}\n")
+    if stay:
+        time.sleep(1000)
+    os._exit(3)

@@ -25,8 +25,9 @@ import psutil
 import pytest
 
 from fdpool import BindFailed
+from fdpool._reserve import Reserve
 from fdpool._server import apps, room
-from fdpool._server.accept import Acceptor, Reserve
+from fdpool._server.accept import Acceptor
 from fdpool._server.handoff import Handoff, Laden, _Seat, choose
 from fdpool._server.listeners import Listeners
 from fdpool._server.progress import Progress, Seen, SeenPage
