@@ -262,6 +262,7 @@ class Supervisor:
         if child.pidfd is None and not _trees.is_ours(pid):
             # The kernel reaps, and has been quicker: nothing would tell of it later.
             self._report_death(child, None)
+        self._oom.look_at_times()
 
     def _be_worker(self, slot: int, page: Page | None, inbox_fd: int, stacks_fd: int | None) -> None:
         """Runs in: the forked worker."""
@@ -325,6 +326,8 @@ class Supervisor:
             if child is not None and child not in self._endings:
                 _trees.kill_group(pid)  # before the pid can be used again
             status = _trees.reap(pid)
+            if status:
+                self._oom.look()  # whatever it was, it is not to be put down to a worker that dies later
             self._lent.discard(pid)
             if child is not None:
                 self._report_death(child, status)

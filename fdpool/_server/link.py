@@ -1,6 +1,7 @@
 """What the server holds of one worker: a control stream, the page that tells how far it is, and its task's future."""
 
 import os
+import re
 import signal
 import socket
 import time
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 _MAX_MESSAGE = 1 << 20
 _LONGEST_LINE = 500
+_FOR_MEMORY = re.compile(r"\(([^()]*out-of-memory killer[^()]*)\)")  # as `_oom` says it
 
 
 class End(NamedTuple):
@@ -206,8 +208,9 @@ def end_by(error: BaseException) -> End:
         how = (
             f"was killed by {_name(error.signal)}" if error.signal else f"exited with code {error.exit_code}"
         )
-        if error.signal == signal.SIGKILL and "out-of-memory killer" in str(error):
-            how += " by the kernel's out-of-memory killer, as its control group counts"
+        for_memory = _FOR_MEMORY.search(str(error)) if error.signal == signal.SIGKILL else None
+        if for_memory is not None:
+            how += f", {for_memory[1]}"
         said = error.stderr.strip().splitlines()
         last = f"; the last that it wrote to stderr: {in_one_line(said[-1])}" if said else ""
         return End(f"it {how}{last}", error.signal != signal.SIGTERM, stderr=error.stderr)

@@ -7,14 +7,16 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from fdpool import Pool, WorkerLost
 from fdpool._oom import Witness
-from tests.contract import helpers
+from tests.contract import count_kills, helpers
 from tests.memory_group import memory_group
+from tests.process_state import wait_until
 
 
 def test_a_fault_shows_where_it_happened() -> None:
@@ -188,6 +190,64 @@ def test_several_that_are_killed_together_are_all_named_and_nobody_much_later(
     assert "nor for want of memory" in witness.explain(signal.SIGKILL)
 
 
+def test_what_is_said_of_a_kill_for_want_of_memory_is_how_many_there_were_and_since_when(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """W3: of a program of a task, or of anything else in the group, nobody else tells."""
+    own, events = group(tmp_path, "0::/app\n", "app/memory.events")
+    events.write_text("oom_kill 0\n")
+    now = 100.0
+    monkeypatch.setattr("fdpool._oom.time.monotonic", lambda: now)
+    witness = Witness(str(tmp_path), own)
+    events.write_text("oom_kill 1\n")
+    now += 0.25
+    hint = witness.explain(signal.SIGKILL)
+    assert hint.startswith("perhaps by the kernel's out-of-memory killer")
+    assert hint.endswith("its control group counted a kill for want of memory in the last 0.2 seconds")
+    events.write_text("oom_kill 3\n")
+    now += 4 * 3600
+    assert witness.explain(signal.SIGKILL).endswith("counted 2 kills for want of memory in the last 4 hours")
+
+
+def test_a_kill_for_want_of_memory_is_not_put_down_to_a_worker_that_dies_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """W3: it was counted, and somebody has looked since."""
+    own, events = group(tmp_path, "0::/app\n", "app/memory.events")
+    events.write_text("oom_kill 0\n")
+    now = 100.0
+    monkeypatch.setattr("fdpool._oom.time.monotonic", lambda: now)
+    witness = Witness(str(tmp_path), own)
+    events.write_text("oom_kill 1\n")
+    now += 2.0
+    witness.look_at_times()
+    now += 60.0
+    assert "nor for want of memory" in witness.explain(signal.SIGKILL)
+    events.unlink()  # or nobody can look now
+    assert not witness.look()
+    assert "perhaps by the kernel for want" in witness.explain(signal.SIGKILL)
+    events.write_text("oom_kill 2\n")
+    assert "counted a kill" in witness.explain(signal.SIGKILL)
+
+
+def test_a_supervisor_counts_kills_for_want_of_memory_as_workers_start_and_children_die(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """W3: so an operator's kill is not laid to what has come before."""
+    _, events = group(tmp_path, "0::/app\n", "app/memory.events")
+    events.write_text("oom_kill 0\n")
+    monkeypatch.setenv(count_kills.VARIABLE, str(events))
+    with Pool(2, preload=["tests.contract.count_kills"]) as pool:
+        running = pool.submit(time.sleep, 1000)
+        wait_until(running.running)
+        events.write_text("oom_kill 1\n")
+        # A worker starts, and dies of something else.
+        assert isinstance(pool.submit(os._exit, 3).exception(timeout=20), WorkerLost)
+        [pid] = {worker.pid for worker in pool.stats().workers if worker.running}
+        os.kill(pid, signal.SIGKILL)
+        assert "nor for want of memory" in str(running.exception(timeout=20))
+
+
 def test_a_real_kill_for_want_of_memory_is_recognised() -> None:
     """W3: a task that does not fit into the control group; the other worker, and the pool, go on."""
 
@@ -206,7 +266,7 @@ def test_a_real_kill_for_want_of_memory_is_recognised() -> None:
                     other = pool.submit(os.getpid).result(timeout=60)
                     error = pool.submit(grow).exception(timeout=60)
                     assert pool.submit(os.getpid).result(timeout=60) != os.getpid() != other
-                status = 0 if "out-of-memory killer, as its control group counts" in str(error) else 2
+                status = 0 if "out-of-memory killer: its control group counted a kill" in str(error) else 2
             finally:
                 os._exit(status)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

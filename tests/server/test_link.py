@@ -21,8 +21,11 @@ def lost(message: str = "", **fields: object) -> WorkerLost:
     [
         (lost(signal=signal.SIGKILL), "it was killed by SIGKILL"),
         (
-            lost("was killed by SIGKILL (by the kernel's out-of-memory killer, as", signal=signal.SIGKILL),
-            "it was killed by SIGKILL by the kernel's out-of-memory killer, as its control group counts",
+            lost(
+                "f(1): its worker was killed by SIGKILL (perhaps by the kernel's out-of-memory killer: a reason)",
+                signal=signal.SIGKILL,
+            ),
+            "it was killed by SIGKILL, perhaps by the kernel's out-of-memory killer: a reason",
         ),
         (lost(signal=signal.SIGRTMIN + 3), "it was killed by signal 37"),
         (lost(exit_code=3), "it exited with code 3"),
