@@ -80,25 +80,32 @@ class Watch:
     """Remembers what was there, so that what is new can be named."""
 
     def __init__(self) -> None:
-        self._descriptors = _descriptors() or set()
-        self._at_first = len(self._descriptors)
+        self._descriptors = _descriptors()
+        self._at_first = None if self._descriptors is None else len(self._descriptors)
         self._threads = _threads()
-        self._children = _platform.child_pids() or set()  # asking psutil takes milliseconds
+        self._children = _platform.child_pids(len(self._threads) > 1)  # asking psutil takes milliseconds
 
     @property
     def descriptors_more(self) -> int:
         """How many descriptors there are more than at first."""
+        if self._descriptors is None or self._at_first is None:
+            return 0
         return len(self._descriptors) - self._at_first
 
     def look(self, task: str, tasks: int) -> Leftovers | None:
-        """What is new since the last look, or None. 35 microseconds where there is nothing."""
-        descriptors, threads, children = _descriptors(), _threads(), _platform.child_pids() or set()
-        if descriptors is None:
-            descriptors = self._descriptors
-        new_descriptors = sorted(descriptors - self._descriptors)
+        """What is new since the last look, or None. 35 microseconds where there is nothing; with children and several
+        threads some 20 more for each of these."""
+        descriptors, threads = _descriptors(), _threads()
+        # Of a thread that was there at the last look and is ending the kernel may still have children.
+        children = _platform.child_pids(len(threads) > 1 or len(self._threads) > 1)
+        new_descriptors = _new(descriptors, self._descriptors)
         new_threads = threads.keys() - self._threads.keys()
-        new_children = sorted(children - self._children)
-        self._descriptors, self._threads, self._children = descriptors, threads, children
+        new_children = _new(children, self._children)
+        self._threads = threads
+        if descriptors is not None:
+            self._descriptors = descriptors
+        if children is not None:
+            self._children = children
         if not (new_descriptors or new_threads or new_children):
             return None
         return Leftovers(
@@ -108,6 +115,11 @@ class Watch:
             tuple(sorted(threads[ident] for ident in new_threads)),
             tuple(f"{_command(pid)}, pid {pid}" for pid in new_children),
         )
+
+
+def _new(now: set[int] | None, before: set[int] | None) -> list[int]:
+    """What there was not before; nothing where nobody could look, now or before."""
+    return [] if now is None or before is None else sorted(now - before)
 
 
 def _descriptors() -> set[int] | None:

@@ -64,16 +64,38 @@ def open_pidfd(pid: int) -> int | None:
         return None
 
 
-def child_pids() -> set[int] | None:
-    """The children of this process, if the kernel lists them at no cost (proc(5)); else None.
+def child_pids(of_all_threads: bool = False) -> set[int] | None:
+    """The children of this process, if the kernel lists them at no cost (proc(5)); else None, as where no descriptor is
+    left to look with.
 
-    Those that its main thread has forked, which is where workers and the supervisor fork.
+    Those that its main thread has forked, which is where workers and the supervisor fork; or all: where there are any
+    that is a read of some 20 microseconds for each thread.
     """
+    found: set[int] = set()
     try:
-        with open(f"/proc/self/task/{os.getpid()}/children", "rb", buffering=0) as listing:
-            return {int(pid) for pid in listing.read().split()}
+        if of_all_threads and hasattr(os, "waitid") and not _has_children():
+            return found
+        for thread in os.listdir("/proc/self/task") if of_all_threads else ():
+            try:
+                found |= _children_of(thread)
+            except (FileNotFoundError, ProcessLookupError):
+                continue  # it has ended, and they are the main thread's now
+        return found | _children_of(str(os.getpid()))
     except OSError:
         return None
+
+
+def _has_children() -> bool:
+    try:
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return False
+    return True
+
+
+def _children_of(thread: str) -> set[int]:
+    with open(f"/proc/self/task/{thread}/children", "rb", buffering=0) as listing:
+        return {int(pid) for pid in listing.read().split()}
 
 
 def become_subreaper(wanted: bool = True) -> bool:

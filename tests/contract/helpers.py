@@ -16,6 +16,7 @@ from fdpool import TaskTerminated, payload
 
 TAKEN: list[int] = []  # descriptors that a test has a worker hold
 KEPT: list[bytearray] = []
+EXECUTORS: list[Any] = []
 
 
 def square(number: int) -> int:

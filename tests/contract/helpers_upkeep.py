@@ -146,6 +146,14 @@ def leave_child() -> None:
     subprocess.Popen(["sleep", "1000"])
 
 
+def leave_child_of_thread() -> None:
+    import concurrent.futures
+    import subprocess
+
+    helpers.EXECUTORS.append(concurrent.futures.ThreadPoolExecutor(2))
+    helpers.EXECUTORS[-1].submit(subprocess.Popen, ["sleep", "1000"]).result()
+
+
 def grow() -> int:
     helpers.KEPT.append(bytearray(100 << 20))
     return os.getpid()

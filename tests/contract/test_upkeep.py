@@ -5,9 +5,10 @@ Rows P6, P7, P8 and P15 of the hazards.
 
 from __future__ import annotations
 
-import errno
 import os
 import signal
+import subprocess
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -16,7 +17,8 @@ from typing import Any
 
 import pytest
 
-from fdpool import Pool, WorkerLost
+from fdpool import Pool, WorkerLost, _leftovers
+from tests.chaos.disorder import room_for
 from tests.contract import helpers
 from tests.contract.helpers_upkeep import (
     REPLACED,
@@ -29,6 +31,7 @@ from tests.contract.helpers_upkeep import (
     have_few_descriptors,
     keep_signal_waiting,
     leave_child,
+    leave_child_of_thread,
     leave_descriptor,
     leave_endless_thread,
     leave_many,
@@ -104,8 +107,9 @@ def test_a_task_that_closes_everything_costs_its_worker_and_says_why() -> None:
         (leave_descriptor, "left 1 descriptor (", "descriptors"),
         (leave_thread, "left 1 thread (left-behind)", "threads"),
         (leave_child, "left 1 child (", "children"),
+        (leave_child_of_thread, "and 1 child (", "children"),
     ],
-    ids=["descriptor", "thread", "child"],
+    ids=["descriptor", "thread", "child", "child of a thread"],
 )
 def test_what_a_task_leaves_is_named(leave: Callable[[], None], text: str, kind: str) -> None:
     """P8. The short task before it may be among those that may have done it."""
@@ -270,18 +274,54 @@ def test_what_a_task_leaves_is_counted_where_it_is_too_much_to_be_told(tmp_path:
         assert pool.submit(os.getpid).result(timeout=20) == pid
 
 
-def test_a_look_for_which_no_descriptor_was_left_blames_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fdpool import _leftovers
+def test_a_look_for_which_no_descriptor_was_left_blames_nobody() -> None:
+    """Neither for what was there before, nor for all that is there after it."""
+    with subprocess.Popen(["sleep", "1000"]) as child:
+        try:
+            watch = _leftovers.Watch()
+            with room_for(0):
+                blind = _leftovers.Watch()
+                assert watch.look("task", 1) is None
+            assert watch.look("task", 1) is None
+            assert blind.look("task", 1) is None
+            assert watch.descriptors_more == blind.descriptors_more == 0
+            with subprocess.Popen(["sleep", "1000"]) as second:
+                try:
+                    for each in (watch, blind):
+                        found = each.look("task", 1)
+                        assert found is not None
+                        assert [text.partition(", ")[2] for text in found.children] == [f"pid {second.pid}"]
+                finally:
+                    second.kill()
+        finally:
+            child.kill()
+
+
+def test_a_child_stays_known_as_the_thread_that_has_started_it_ends() -> None:
+    started: list[subprocess.Popen[bytes]] = []
+    go_on, begun = threading.Event(), threading.Event()
+
+    def start() -> None:
+        started.append(subprocess.Popen(["sleep", "1000"]))
+        begun.set()
+        go_on.wait()
 
     watch = _leftovers.Watch()
-    with monkeypatch.context() as short:
-        short.setattr(os, "listdir", _full)
-        assert watch.look("task", 1) is None
-    assert watch.look("task", 1) is None
-
-
-def _full(_path: str) -> list[str]:
-    raise OSError(errno.EMFILE, "Too many open files")
+    thread = threading.Thread(target=start)
+    thread.start()
+    begun.wait()
+    with started[0] as child:
+        try:
+            found = watch.look("task", 1)
+            assert found is not None
+            # Just after execve(2) it may have its parent's name still.
+            assert [text.partition(", ")[2] for text in found.children] == [f"pid {child.pid}"]
+            go_on.set()
+            thread.join()
+            assert watch.look("task", 1) is None
+        finally:
+            go_on.set()
+            child.kill()
 
 
 def test_a_signal_that_a_task_has_blocked_does_not_end_its_worker_afterwards() -> None:
