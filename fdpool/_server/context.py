@@ -21,6 +21,7 @@ class Order(NamedTuple):
         interface: which kind of application it is, or None if the worker shall tell.
         max_requests: after so many it asks to be replaced.
         request_timeout_s: for event loops; others are watched by the server.
+        reopens_logs: what it is forked from may have a log file open that has been moved away since.
     """
 
     slot: int
@@ -34,6 +35,7 @@ class Order(NamedTuple):
     request_timeout_s: float | None
     backlog: int
     options: Mapping[str, Any]
+    reopens_logs: bool = False
 
 
 class Face(Protocol):

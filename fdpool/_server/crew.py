@@ -86,6 +86,7 @@ class Crew:
         self.links: dict[int, WorkerLink] = {}
         self.started = 0
         self.failure = ""
+        self._reopened_logs = False
         # The last failed boot of which the log has it all: its generation, its traceback.
         self._told = (0, "")
 
@@ -113,6 +114,7 @@ class Crew:
             slot=link.slot,
             generation=link.generation,
             max_requests=None if most is None else max(1, round(most * spread)),
+            reopens_logs=self._reopened_logs,
         )
 
     def _begin(self, link: WorkerLink, inbox: OwnSocket | None, order: Order, anew: bool = False) -> None:
@@ -216,10 +218,12 @@ class Crew:
 
     # -- what they are told --------------------------------------------------------------------------------
 
-    def tell_all(self, message: object) -> None:
-        """Send every worker a message."""
+    def reopen_logs(self) -> None:
+        """Have every worker open its log files anew, and those that come later, too: the supervisors that they are
+        forked from go on with the files that they have."""
+        self._reopened_logs = True
         for link in self.links.values():
-            link.tell(message)
+            link.tell({"do": "reopen"})
 
     def drain(self, number: int, grace_s: float, leaving: bool) -> None:
         """Tell a worker to take nothing new, and to be done after `grace_s`."""

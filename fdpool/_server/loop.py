@@ -405,7 +405,7 @@ class Loop:
 
     def _reopen_logs(self) -> None:
         reopen_logs()
-        self.crew.tell_all({"do": "reopen"})
+        self.crew.reopen_logs()
         say("logs_reopened", "log files were opened anew")
 
     # -- `_server.crew.Hears` ------------------------------------------------------------------------------

@@ -72,6 +72,8 @@ def _boot_and_serve(
     app_fds: list[int],
 ) -> str:
     become(worker)
+    if order.reopens_logs:
+        reopen_logs()
     listening = _Listening(stream, worker)
     on_exit: Callable[[ServerWorker], object] | None = None
     try:

@@ -178,6 +178,35 @@ def test_usr1_opens_log_files_anew_here_and_in_the_workers(tmp_path: Path) -> No
         wait_until(lambda: "anew" in (tmp_path / "server.log").read_text())
 
 
+@pytest.mark.parametrize("how", ["preload=True", "start_method='fork'"])
+def test_a_worker_that_comes_after_usr1_logs_to_the_new_file(tmp_path: Path, how: str) -> None:
+    """What it is forked from has the file open that was moved away."""
+    (tmp_path / "shop.py").write_text(
+        "import logging, os\n"
+        "logging.getLogger().addHandler(logging.FileHandler('shop.log'))\n"
+        "def app(connection, address): connection.sendall(b'%d' % os.getpid())\n"
+    )
+    body = f"""
+    import shop
+
+    def start(worker):
+        logging.getLogger("shop").error("%d begins", os.getpid())
+
+    sys.exit(fdpool.Server("shop:app", "127.0.0.1:0", workers=1, on_worker_start=start, {how}).run())
+    """
+    with program(tmp_path, body) as server:
+        first = server.expect("worker_ready")["worker_pid"]
+        (tmp_path / "shop.log").rename(tmp_path / "shop.old")
+        server.signal(signal.SIGUSR1)
+        server.expect("logs_reopened")
+        os.kill(first, signal.SIGKILL)
+        second = server.expect("worker_ready")["worker_pid"]
+        assert f"{second} begins" not in (tmp_path / "shop.old").read_text()
+        assert f"{second} begins" in (tmp_path / "shop.log").read_text()
+        server.signal(signal.SIGTERM)
+        assert server.wait() == 0
+
+
 def test_usr1_to_a_worker_opens_its_log_files_anew_and_nobody_elses(tmp_path: Path) -> None:
     body = """
     def start(worker):
