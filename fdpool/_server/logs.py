@@ -12,16 +12,13 @@ def reopen_logs() -> int:
 
     One whose file cannot be opened goes on with the file that it has, and says why.
     """
-    loggers = [logging.getLogger(), *logging.Logger.manager.loggerDict.values()]
-    handlers = {
-        handler
-        for logger in loggers
-        if isinstance(logger, logging.Logger)
-        for handler in logger.handlers
-        if isinstance(handler, logging.FileHandler)
-    }
+    # All that there are, as `logging.shutdown` has them: one may be behind another (a MemoryHandler's target), or in a
+    # QueueListener, of which no logger knows.
+    handlers = [reference() for reference in [*logging._handlerList]]  # type: ignore[attr-defined]
     reopened = 0
     for handler in handlers:
+        if not isinstance(handler, logging.FileHandler):
+            continue
         try:
             _reopen(handler)
             reopened += 1

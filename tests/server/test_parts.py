@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import itertools
+import logging
+import logging.handlers
 import os
+import queue
 import random
 import resource
 import select
@@ -30,6 +33,7 @@ from fdpool._server import apps, room
 from fdpool._server.accept import Acceptor
 from fdpool._server.handoff import Handoff, Laden, _Seat, choose
 from fdpool._server.listeners import Listeners
+from fdpool._server.logs import reopen_logs
 from fdpool._server.progress import Progress, Seen, SeenPage
 from fdpool._server.steering import queued, steer
 from fdpool._server.watch import Finding, Verdict, Watch, is_stopped, judge, resident_bytes
@@ -727,3 +731,43 @@ def test_the_wait_for_waitress_threads_heeds_no_clock_that_is_set(
     waiter.join(20)
     assert not waiter.is_alive()
     assert not tasks.threads
+
+
+# -- log files ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_handlers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that there are (pytest's, of /dev/null) are not to have other descriptors after the test."""
+    monkeypatch.setattr(logging, "_handlerList", [])
+
+
+@contextlib.contextmanager
+def log_file(path: Path) -> Iterator[logging.FileHandler]:
+    """A handler that has a file open, and is attached to nothing."""
+    handler = logging.FileHandler(path)
+    try:
+        yield handler
+    finally:
+        handler.close()
+
+
+@pytest.mark.parametrize("through", ["memory", "queue"])
+@pytest.mark.usefixtures("no_handlers")
+def test_log_files_behind_other_handlers_are_opened_anew(tmp_path: Path, through: str) -> None:
+    record = logging.makeLogRecord({"msg": "this", "levelno": logging.INFO})
+    with log_file(tmp_path / "log") as handler:
+        (tmp_path / "log").rename(tmp_path / "old")
+        if through == "memory":
+            memory = logging.handlers.MemoryHandler(100, target=handler)
+            memory.handle(record)
+            reopen_logs()
+            memory.close()
+        else:
+            entries: queue.SimpleQueue[Any] = queue.SimpleQueue()
+            listener = logging.handlers.QueueListener(entries, handler)  # type: ignore[arg-type]
+            logging.handlers.QueueHandler(entries).handle(record)  # type: ignore[arg-type]
+            reopen_logs()
+            listener.start()
+            listener.stop()
+        assert (tmp_path / "log").read_text() == "this\n"
