@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 from .._log import log
 
@@ -34,13 +35,23 @@ def reopen_logs() -> int:
     return reopened
 
 
+def _open(handler: logging.FileHandler) -> Any:
+    """Its file, to be added to: other processes open the same one anew, and may have written there before."""
+    mode = handler.mode
+    handler.mode = mode.replace("w", "a").replace("x", "a")
+    try:
+        return handler._open()
+    finally:
+        handler.mode = mode
+
+
 def _reopen(handler: logging.FileHandler) -> None:
     handler.acquire()
     try:
         if handler.stream is not None:
             # Opened before the other is closed: a handler without a stream tries to open its file at each record, and
             # raises in whoever logs what comes of that.
-            old, handler.stream = handler.stream, handler._open()
+            old, handler.stream = handler.stream, _open(handler)
             old.close()
     finally:
         handler.release()

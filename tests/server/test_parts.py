@@ -743,13 +743,28 @@ def no_handlers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @contextlib.contextmanager
-def log_file(path: Path) -> Iterator[logging.FileHandler]:
+def log_file(path: Path, mode: str = "a") -> Iterator[logging.FileHandler]:
     """A handler that has a file open, and is attached to nothing."""
-    handler = logging.FileHandler(path)
+    handler = logging.FileHandler(path, mode)
     try:
         yield handler
     finally:
         handler.close()
+
+
+@pytest.mark.parametrize("mode", ["w", "x"])
+@pytest.mark.usefixtures("no_handlers")
+def test_a_log_file_that_is_opened_anew_keeps_what_others_have_written_there(
+    tmp_path: Path, mode: str
+) -> None:
+    """Each worker opens the new file, and so does each that comes later."""
+    with log_file(tmp_path / "log", mode) as handler:
+        (tmp_path / "log").rename(tmp_path / "old")
+        (tmp_path / "log").write_text("another\n")
+        assert reopen_logs() == 1
+        handler.handle(logging.makeLogRecord({"msg": "this"}))
+        assert (tmp_path / "log").read_text() == "another\nthis\n"
+        assert handler.mode == mode
 
 
 @pytest.mark.parametrize("through", ["memory", "queue"])
