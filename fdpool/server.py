@@ -112,7 +112,8 @@ class Server:
             replaced; the first two spread by `jitter`.
         jitter: by which fraction those may differ from worker to worker.
         reload_batch: how many workers are replaced at a time.
-        boot_limit: failed boots in a row after which the server gives up, if no worker serves.
+        boot_limit: failed attempts in a row to boot workers (those that boot together are one) after which the server
+            gives up, if no worker serves.
         preload: modules to import once, before workers are forked, so that they share that memory; True for the
             module of `app`.
         start_method: as for `Pool`.

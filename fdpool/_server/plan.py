@@ -96,7 +96,7 @@ class Settings(NamedTuple):
     boot_timeout_s: float = 60.0
     grace_s: float = 30.0
     batch: int = 1  # how many slots change hands at a time
-    boot_limit: int = 5  # failed boots in a row
+    boot_limit: int = 5  # failed attempts to boot workers, in a row
     max_age_s: float | None = None
     jitter: float = 0.1
 
@@ -161,13 +161,14 @@ class Plan:
         self.generation: Generation = 1  # what serves, and what a failed reload falls back to
         self.coming: Generation | None = None  # what a reload is rolling out
         self.workers: dict[WorkerNumber, Worker] = {}
-        self.boot_failures = 0
+        self.boot_failures = 0  # attempts in a row; boots that were under way together are one
         self.stopping = False
         self._newest: Generation = 1
         self._open: set[Generation] = {1}
         self._proven: set[Generation] = set()
         self._places: dict[SlotNumber, _Place] = {}
         self._pause_until = 0.0  # no worker is started before
+        self._last_of_attempt: WorkerNumber = 0  # who was started last before the last attempt failed
         self._numbers = 0
         self._started = False
         self._over = False
@@ -227,8 +228,7 @@ class Plan:
         worker.young_until = now + _YOUNG_S
         if self.settings.max_age_s is not None:
             worker.retire_at = now + self.settings.max_age_s * self.spread(number)
-        self.boot_failures = 0
-        self._pause_until = 0.0
+        self._forget_failures()
         self._proven.add(worker.generation)
         actions = self._reconcile(now)
         if not worker.retires_early:
@@ -285,8 +285,7 @@ class Plan:
             assert self.coming is not None
             self.generation = self.coming  # the newest of which workers have served is what one falls back to
         self.coming = self._newest
-        self._pause_until = 0.0
-        self.boot_failures = 0
+        self._forget_failures()
         return self._reconcile(now)
 
     def scale(self, wanted: int, now: float) -> Sequence[Action]:
@@ -449,7 +448,10 @@ class Plan:
     def _boot_failed(self, worker: Worker, now: float, why: str) -> list[Action]:
         if self.stopping:
             return []
-        self.boot_failures += 1
+        if worker.number > self._last_of_attempt:
+            # Otherwise it began before anybody knew: what all of them lack for a moment has failed once.
+            self.boot_failures += 1
+            self._last_of_attempt = self._numbers
         limit = self.settings.boot_limit
         if worker.generation == self.coming:
             if worker.generation not in self._proven or self.boot_failures >= limit:
@@ -461,17 +463,21 @@ class Plan:
             self._grace_s = 0.0
             return [
                 GaveUp(
-                    f"{self.boot_failures} workers in a row failed to boot, and none serves; the last: {why}"
+                    f"workers failed to boot in {self.boot_failures} attempts, and none serves; the last: {why}"
                 )
             ]
         pause_s = min(_FIRST_PAUSE_S * 2.0 ** min(self.boot_failures - 1, 16), _LONGEST_BOOT_PAUSE_S)
         self._pause_until = now + pause_s
         return []
 
-    def _abandon(self, generation: Generation, now: float, why: str) -> list[Action]:
-        self.coming = None
+    def _forget_failures(self) -> None:
         self.boot_failures = 0
         self._pause_until = 0.0
+        self._last_of_attempt = 0
+
+    def _abandon(self, generation: Generation, now: float, why: str) -> list[Action]:
+        self.coming = None
+        self._forget_failures()
         actions: list[Action] = [Abandoned(generation, why)]
         for worker in list(self.workers.values()):
             if worker.generation == generation and worker.state is State.BOOTING:

@@ -196,6 +196,57 @@ def test_failed_boots_are_repeated_ever_later_and_then_it_gives_up() -> None:
     assert world.told(Over) == [Over()]
 
 
+@pytest.mark.parametrize("how", ["fail", "hang"])
+def test_boots_that_fail_together_are_one_attempt(how: str) -> None:
+    """S4: what is not there for a moment, a database say, fails all of them; that is to be tried again, too."""
+    world = World(8, boot_limit=5, boot_timeout_s=5.0)
+    attempts: list[float] = []
+    while not world.told(GaveUp):
+        assert len(world.booting) == 8
+        attempts.append(world.now)
+        if how == "hang":
+            world.wait(5.0)
+        for worker in [*world.booting]:
+            if how == "fail":
+                world.wait(0.01)
+            world.exit(worker)
+        if not world.plan.stopping:
+            pause = world.plan.next_deadline()
+            assert pause is not None
+            world.wait(pause - world.now)
+    boot_s = 8 * 0.01 if how == "fail" else 5.0
+    pauses = [later - earlier - boot_s for earlier, later in pairwise(attempts)]
+    assert pauses == pytest.approx([0.1, 0.2, 0.4, 0.8])
+
+
+def test_a_boot_that_takes_longer_than_a_pause_fails_with_those_that_it_began_with() -> None:
+    world = World(2, boot_limit=3)
+    slow, quick = world.booting
+    world.exit(quick)
+    world.wait(0.1)
+    _, again = world.booting
+    world.exit(slow)
+    assert world.plan.boot_failures == 1
+    assert not world.told(GaveUp)
+    world.exit(again)
+    assert world.plan.boot_failures == 2
+    world.wait(0.2)
+    for worker in [*world.booting]:
+        world.exit(worker)
+    assert world.plan.boot_failures == 3
+    assert world.told(GaveUp)
+
+
+def test_a_boot_that_fails_after_another_has_succeeded_counts_anew() -> None:
+    world = World(3)
+    first, second, third = world.booting
+    world.exit(first)
+    world.ready(second)
+    assert world.plan.boot_failures == 0
+    world.exit(third)
+    assert world.plan.boot_failures == 1
+
+
 def test_it_does_not_give_up_while_somebody_serves() -> None:
     world = started(2, boot_limit=3)
     world.exit(min(world.serving))

@@ -564,6 +564,24 @@ def test_a_crash_loop_ends_with_an_exit_code_and_takes_little_time_of_the_proces
         assert all("as the one before" in each["text"] and each["traceback"] == "" for each in failed[1:])
 
 
+def test_what_all_workers_lack_as_they_start_is_tried_again(tmp_path: Path) -> None:
+    """S4: there are more of them than attempts."""
+    (tmp_path / "shop.py").write_text(
+        "import os\n"
+        "with open('boots', 'ab', buffering=0) as boots:\n"
+        "    boots.write(b'.')\n"
+        "    if os.fstat(boots.fileno()).st_size <= 6:\n"
+        "        raise ConnectionError('no database')\n"
+        "def app(connection, address): connection.sendall(b'%d' % os.getpid())\n"
+    )
+    body = 'sys.exit(fdpool.Server("shop:app", "127.0.0.1:0", workers=6, boot_limit=5).run())'
+    with program(tmp_path, body) as server:
+        server.expect("started")
+        assert server.events().count("worker_failed") == 6
+        server.signal(signal.SIGTERM)
+        assert server.wait() == 0
+
+
 def test_an_address_in_use_is_an_error_at_once(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
