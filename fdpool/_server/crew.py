@@ -45,7 +45,7 @@ class Hears(Protocol):
     def worker_ready(self, number: int) -> None:
         """The worker serves."""
 
-    def worker_retires(self, number: int) -> None:
+    def worker_retires(self, number: int, why: str) -> None:
         """The worker asks to be replaced."""
 
     def worker_closed(self, number: int) -> None:
@@ -181,10 +181,7 @@ class Crew:
                 self._handoff.opened(link.number, most)
             self._boss.worker_ready(link.number)
         elif said == "retire":
-            news.say_of(
-                link, "worker_retires", "is to be replaced: %s", message["why"], reason=message["why"]
-            )
-            self._boss.worker_retires(link.number)
+            self._boss.worker_retires(link.number, str(message["why"]))
         elif said == "closed":
             self._boss.worker_closed(link.number)
         elif said == "failed":
@@ -224,6 +221,12 @@ class Crew:
         self._reopened_logs = True
         for link in self.links.values():
             link.tell({"do": "reopen"})
+
+    def retires(self, number: int, why: str) -> None:
+        """Have the log say why a worker is to be replaced."""
+        link = self.links.get(number)
+        if link is not None:
+            news.say_of(link, "worker_retires", "is to be replaced: %s", why, reason=why)
 
     def drain(self, number: int, grace_s: float, leaving: bool) -> None:
         """Tell a worker to take nothing new, and to be done after `grace_s`."""

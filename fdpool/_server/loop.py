@@ -31,6 +31,7 @@ from .plan import (
     Over,
     Plan,
     Reloaded,
+    Retires,
     Started,
     StartWorker,
 )
@@ -112,6 +113,7 @@ class Loop:
         crew = self.crew
         self._performers: dict[type, Callable[[Any], None]] = {
             StartWorker: lambda action: crew.start(*action),
+            Retires: lambda action: crew.retires(*action),
             DrainWorker: lambda action: crew.drain(*action),
             EndWorker: lambda action: crew.end(*action),
             CloseGeneration: lambda action: pools.close(action.generation),
@@ -262,7 +264,7 @@ class Loop:
         if verdict is Verdict.STUCK:
             self._perform(self._plan.hung(number, now, why))
         elif verdict is Verdict.LARGE:
-            self._perform(self._plan.retire(number, now))
+            self._perform(self._plan.retire(number, now, why))
         else:
             self.crew.show(number, why)
 
@@ -418,8 +420,8 @@ class Loop:
         self._perform(self._plan.readied(number, time.monotonic()))
         self._widen()
 
-    def worker_retires(self, number: int) -> None:
-        self._perform(self._plan.retire(number, time.monotonic()))
+    def worker_retires(self, number: int, why: str) -> None:
+        self._perform(self._plan.retire(number, time.monotonic(), why))
 
     def worker_closed(self, number: int) -> None:
         self._perform(self._plan.closed(number, time.monotonic()))

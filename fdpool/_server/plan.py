@@ -36,6 +36,13 @@ class StartWorker(NamedTuple):
     spread: float  # by which factor its share of requests differs from the others'
 
 
+class Retires(NamedTuple):
+    """The worker is to be replaced, and serves until it is."""
+
+    worker: WorkerNumber
+    why: str
+
+
 class DrainWorker(NamedTuple):
     """Tell the worker to take nothing new, and to be done after `grace_s` at the latest."""
 
@@ -86,7 +93,16 @@ class Over(NamedTuple):
 
 
 Action = Union[
-    StartWorker, DrainWorker, EndWorker, CloseGeneration, Started, Reloaded, Abandoned, GaveUp, Over
+    StartWorker,
+    Retires,
+    DrainWorker,
+    EndWorker,
+    CloseGeneration,
+    Started,
+    Reloaded,
+    Abandoned,
+    GaveUp,
+    Over,
 ]
 
 
@@ -127,7 +143,9 @@ class Worker:
         self.deadline: float | None = deadline  # of booting or draining
         self.retire_at: float | None = None
         self.retiring = False
-        self.retires_early = False  # asked to while it booted: heeded when it serves, and has taken its place
+        self.retires_early: str | None = (
+            None  # why it asked to as it booted: heeded once it has taken its place
+        )
         self.closed = False  # it accepts nothing any more
         self.young_until = 0.0
 
@@ -215,7 +233,7 @@ class Plan:
                 actions += self._overdue(worker, now)
             if worker.retire_at is not None and worker.retire_at <= now:
                 worker.retire_at = None
-                worker.retiring = True
+                actions += self._retire(worker, self._aged(worker))
         return [*actions, *self._reconcile(now)]
 
     def readied(self, number: WorkerNumber, now: float) -> Sequence[Action]:
@@ -231,10 +249,10 @@ class Plan:
         self._forget_failures()
         self._proven.add(worker.generation)
         actions = self._reconcile(now)
-        if not worker.retires_early:
+        if worker.retires_early is None:
             return actions
         self._lost(worker, now)
-        return [*actions, *self.retire(number, now)]
+        return [*actions, *self.retire(number, now, worker.retires_early)]
 
     def exited(self, number: WorkerNumber, now: float, why: str = "") -> Sequence[Action]:
         """The worker is dead, or has done with serving."""
@@ -250,15 +268,14 @@ class Plan:
             self._lost(worker, now)
         return [*actions, *self._reconcile(now)]
 
-    def retire(self, number: WorkerNumber, now: float) -> Sequence[Action]:
+    def retire(self, number: WorkerNumber, now: float, why: str) -> Sequence[Action]:
         """The worker has done its share (requests, memory): it is to be replaced, without a gap."""
         worker = self.workers.get(number)
         if worker is not None and worker.state is State.BOOTING:
-            worker.retires_early = True
+            worker.retires_early = why
         if worker is None or worker.state is not State.SERVING:
             return ()
-        worker.retiring = True
-        return self._reconcile(now)
+        return [*self._retire(worker, why), *self._reconcile(now)]
 
     def closed(self, number: WorkerNumber, now: float) -> Sequence[Action]:
         """The worker, which drains, accepts nothing any more."""
@@ -395,6 +412,16 @@ class Plan:
         deadline = now + self.settings.boot_timeout_s
         self.workers[self._numbers] = Worker(self._numbers, slot, generation, deadline)
         return StartWorker(self._numbers, slot, generation, self.spread(self._numbers))
+
+    def _retire(self, worker: Worker, why: str) -> list[Action]:
+        if worker.retiring:
+            return []
+        worker.retiring = True
+        return [Retires(worker.number, why)]
+
+    def _aged(self, worker: Worker) -> str:
+        served_s = (self.settings.max_age_s or 0.0) * self.spread(worker.number)
+        return f"it has served for {served_s:.1f} seconds, and its max_age is over"
 
     def _dismiss(self, worker: Worker, now: float) -> list[Action]:
         before = worker.state

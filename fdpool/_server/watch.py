@@ -52,6 +52,10 @@ def how_long(seen: Seen, now: float) -> str:
     return f"{what} for {seen.stuck_s(now):.1f} seconds"
 
 
+def _mebibytes(size: int) -> str:
+    return f"{size / 2**20:.1f} MiB"
+
+
 class Watch:
     """Looks at workers, at times of its own.
 
@@ -87,9 +91,9 @@ class Watch:
             why = judge(seen, now, self._request_timeout_s) or self._stopped(link, now)
             if why is not None:
                 yield Finding(link.number, Verdict.STUCK, why)
-            elif self._is_large(link):
+            elif (size := self._too_large(link)) is not None:
                 self._retired.add(link.number)
-                yield Finding(link.number, Verdict.LARGE)
+                yield Finding(link.number, Verdict.LARGE, size)
             elif self._is_slow(link, seen, now):
                 yield Finding(link.number, Verdict.SLOW, how_long(seen, now))
 
@@ -107,11 +111,14 @@ class Watch:
         self._told[link.number] = since
         return since - known > _SLOW_S / 2
 
-    def _is_large(self, link: "WorkerLink") -> bool:
+    def _too_large(self, link: "WorkerLink") -> str | None:
+        """How large it is and may be, if that is too large and nobody has been told."""
         if self._max_memory is None or link.number in self._retired:
-            return False
+            return None
         size = resident_bytes(link.pid)
-        return size is not None and size > self._max_memory
+        if size is None or size <= self._max_memory:
+            return None
+        return f"it has {_mebibytes(size)} of memory, and max_memory is {_mebibytes(self._max_memory)}"
 
     def _stopped(self, link: "WorkerLink", now: float) -> str | None:
         """Why it must go, if it has been stopped for too long. One that a debugger has stopped is left alone."""

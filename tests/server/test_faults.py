@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import http.client
+import json
 import os
+import re
 import resource
 import select
 import signal
@@ -24,6 +26,7 @@ import psutil
 import pytest
 
 from fdpool import ForkedPool, NotPicklable, ServerFailed, current_worker
+from fdpool._serve import log
 from fdpool._server import accept
 from fdpool._server.handoff import Handoff
 from fdpool.server import Server, ServerWorker
@@ -1030,7 +1033,7 @@ def test_workers_are_replaced_after_so_many_requests_more_or_less_and_none_is_lo
         assert shares <= {f"it has served {count} requests" for count in range(10, 31)}
 
 
-def test_workers_are_replaced_at_an_age_and_at_a_size() -> None:
+def test_workers_are_replaced_at_an_age_and_at_a_size(caplog: pytest.LogCaptureFixture) -> None:
     """P15."""
 
     def grow(connection: socket.socket, _: object) -> None:
@@ -1038,13 +1041,21 @@ def test_workers_are_replaced_at_an_age_and_at_a_size() -> None:
         connection.sendall(b"%d " % os.getpid())
 
     grown: list[bytearray] = []
-    with Server(grow, ANY_PORT, workers=1, max_memory=120_000_000) as server:
-        first, _ = ask(server, b"no")
-        assert ask(server, b"grow")[0] == first
-        wait_until(lambda: ask(server, b"no")[0] != first)
-    with Server(echo_pid, ANY_PORT, workers=1, max_age=0.5) as server:
-        first, _ = ask(server)
-        wait_until(lambda: pids(server) not in ([first], []))
+    with records(caplog) as logged:
+        with Server(grow, ANY_PORT, workers=1, max_memory=120_000_000) as server:
+            first, _ = ask(server, b"no")
+            assert ask(server, b"grow")[0] == first
+            wait_until(lambda: ask(server, b"no")[0] != first)
+        with Server(echo_pid, ANY_PORT, workers=1, max_age=0.5) as server:
+            second, _ = ask(server)
+            wait_until(lambda: pids(server) not in ([second], []))
+        of_size, of_age, *_ = logged("worker_retires")
+    assert (of_size.slot, of_size.worker_pid, of_age.worker_pid) == (0, first, second)
+    assert re.fullmatch(r"it has 1\d\d\.\d MiB of memory, and max_memory is 114\.4 MiB", of_size.reason)
+    assert of_age.reason == "it has served for 0.5 seconds, and its max_age is over"
+    for record in (of_size, of_age):
+        assert f"worker 0 is to be replaced: {record.reason}" in log.Lines().format(record)
+        assert json.loads(log.Json().format(record))["reason"] == record.reason
 
 
 # -- clients that go ----------------------------------------------------------------------------------------

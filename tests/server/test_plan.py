@@ -18,6 +18,7 @@ from fdpool._server.plan import (
     Over,
     Plan,
     Reloaded,
+    Retires,
     Settings,
     Started,
     StartWorker,
@@ -398,11 +399,29 @@ def test_scaling_during_a_reload_is_heeded() -> None:
 def test_a_retiring_worker_serves_until_its_successor_does() -> None:
     world = started(2)
     oldest = min(world.serving)
-    world.do(world.plan.retire(oldest, world.now))
+    world.do(world.plan.retire(oldest, world.now, "it is enough"))
     assert oldest in world.serving
     world.ready()
     assert oldest in world.draining
     assert len(world.serving) == 2
+
+
+def test_why_a_worker_is_replaced_is_told_once() -> None:
+    world = started(1, max_age_s=1000.0, jitter=0.0, boot_timeout_s=1e6)
+    world.wait(1000)
+    assert world.told(Retires) == [Retires(1, "it has served for 1000.0 seconds, and its max_age is over")]
+    world.do(world.plan.retire(1, world.now, "it is enough"))
+    world.ready()
+    world.do(world.plan.retire(1, world.now, "it is enough"))
+    assert world.told(Retires) == []
+    world.do(world.plan.retire(2, world.now, "it is enough"))
+    world.do(world.plan.retire(2, world.now, "it is more than enough"))
+    world.wait(1000)
+    assert world.told(Retires) == [Retires(2, "it is enough")]
+    world.do(world.plan.retire(3, world.now, "as it boots"))
+    assert world.told(Retires) == []
+    world.ready()
+    assert world.told(Retires) == [Retires(3, "as it boots")]
 
 
 def test_who_is_to_retire_while_it_boots_serves_first_and_takes_its_place() -> None:
@@ -410,7 +429,7 @@ def test_who_is_to_retire_while_it_boots_serves_first_and_takes_its_place() -> N
     [old] = world.serving
     world.reload()
     [early] = world.booting
-    world.do(world.plan.retire(early, world.now))
+    world.do(world.plan.retire(early, world.now, "it is enough"))
     assert [*world.booting] == [early]
     world.ready()
     assert old in world.draining
@@ -424,11 +443,11 @@ def test_who_is_to_retire_while_it_boots_serves_first_and_takes_its_place() -> N
 
 def test_who_are_all_to_retire_while_they_boot_are_replaced_ever_later_and_serve_meanwhile() -> None:
     world = started(2)
-    world.do(world.plan.retire(min(world.serving), world.now))
+    world.do(world.plan.retire(min(world.serving), world.now, "it is enough"))
     pauses = []
     for _ in range(12):
         [early] = world.booting
-        world.do(world.plan.retire(early, world.now))
+        world.do(world.plan.retire(early, world.now, "it is enough"))
         world.ready()
         world.exit(min(world.draining))
         before = world.now
@@ -450,7 +469,7 @@ def test_a_reload_is_over_when_all_are_of_the_new_code_however_soon_they_are_to_
         world.ready()
         for worker, each in world.serving.items():
             if each.generation == 2:
-                world.do(world.plan.retire(worker, world.now))
+                world.do(world.plan.retire(worker, world.now, "it is enough"))
     assert world.generations() == [2, 2]
     assert world.told(Reloaded) == [Reloaded(2)]
     world.all_ready()
@@ -460,7 +479,7 @@ def test_a_reload_is_over_when_all_are_of_the_new_code_however_soon_they_are_to_
 def test_a_server_has_started_when_all_serve_however_soon_they_are_to_be_replaced() -> None:
     world = World(2)
     world.ready()
-    world.do(world.plan.retire(min(world.serving), world.now))
+    world.do(world.plan.retire(min(world.serving), world.now, "it is enough"))
     world.ready(2)
     assert world.told(Started) == [Started()]
 
@@ -472,7 +491,7 @@ def test_whoever_is_to_be_replaced_has_his_turn_however_soon_others_are_to_be_ag
         world.ready()
         for worker, each in list(world.serving.items()):
             if each.generation == 2:
-                world.do(world.plan.retire(worker, world.now))
+                world.do(world.plan.retire(worker, world.now, "it is enough"))
     assert world.generations() == [2, 2, 2, 2]
 
 
@@ -573,7 +592,7 @@ def test_whatever_happens_in_whatever_order_the_last_wish_comes_true(seed: int) 
         elif event in (3, 4) and (able := [each for each in world.booting if each not in world.doomed]):
             world.ready(chance.choice(able))
         elif event == 5 and everybody:
-            world.do(world.plan.retire(chance.choice(everybody), world.now))
+            world.do(world.plan.retire(chance.choice(everybody), world.now, "it is enough"))
         elif event == 6 and everybody:
             world.do(world.plan.hung(chance.choice(everybody), world.now, "hung"))
         elif event == 7 and world.draining:
