@@ -222,11 +222,12 @@ class Crew:
         for link in self.links.values():
             link.tell({"do": "reopen"})
 
-    def retires(self, number: int, why: str) -> None:
+    def retires(self, number: int, why: str, too_soon: bool) -> None:
         """Have the log say why a worker is to be replaced."""
         link = self.links.get(number)
         if link is not None:
-            news.say_of(link, "worker_retires", "is to be replaced: %s", why, reason=why)
+            level = logging.WARNING if too_soon else logging.INFO
+            news.say_of(link, "worker_retires", "is to be replaced: %s", why, level=level, reason=why)
 
     def drain(self, number: int, grace_s: float, leaving: bool) -> None:
         """Tell a worker to take nothing new, and to be done after `grace_s`."""

@@ -264,7 +264,7 @@ class Loop:
         if verdict is Verdict.STUCK:
             self._perform(self._plan.hung(number, now, why))
         elif verdict is Verdict.LARGE:
-            self._perform(self._plan.retire(number, now, why))
+            self._perform(self._plan.retire(number, now, why, too_large=True))
         else:
             self.crew.show(number, why)
 

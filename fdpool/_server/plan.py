@@ -37,10 +37,11 @@ class StartWorker(NamedTuple):
 
 
 class Retires(NamedTuple):
-    """The worker is to be replaced, and serves until it is."""
+    """The worker is to be replaced, and serves until it is; `too_soon` if those that come after it will be as well."""
 
     worker: WorkerNumber
     why: str
+    too_soon: bool = False
 
 
 class DrainWorker(NamedTuple):
@@ -233,7 +234,9 @@ class Plan:
                 actions += self._overdue(worker, now)
             if worker.retire_at is not None and worker.retire_at <= now:
                 worker.retire_at = None
-                actions += self._retire(worker, self._aged(worker))
+                if not worker.retiring:
+                    worker.retiring = True
+                    actions.append(Retires(worker.number, self._aged(worker)))
         return [*actions, *self._reconcile(now)]
 
     def readied(self, number: WorkerNumber, now: float) -> Sequence[Action]:
@@ -268,14 +271,21 @@ class Plan:
             self._lost(worker, now)
         return [*actions, *self._reconcile(now)]
 
-    def retire(self, number: WorkerNumber, now: float, why: str) -> Sequence[Action]:
-        """The worker has done its share (requests, memory): it is to be replaced, without a gap."""
+    def retire(self, number: WorkerNumber, now: float, why: str, too_large: bool = False) -> Sequence[Action]:
+        """The worker has done its share (requests, memory): it is to be replaced, without a gap.
+
+        Args:
+            too_large: if it is so from its start, others are to come as slowly as if it had died.
+        """
         worker = self.workers.get(number)
         if worker is not None and worker.state is State.BOOTING:
             worker.retires_early = why
-        if worker is None or worker.state is not State.SERVING:
+        if worker is None or worker.state is not State.SERVING or worker.retiring:
             return ()
-        return [*self._retire(worker, why), *self._reconcile(now)]
+        worker.retiring = True
+        if too_large:
+            self._lost(worker, now)
+        return [Retires(number, why, too_large and now < worker.young_until), *self._reconcile(now)]
 
     def closed(self, number: WorkerNumber, now: float) -> Sequence[Action]:
         """The worker, which drains, accepts nothing any more."""
@@ -413,12 +423,6 @@ class Plan:
         self.workers[self._numbers] = Worker(self._numbers, slot, generation, deadline)
         return StartWorker(self._numbers, slot, generation, self.spread(self._numbers))
 
-    def _retire(self, worker: Worker, why: str) -> list[Action]:
-        if worker.retiring:
-            return []
-        worker.retiring = True
-        return [Retires(worker.number, why)]
-
     def _aged(self, worker: Worker) -> str:
         served_s = (self.settings.max_age_s or 0.0) * self.spread(worker.number)
         return f"it has served for {served_s:.1f} seconds, and its max_age is over"
@@ -460,8 +464,8 @@ class Plan:
         return self._places.setdefault(slot, _Place())
 
     def _lost(self, worker: Worker, now: float) -> None:
-        """A worker that served has died, unasked, or has asked as it booted to be replaced: the next one comes at once,
-        unless this happens again and again."""
+        """A worker that served has died, unasked, or has asked as it booted to be replaced, or is too large: the next
+        one comes at once, unless this happens again and again."""
         place = self._place(worker.slot)
         if now >= worker.young_until:
             place.losses = 0

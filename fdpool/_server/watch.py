@@ -91,7 +91,7 @@ class Watch:
             why = judge(seen, now, self._request_timeout_s) or self._stopped(link, now)
             if why is not None:
                 yield Finding(link.number, Verdict.STUCK, why)
-            elif (size := self._too_large(link)) is not None:
+            elif (size := self._too_large(link, seen)) is not None:
                 self._retired.add(link.number)
                 yield Finding(link.number, Verdict.LARGE, size)
             elif self._is_slow(link, seen, now):
@@ -111,14 +111,17 @@ class Watch:
         self._told[link.number] = since
         return since - known > _SLOW_S / 2
 
-    def _too_large(self, link: "WorkerLink") -> str | None:
+    def _too_large(self, link: "WorkerLink", seen: Seen) -> str | None:
         """How large it is and may be, if that is too large and nobody has been told."""
         if self._max_memory is None or link.number in self._retired:
             return None
         size = resident_bytes(link.pid)
         if size is None or size <= self._max_memory:
             return None
-        return f"it has {_mebibytes(size)} of memory, and max_memory is {_mebibytes(self._max_memory)}"
+        why = f"it has {_mebibytes(size)} of memory, and max_memory is {_mebibytes(self._max_memory)}"
+        # What accepts for itself does not say what it serves.
+        is_new = seen.begun == 0 and link.interface != "listeners"
+        return f"{why}, less than a worker has that serves nothing yet" if is_new else why
 
     def _stopped(self, link: "WorkerLink", now: float) -> str | None:
         """Why it must go, if it has been stopped for too long. One that a debugger has stopped is left alone."""

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import http.client
 import json
+import logging
 import os
 import re
 import resource
@@ -27,7 +28,7 @@ import pytest
 
 from fdpool import ForkedPool, NotPicklable, ServerFailed, current_worker
 from fdpool._serve import log
-from fdpool._server import accept
+from fdpool._server import accept, watch
 from fdpool._server.handoff import Handoff
 from fdpool.server import Server, ServerWorker
 from tests.process_state import seconds_until_gone, wait_until
@@ -1056,6 +1057,22 @@ def test_workers_are_replaced_at_an_age_and_at_a_size(caplog: pytest.LogCaptureF
     for record in (of_size, of_age):
         assert f"worker 0 is to be replaced: {record.reason}" in log.Lines().format(record)
         assert json.loads(log.Json().format(record))["reason"] == record.reason
+
+
+def test_a_server_whose_max_memory_is_too_little_for_any_worker_says_so_and_replaces_them_ever_later(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watch, "_LOOK_S", 0.01)
+    with records(caplog) as logged, Server(echo_pid, ANY_PORT, workers=1, max_memory=1 << 20) as server:
+        wait_until(lambda: len(logged("worker_retires")) > 3)
+        assert ask(server)[1] == b"hello"
+        said = logged("worker_retires")
+        assert all(each.levelno == logging.WARNING for each in said)
+        assert re.fullmatch(
+            r"it has \d+\.\d MiB of memory, and max_memory is 1\.0 MiB, less than a worker has that serves nothing yet",
+            said[0].reason,
+        )
+        assert said[3].created - said[1].created >= 0.1 + 0.2
 
 
 # -- clients that go ----------------------------------------------------------------------------------------

@@ -462,6 +462,37 @@ def test_who_are_all_to_retire_while_they_boot_are_replaced_ever_later_and_serve
     assert pauses[-1] == pytest.approx(2.0)
 
 
+def test_who_are_too_large_from_their_start_are_replaced_ever_later_and_serve_meanwhile() -> None:
+    world = started(2)
+    pauses = []
+    for _ in range(12):
+        large = next(number for number, each in world.serving.items() if each.slot == 0)
+        world.do(world.plan.retire(large, world.now, "it is large", too_large=True))
+        before = world.now
+        while not world.booting:
+            assert large in world.serving
+            moment = world.plan.next_deadline()
+            assert moment is not None
+            world.wait(moment - world.now)
+        pauses.append(world.now - before)
+        world.all_ready()
+    assert pauses[0] == 0
+    assert pauses == sorted(pauses)
+    assert pauses[-1] == pytest.approx(2.0)
+    assert all(told.too_soon for told in world.told(Retires))  # type: ignore[union-attr]
+
+
+def test_who_has_become_too_large_is_replaced_at_once_however_often() -> None:
+    world = started(1)
+    for _ in range(5):
+        world.wait(60)
+        [large] = world.serving
+        world.do(world.plan.retire(large, world.now, "it is large", too_large=True))
+        assert world.booting
+        world.all_ready()
+    assert not any(told.too_soon for told in world.told(Retires))  # type: ignore[union-attr]
+
+
 def test_a_reload_is_over_when_all_are_of_the_new_code_however_soon_they_are_to_be_replaced_again() -> None:
     world = started(2)
     world.reload()
@@ -592,7 +623,8 @@ def test_whatever_happens_in_whatever_order_the_last_wish_comes_true(seed: int) 
         elif event in (3, 4) and (able := [each for each in world.booting if each not in world.doomed]):
             world.ready(chance.choice(able))
         elif event == 5 and everybody:
-            world.do(world.plan.retire(chance.choice(everybody), world.now, "it is enough"))
+            worker = chance.choice(everybody)
+            world.do(world.plan.retire(worker, world.now, "it is enough", too_large=worker % 2 == 0))
         elif event == 6 and everybody:
             world.do(world.plan.hung(chance.choice(everybody), world.now, "hung"))
         elif event == 7 and world.draining:
