@@ -6,19 +6,27 @@ A path of the file system is replaced only if nobody listens there, and removed 
 import contextlib
 import errno
 import fcntl
+import logging
 import os
 import socket
 import stat
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from . import _own_sockets
 from ._bind_spec import Tcp, Unix
+from ._log import log
 from .errors import BindFailed
 
 _Address = tuple[Any, ...]  # as getaddrinfo gives it, and bind takes it
 
 _PORTS_TRIED = 20
+_BEGINNING_S = (
+    5.0  # how long a folder's lock is waited for; servers of ours have it for less than a millisecond
+)
+_END_S = 1.0
+_LOOK_S = 0.005
 _ABSENT = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)  # this machine has no such address, or no IPv6 at all
 
 
@@ -35,7 +43,11 @@ class OwnPath(NamedTuple):
 
     def remove(self) -> None:
         """Unlink it, if nothing else has taken its place, and this process still may: else the next to listen does."""
-        with _folder_locked(self.path), contextlib.suppress(OSError):
+        with _folder_locked(self.path, _END_S) as is_locked, contextlib.suppress(OSError):
+            if not is_locked:
+                extra = {"event": "folder_locked", "file": self.path}
+                text = "unix:%s is removed although %s"
+                log("fdpool.server", logging.WARNING, text, self.path, _kept(_END_S), extra=extra)
             if _identity(self.path) == self.identity:
                 os.unlink(self.path)
 
@@ -147,7 +159,10 @@ def listen_unix(spec: Unix, backlog: int) -> tuple[socket.socket, OwnPath | None
     """
     try:
         if not spec.is_abstract:
-            with _folder_locked(spec.path):
+            with _folder_locked(spec.path, _BEGINNING_S) as is_locked:
+                if not is_locked:
+                    why = f"{_kept(_BEGINNING_S)}; end it (`lslocks` shows it), or choose another folder"
+                    raise BindFailed(f"cannot listen on unix:{spec.path}: {why}", errno.EWOULDBLOCK)
                 return _listen_at_path(spec, backlog)
         listening = _own_sockets.made(socket.AF_UNIX)
         try:
@@ -216,22 +231,40 @@ def _remove_stale(path: str) -> None:
 
 
 @contextlib.contextmanager
-def _folder_locked(path: str) -> Iterator[None]:
+def _folder_locked(path: str, limit_s: float) -> Iterator[bool]:
     """Keep other servers of ours from binding and removing in the same folder meanwhile.
 
     Between `bind` and `listen` a socket looks stale, so two that start at once would each remove the other's.
+
+    Returns: False if another process has the lock, and keeps it for so long: whoever may read the folder can.
     """
     try:
         folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError:  # it cannot be read, or is missing, which `bind` says better
-        yield
+        yield True
         return
     try:
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(folder, fcntl.LOCK_EX)
-        yield
+        yield _lock(folder, time.monotonic() + limit_s)
     finally:
         os.close(folder)
+
+
+def _lock(folder: int, deadline: float) -> bool:
+    while True:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(_LOOK_S)
+        except OSError:
+            return True  # a file system without locks
+        else:
+            return True
+
+
+def _kept(limit_s: float) -> str:
+    return f"another process has kept its folder locked (flock) for {limit_s:g} seconds"
 
 
 def _identity(path: str) -> tuple[int, int] | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
+import logging
 import os
 import select
 import socket
@@ -12,14 +14,16 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from fdpool import BindFailed
+from fdpool import BindFailed, _bind_sockets
 from fdpool._bind import Listener, open_listeners
 from fdpool._bind_spec import FromSystemd, Inherited, Tcp, Unix, parse
-from tests.process_state import open_descriptors
+from tests.process_state import open_descriptors, wait_until
 
 # -- the forms -------------------------------------------------------------------------------------
 
@@ -404,6 +408,47 @@ def test_of_many_that_start_at_once_on_a_stale_path_one_listens_and_the_others_a
         assert (len(listening), len(refused)) == (1, 7)
         assert answers(listening[0])
         listening[0].close()
+
+
+@contextlib.contextmanager
+def folder_locked(folder: Path) -> Iterator[None]:
+    """Whoever may read a folder may lock it, for as long as they like."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+def test_a_folder_that_stays_locked_is_told_and_a_lock_that_goes_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch, folder_locked(tmp_path):
+        patch.setattr(_bind_sockets, "_BEGINNING_S", 0.05)
+        with pytest.raises(BindFailed, match=r"s: another process .* \(flock\) for 0\.05 seconds"):
+            open_listeners(f"unix:{tmp_path}/s")
+    assert not (tmp_path / "s").exists()
+    with ThreadPoolExecutor(1) as executor:
+        with folder_locked(tmp_path):
+            opened = executor.submit(open_listeners, f"unix:{tmp_path}/s")
+            wait_until(opened.running)
+        (listener,) = opened.result()
+    with listener:
+        assert answers(listener)
+
+
+def test_a_listener_removes_its_file_also_from_a_folder_that_stays_locked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (listener,) = open_listeners(f"unix:{tmp_path}/s")
+    monkeypatch.setattr(_bind_sockets, "_END_S", 0.05)
+    with folder_locked(tmp_path):
+        listener.close()
+    assert not (tmp_path / "s").exists()
+    [told] = caplog.records
+    assert (told.levelno, told.event) == (logging.WARNING, "folder_locked")  # type: ignore[attr-defined]
+    assert f"unix:{tmp_path}/s" in told.getMessage()
 
 
 # -- what is open already --------------------------------------------------------------------------
