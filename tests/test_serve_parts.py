@@ -375,6 +375,24 @@ def test_a_successor_takes_the_file_over_and_the_one_before_leaves_it(tmp_path: 
     assert not path.exists()
 
 
+@pytest.mark.parametrize("replace", [True, False])
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
+def test_what_is_no_regular_file_is_refused_and_left_alone(kind: str, replace: bool, tmp_path: Path) -> None:
+    """As root it could be replaced (/dev/null), and a pipe that nobody writes to would be waited for."""
+    path = tmp_path / "pid"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/null")
+    else:
+        path.mkdir()
+    before = path.lstat()
+    with pytest.raises(PidFileRefused, match="is no regular file"):
+        PidFile(str(path), replace=replace)
+    assert os.path.samestat(path.lstat(), before)
+    assert [*tmp_path.iterdir()] == [path]
+
+
 @pytest.mark.parametrize("name", ["no/such/folder/pid", "."])
 def test_a_file_that_cannot_be_written_is_said(name: str, tmp_path: Path) -> None:
     with pytest.raises(PidFileRefused, match="cannot"):

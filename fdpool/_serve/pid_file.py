@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import stat
 import tempfile
 
 from ..errors import FdpoolError
@@ -21,7 +22,7 @@ class PidFileRefused(FdpoolError, OSError):
 class PidFile:
     """Holds this process's id in a file, from now until `close`.
 
-    The file appears whole, by a rename. One that a dead server has left is replaced.
+    The file appears whole, by a rename. One that a dead server has left is replaced; nothing else than a file is.
 
     Args:
         path: absolute.
@@ -33,6 +34,7 @@ class PidFile:
 
     def __init__(self, path: str, *, replace: bool = False) -> None:
         self._path = path
+        _check_kind(path)
         if not replace and (holder := _live_holder(path)) is not None:
             raise PidFileRefused(
                 f"{path} belongs to a server that runs, process {holder}: stop that one, or choose another file"
@@ -53,6 +55,18 @@ class PidFile:
             pass  # somebody has removed it, or its folder
         os.close(self._fd)
         self._fd = -1
+
+
+def _check_kind(path: str) -> None:
+    """A device would be replaced, if this is root; and a pipe is not opened before somebody writes to it."""
+    try:
+        kind = os.stat(path).st_mode
+    except OSError:
+        return  # it is not there, or what comes next says why it cannot be used
+    if not stat.S_ISREG(kind):
+        raise PidFileRefused(
+            f"the pid file {path} cannot be written: it is no regular file; choose another path"
+        )
 
 
 def _write(path: str) -> int:
