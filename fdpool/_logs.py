@@ -2,7 +2,7 @@
 
 In the worker a handler of the root logger sends each record as a datagram of the task link, so they arrive in order and
 before the answer of the task that wrote them. A client that does not read holds a record up for `_PATIENCE_S` at most;
-then it is dropped, and the next that goes through says how many were.
+then it is dropped, and so is what follows, at once, until there is room again: then a record says how many were.
 """
 
 from __future__ import annotations
@@ -36,10 +36,15 @@ class Forwarder(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            if self._dropped and self._send(_fields(self._report_of_dropped())):
+            if self._dropped:
+                # One record has waited in vain. If each did, a client that stands still would hold up a task that logs
+                # a thousand lines for a quarter of an hour.
+                if not self._send(_fields(self._report_of_dropped()), 0.0):
+                    self._dropped += 1
+                    return
                 self._dropped = 0
             record.processName = self._name
-            if not self._send(_fields(record)):
+            if not self._send(_fields(record), _PATIENCE_S):
                 self._dropped += 1
         except Exception:
             self.handleError(record)
@@ -50,11 +55,11 @@ class Forwarder(logging.Handler):
         record.processName = self._name
         return record
 
-    def _send(self, body: bytes) -> bool:
+    def _send(self, body: bytes, patience_s: float) -> bool:
         header = _messages.pack_header(_messages.LOG, 0, len(body))
-        deadline = time.monotonic() + _PATIENCE_S
+        deadline = time.monotonic() + patience_s
         while not wire.try_send(self._inbox, (header, body)):
-            if time.monotonic() > deadline:
+            if time.monotonic() >= deadline:
                 return False
             select.select([], [], [], _PAUSE_S)
         return True

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import logging
+import time
 from typing import Any
 
 
 def log_numbers(name: str, count: int) -> None:
     for number in range(count):
         logging.getLogger(name).info("number %d of %s", number, name, extra={"number": number})
+
+
+def flood(name: str, count: int, patience_s: float) -> float:
+    """Log so many records, of which each may wait so long; returns the seconds that it took."""
+    from fdpool import _logs
+
+    _logs._PATIENCE_S = patience_s
+    began = time.monotonic()
+    log_numbers(name, count)
+    return time.monotonic() - began
 
 
 def log_error() -> None:

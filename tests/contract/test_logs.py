@@ -7,14 +7,13 @@ import os
 import signal
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fdpool import Pool
 from tests.contract import helpers
-from tests.contract.helpers_logs import log_awkward, log_error, log_numbers
+from tests.contract.helpers_logs import flood, log_awkward, log_error, log_numbers
 from tests.process_state import wait_until
 
 
@@ -116,38 +115,46 @@ def test_a_handler_that_raises_or_waits_does_not_hurt_the_pool(records: list[log
         logger.removeHandler(handler)
 
 
-def test_a_flood_of_records_ends_and_what_was_dropped_is_said(
-    records: list[logging.LogRecord], tmp_path: Path
-) -> None:
-    """The client does not read for a while: the task goes on, and the next record says how many are missing."""
-    over = tmp_path / "over"
-
-    def flood() -> float:
-        from fdpool import _logs
-
-        _logs._PATIENCE_S = 0.003
-        began = time.monotonic()
-        log_numbers("fdpool.test", 400)
-        over.touch()
-        return time.monotonic() - began
-
-    def one_more() -> None:
-        logging.getLogger("fdpool.test").info("one more")
-
+@pytest.mark.usefixtures("records")
+def test_a_flood_of_records_ends_and_what_was_dropped_is_said() -> None:
+    """The client does not read for a while: the task waits once, not for each record, and none is missing untold."""
+    found: list[logging.LogRecord] = []
     logger = logging.getLogger("fdpool")
-    logger.addHandler(keeper := _Keeper(records))
+    logger.addHandler(keeper := _Keeper(found))
     try:
         with Pool(1, log_level="INFO") as pool:
             pool.submit(helpers.square, 2).result(timeout=20)
             with pool._client.receiver.undisturbed:  # nobody receives
-                future = pool.submit(flood)
-                wait_until(over.exists, limit_s=60)
-            assert future.result(timeout=20) < 60
-            pool.submit(one_more).result(timeout=20)
-            wait_until(lambda: any("were dropped" in record.getMessage() for record in records))
-            wait_until(lambda: any(record.getMessage() == "one more" for record in records))
+                future = pool.submit(flood, "fdpool.test", 400, patience_s=0.2)
+                wait_until(lambda: has_ended(pool), limit_s=60)
+            assert future.result(timeout=20) < 10, "it has waited for each record"
+            pool.submit(log_numbers, "fdpool.test", 1).result(timeout=20)
+            wait_until(lambda: len(found) > 2 and "were dropped" in found[-2].getMessage())
     finally:
         logger.removeHandler(keeper)
+    *arrived, said, last = found
+    assert [record.number for record in (*arrived, last)] == [*range(len(arrived)), 0]  # type: ignore[attr-defined]
+    assert said.getMessage().startswith(f"{400 - len(arrived)} log records of this worker were dropped")
+
+
+def test_records_wait_again_for_a_client_that_has_begun_to_read(records: list[logging.LogRecord]) -> None:
+    """None is dropped that there is room for in time, also after some were."""
+    with Pool(1, log_level="INFO") as pool:
+        pool.submit(helpers.square, 2).result(timeout=20)
+        with pool._client.receiver.undisturbed:
+            future = pool.submit(flood, "fdpool.test", 400, patience_s=0.2)
+            wait_until(lambda: has_ended(pool), limit_s=60)
+        future.result(timeout=20)
+        pool.submit(flood, "fdpool.test", 2000, patience_s=20.0).result(timeout=60)
+        wait_until(lambda: records and records[-1].number == 1999)  # type: ignore[attr-defined]
+    assert [record.number for record in records[-2000:]] == list(range(2000))  # type: ignore[attr-defined]
+
+
+def has_ended(pool: Pool) -> bool:
+    """Whether the pool's one worker has begun a task and is in none; without receiving anything."""
+    client = pool._client
+    assert client.board is not None
+    return client.board.begun(0) == client.newest and client.board.running(0) == (0, 0.0)
 
 
 class _Keeper(logging.Handler):
