@@ -88,7 +88,7 @@ class Client:
         self.inboxes = Inboxes(self)
         self.limits = Limits(self)
         self.staffing = Staffing(self, staff)
-        self.news = News()
+        self.news = News(logs=setup.log_level is not None)
         self._refusals = _NEVER  # how often in a row no worker could be asked for, once there was one
         self.recycled = 0  # workers that have left, or were told to
         self.lost_workers = 0

@@ -6,12 +6,20 @@ as the worker lives; the client is told, and all of it goes with the worker. Run
 
 import os
 import sys
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from . import _platform
 
 _TOLD = 10  # of each kind: texts that are sent
 _LONGEST = 300  # characters of such a text
+_MOST = 2**31  # there are fewer of anything in one process
+
+
+class Found(NamedTuple):
+    """What was found of one kind: how many, and the first few in words."""
+
+    number: int = 0
+    texts: tuple[str, ...] = ()
 
 
 class Leftovers(NamedTuple):
@@ -20,27 +28,27 @@ class Leftovers(NamedTuple):
     Attributes:
         task: the name of the task, or of the last one if there were several.
         tasks: how many there were since the look before.
-        descriptors, threads, children: each in words, which may be "" for those after the first few.
+        descriptors, threads, children: what of each.
         reason: why the worker leaves, if it does for that.
     """
 
     task: str
     tasks: int
-    descriptors: tuple[str, ...] = ()
-    threads: tuple[str, ...] = ()
-    children: tuple[str, ...] = ()
+    descriptors: Found = Found()
+    threads: Found = Found()
+    children: Found = Found()
     reason: str = ""
 
     def describe(self) -> str:
         """In words, for a person."""
         parts = [
-            f"{len(found)} {name if len(found) > 1 else single} ({', '.join(found[:5])}{', ...' if found[5:] else ''})"
-            for name, single, found in (
+            f"{number} {name if number > 1 else single} ({', '.join(texts[:5])}{', ...' if number > 5 else ''})"
+            for name, single, (number, texts) in (
                 ("descriptors", "descriptor", self.descriptors),
                 ("threads", "thread", self.threads),
                 ("children", "child", self.children),
             )
-            if found
+            if number
         ]
         whose = self.task if self.tasks == 1 else f"one of {self.tasks} tasks, the last of them {self.task},"
         left = f"left {' and '.join(parts)} in its worker" if parts else ""
@@ -53,7 +61,7 @@ def encode(leftovers: Leftovers) -> bytes:
     import json  # 2 ms, and most workers never need it
 
     task, tasks, *found, reason = leftovers
-    short = [(len(each), [text[:_LONGEST] for text in each[:_TOLD]]) for each in found]
+    short = [(number, [text[:_LONGEST] for text in texts[:_TOLD]]) for number, texts in found]
     return json.dumps((task[:_LONGEST], tasks, *short, reason[:_LONGEST])).encode()
 
 
@@ -61,19 +69,31 @@ def decode(body: bytes) -> Leftovers:
     """What `encode` made.
 
     Raises:
-        ValueError, TypeError: it is something else.
+        ValueError: it is something else, which a child that a task has forked may have sent.
     """
     import json
 
-    fields = json.loads(body)
-    if not isinstance(fields, list) or len(fields) != len(Leftovers._fields):
+    try:
+        task, tasks, descriptors, threads, children, reason = json.loads(body)
+        found = _decode(descriptors), _decode(threads), _decode(children)
+    except (TypeError, RecursionError) as error:
+        raise ValueError(f"no leftovers: {error}") from None
+    if type(task) is not str or not _is_number(tasks) or type(reason) is not str:
         raise ValueError("no leftovers")
-    task, tasks, descriptors, threads, children, reason = fields
-    found = [
-        (*map(str, texts), *[""] * (int(count) - len(texts)))
-        for count, texts in (descriptors, threads, children)
-    ]
-    return Leftovers(str(task), int(tasks), found[0], found[1], found[2], str(reason))
+    return Leftovers(task, tasks, *found, reason)
+
+
+def _decode(fields: Any) -> Found:
+    number, texts = fields
+    if not _is_number(number) or type(texts) is not list or len(texts) != min(number, _TOLD):
+        raise ValueError("no leftovers of one kind")
+    if any(type(text) is not str for text in texts):
+        raise ValueError("leftovers in no words")
+    return Found(number, tuple(texts))
+
+
+def _is_number(value: object) -> bool:
+    return type(value) is int and 0 <= value < _MOST
 
 
 class Watch:
@@ -111,9 +131,9 @@ class Watch:
         return Leftovers(
             task,
             tasks,
-            tuple(map(_target, new_descriptors)),
-            tuple(sorted(threads[ident] for ident in new_threads)),
-            tuple(f"{_command(pid)}, pid {pid}" for pid in new_children),
+            Found(len(new_descriptors), tuple(map(_target, new_descriptors[:_TOLD]))),
+            Found(len(new_threads), tuple(sorted(threads[ident] for ident in new_threads))),
+            Found(len(new_children), tuple(f"{_command(pid)}, pid {pid}" for pid in new_children[:_TOLD])),
         )
 
 

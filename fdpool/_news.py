@@ -10,7 +10,6 @@ import warnings
 from collections import deque
 
 from . import _leftovers, _messages
-from ._leftovers import Leftovers
 from ._log import log
 from .stats import LeftStats
 
@@ -20,11 +19,15 @@ _KEPT = 100  # of the latest, for `stats`
 class News:
     """Of one pool's workers.
 
+    Args:
+        logs: whether they were asked for log records, which are pickles.
+
     Attributes:
         left: what was left so far.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, logs: bool) -> None:
+        self._logs = logs
         self._waiting: deque[tuple[int, bytes]] = deque()
         self.left = LeftStats(0, 0, 0, ())
 
@@ -33,8 +36,9 @@ class News:
         return bool(self._waiting)
 
     def put(self, kind: int, body: bytes) -> None:
-        """Keep a LEFT or LOG message until `tell`."""
-        self._waiting.append((kind, body))
+        """Keep a LEFT or LOG message until `tell`; a record that nobody has asked for is none of ours."""
+        if kind == _messages.LEFT or self._logs:
+            self._waiting.append((kind, body))
 
     def tell(self) -> None:
         """Runs in: the pump, with signals let through. Warn, and log. Never raises."""
@@ -42,7 +46,7 @@ class News:
             kind, body = self._waiting.popleft()
             try:
                 if kind == _messages.LEFT:
-                    self._tell_left(_leftovers.decode(body))
+                    self._tell_left(body)
                 else:
                     from . import _logs
 
@@ -51,13 +55,17 @@ class News:
                 # Among others, a warning that somebody has made an error; and SystemExit would end the pump.
                 log("fdpool", logging.WARNING, "a worker's news could not be told", exc_info=True)
 
-    def _tell_left(self, left: Leftovers) -> None:
+    def _tell_left(self, body: bytes) -> None:
+        try:
+            left = _leftovers.decode(body)
+        except ValueError:
+            return  # no worker's: passed over as everything that is none of ours
         text = left.describe()
         so_far = self.left
         self.left = LeftStats(
-            so_far.descriptors + len(left.descriptors),
-            so_far.threads + len(left.threads),
-            so_far.children + len(left.children),
+            so_far.descriptors + left.descriptors.number,
+            so_far.threads + left.threads.number,
+            so_far.children + left.children.number,
             (*so_far.latest, text)[-_KEPT:],
         )
         warnings.warn(text, ResourceWarning, stacklevel=2)

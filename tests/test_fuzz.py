@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import random
 import re
+import tracemalloc
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fdpool
-from fdpool import _messages
+from fdpool import _leftovers, _messages
 from fdpool._answers import open_answer
 from fdpool.errors import FdTransferError, WireError
 
@@ -133,3 +136,89 @@ def test_news_of_a_failed_boot_from_a_worker_that_is_ready_are_passed_over() -> 
         data = _messages.pack_header(_messages.BOOT_FAILED, 0, len(body)) + body
         targets.send(pool._client.links[0].theirs, data, 0, 0)
         assert pool.submit(os.getpid).result() > 0
+
+
+# -- what a child that a task has forked could send, or who was handed the wrong descriptor ----------------
+
+
+def stray(pool: fdpool.Pool, kind: int, body: bytes) -> None:
+    """Send a message to the client that its worker has no reason to send."""
+    targets.send(pool._client.links[0].theirs, _messages.pack_header(kind, 0, len(body)) + body, 0, 0)
+
+
+def left(**fields: Any) -> bytes:
+    """The body of a LEFT message, in which some fields are other than usual."""
+    usual = {"task": "x", "tasks": 1, "descriptors": [1, ["3: x"]], "threads": [0, []], "children": [0, []]}
+    return json.dumps([*{**usual, **fields}.values(), ""]).encode()
+
+
+class Tells:
+    """Loaded from a pickle, it makes a folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_a_log_record_that_nobody_has_asked_for_is_dropped_unread(tmp_path: Path) -> None:
+    with fdpool.Pool(1) as pool:
+        assert pool.submit(os.getpid).result() > 0
+        stray(pool, _messages.LOG, pickle.dumps(Tells(tmp_path / "read")))
+        stray(pool, _messages.LEFT, left())
+        targets.wait_until(lambda: pool.stats().left.descriptors)  # what comes later is told later
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_of_what_is_said_to_be_left_only_the_number_can_be_large() -> None:
+    tracemalloc.start()
+    try:
+        decoded = _leftovers.decode(left(descriptors=[10**7, ["3: x"] * 10]))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 2**20
+    assert decoded.describe().startswith("x left 10000000 descriptors (3: x, 3: x, 3: x, 3: x, 3: x, ...) in")
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_what_says_in_no_form_of_ours_what_was_left_is_passed_over(caplog: pytest.LogCaptureFixture) -> None:
+    bodies = [
+        b"",
+        b"[",
+        b"[" * 60_000,
+        b"{}",
+        b"[1, 2, 3, 4, 5, 6]",
+        left(task=3),
+        left(tasks="1"),
+        left(tasks=10**300),
+        *(
+            left(threads=wrong)
+            for wrong in (
+                None,
+                [1],
+                [1, "x"],
+                [1, [1]],
+                [1, []],
+                [0, ["x"]],
+                ["1", ["x"]],
+                [True, ["x"]],
+                [1.0, ["x"]],
+                [-1, []],
+                [10**300, ["x"] * 10],
+            )
+        ),
+    ]
+    for body in bodies:
+        with pytest.raises(ValueError, match=r"."):
+            _leftovers.decode(body)
+    with fdpool.Pool(1) as pool:
+        assert pool.submit(os.getpid).result() > 0
+        for body in bodies:
+            stray(pool, _messages.LEFT, body)
+        stray(pool, _messages.LEFT, left())
+        targets.wait_until(lambda: pool.stats().left.descriptors)
+        assert len(pool.stats().left.latest) == 1
+    assert not caplog.records
