@@ -20,9 +20,9 @@ from . import _platform, fds
 
 AREA_BYTES = 64 * 1024
 _WORD = Struct("<Q")
-# Words; the second, the third and the last are the client's to write.
-_BEGUN, _STOP, _RECALL, _LOGGED, _CLAIMED, _STARTED, _SAID, _LAST = range(8)
-_TAIL_AT = 64
+# Words; _STOP, _RECALL and _LAST are the client's to write.
+_BEGUN, _STOP, _RECALL, _LOGGED, _CLAIMED, _STARTED, _SAID, _LAST, _GOING = range(9)
+_TAIL_AT = 128
 TAIL_BYTES = 2048
 _LOG_AT = _TAIL_AT + TAIL_BYTES
 LOG_BYTES = AREA_BYTES - _LOG_AT
@@ -102,10 +102,14 @@ class Board:
         still runs `SETTLE_S` later, so it will be."""
         self._leave_word(slot, _LAST, task)
 
+    def is_going(self, slot: int) -> bool:
+        """True if the slot's worker takes no more tasks, and is about to end."""
+        return self._word(slot, _GOING) != 0
+
     def clear(self, slot: int) -> None:
         """A worker is about to be started for the slot: nothing has begun there. One that is tried again has the number
         that it had, and must not be taken for what the last worker died of."""
-        for index in (_STARTED, _BEGUN, _LAST):
+        for index in (_STARTED, _BEGUN, _LAST, _GOING):
             self._leave_word(slot, index, 0)
 
     def close(self) -> None:
@@ -178,6 +182,10 @@ class Page:
     def is_last(self, task: int) -> bool:
         """True if nothing is to be received after `task`, which has ended."""
         return 0 != self._words[_LAST] == task
+
+    def go(self) -> None:
+        """Say that no more tasks are taken: the message that tells so may come from anybody who has the socket."""
+        self._words[_GOING] = 1
 
     def say(self, data: bytes) -> None:
         """Note what is being written to stderr."""

@@ -122,6 +122,7 @@ class Worker:
             if not self._take(received):
                 break
             del received
+        page.go()
         self._send(_messages.GOING, 0, _NO_BODY)
 
     def _take(self, received: wire.Received) -> bool:

@@ -222,3 +222,20 @@ def test_what_says_in_no_form_of_ours_what_was_left_is_passed_over(caplog: pytes
         targets.wait_until(lambda: pool.stats().left.descriptors)
         assert len(pool.stats().left.latest) == 1
     assert not caplog.records
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_news_that_a_worker_goes_are_passed_over_where_it_does_not(tmp_path: Path) -> None:
+    """It was given nothing more, and ended five seconds later, with what it ran."""
+    gate = tmp_path / "gate"
+    with fdpool.Pool(1) as pool:
+        future = pool.submit(targets.wait_until, gate.exists)
+        targets.wait_until(future.running)
+        stray(pool, _messages.GOING, b"")
+        stray(pool, _messages.LEFT, left())  # once that is told, what came before has been heeded or not
+        targets.wait_until(lambda: pool.stats().left.descriptors)
+        stats = pool.stats()
+        gate.touch()
+        future.result(20)
+    assert [worker.state for worker in stats.workers] == ["ready"]
+    assert stats.recycled == 0
