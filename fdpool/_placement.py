@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from ._naming import attribute_of, brief
 from .errors import DescriptorRefused, PayloadTooLarge
-from .fds import close_all, duplicate
+from .fds import close_all, duplicate, take_and_close
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -117,7 +117,12 @@ class Closable(Protocol):
 
 
 class Incoming:
-    """The descriptors that came with a payload, until an object has taken each."""
+    """The descriptors that came with a payload, until an object has taken each.
+
+    Args:
+        fds: their numbers. The list itself is kept, and has none any more that was taken or closed: so a caller who
+            is interrupted before this is made, or while it is closed, can see what is left.
+    """
 
     __slots__ = ("fds", "outer", "rebuilt")
 
@@ -151,8 +156,8 @@ class Incoming:
 
     def close(self) -> None:
         """Close every descriptor that no object took."""
-        fds, self.fds = self.fds, []
-        close_all(fd for fd in fds if fd >= 0)
+        if self.fds and max(self.fds) >= 0:
+            take_and_close(self.fds)
 
 
 class _Current(threading.local):

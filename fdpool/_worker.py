@@ -36,7 +36,7 @@ from ._spawn import flush_standard_streams, leave
 from ._spin import Spin
 from ._upkeep import Upkeep
 from .errors import TaskTerminated, WireError
-from .fds import SCM_MAX_FD, close_all, is_readable
+from .fds import SCM_MAX_FD, close_all, is_readable, take_and_close
 from .payload import Payload
 
 #: Longest that answers to tasks that came together are kept for each other, if those tasks take longer than expected.
@@ -236,6 +236,7 @@ class Worker:
                 raise WireError(f"items {start} to {stop} of a chunk that has {len(items)}")
         except BaseException as error:
             self.in_task = False
+            take_and_close(received.fds)
             self._send(_messages.FAILED, task, payload.dumps_failure(error))
             return
         began = time.monotonic()
@@ -274,7 +275,6 @@ class Worker:
         try:
             self.in_task = True
             if self._page.is_to_stop():  # the signal came before that
-                close_all(fds)
                 raise TaskTerminated
             if spilled:
                 self._memory = _spill.Watch()
@@ -293,6 +293,7 @@ class Worker:
             return answer, _messages.DONE
         except BaseException as error:
             self.in_task = False
+            take_and_close(fds)  # which the signal may have left here
             self.leave_if_forked(error)
             fn = args = kwargs = result = None
             answer = payload.dumps_failure(error)

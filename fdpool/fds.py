@@ -8,8 +8,10 @@ import mmap
 import os
 import select
 import sys
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import repeat
 from typing import Any, NoReturn, Protocol, TypeVar, runtime_checkable
 
 _Made = TypeVar("_Made")
@@ -276,3 +278,19 @@ def close_all(fds: Iterable[int]) -> None:
         except OSError as error:
             if error.errno != errno.EBADF:
                 raise
+
+
+def take_and_close(fds: list[int], count: int | None = None) -> None:
+    """Take the first `count` numbers out of the list, or all, and close them. Negative ones are passed over, and so is
+    what close(2) says: the number is free in any case.
+
+    A signal handler that raises in here leaves each number either in the list or closed: it is taken out and closed in
+    C, between which none runs. So whoever else has the list can go on with it.
+    """
+    left = 0 if count is None else len(fds) - count
+    while len(fds) > left:
+        taken = map(fds.pop, repeat(0, len(fds) - left))
+        try:
+            deque(map(os.close, filter((-1).__lt__, taken)), 0)
+        except OSError:
+            pass

@@ -17,7 +17,7 @@ from ._encoder import SPILL_BYTES, Bytes, Encoder, Payload, attempt, encode, ent
 from ._naming import attribute_of
 from ._placement import Incoming, chain, current, drop_tracebacks, release, reserve
 from .errors import FdpoolError, NotLoadable, RemoteError, RemoteTraceback
-from .fds import SCM_MAX_FD, OwnedFds
+from .fds import SCM_MAX_FD, take_and_close
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -117,7 +117,8 @@ def loads(body: Bytes, fds: list[int], spilled: bool) -> Any:
 
     Args:
         body: as in `Payload.body`.
-        fds: the descriptors that came, in order; taken, whatever happens.
+        fds: the descriptors that came, in order; taken, whatever happens, but that a signal handler raises before
+            anything of it is done. What is left of them then is in the list.
         spilled: as in `Payload.spilled`.
 
     Raises:
@@ -148,11 +149,10 @@ def _load(dealt: Incoming, body: Bytes, spilled: bool) -> Any:
         return pickle.loads(body)
     if not dealt.fds:
         raise ValueError("the payload is in a memory file, but none came with it")
-    memory = OwnedFds([dealt.fds.pop(0)])
     try:
-        data, buffers = _spill.read(body, memory.numbers[0])
+        data, buffers = _spill.read(body, dealt.fds[0])
     finally:
-        memory.close()
+        take_and_close(dealt.fds, 1)
     try:
         return pickle.loads(data, buffers=buffers)
     finally:

@@ -11,6 +11,7 @@ import functools
 import gc
 import importlib
 import io
+import itertools
 import os
 import pickle
 import resource
@@ -20,7 +21,7 @@ import textwrap
 import threading
 import weakref
 from pathlib import Path
-from types import CodeType, SimpleNamespace
+from types import CodeType, FrameType, SimpleNamespace
 from typing import Any
 
 import cloudpickle
@@ -31,7 +32,7 @@ from hypothesis import strategies as st
 from fdpool import errors, payload
 from fdpool._encoder import Encoder
 from fdpool._placement import current
-from fdpool.fds import Fd
+from fdpool.fds import Fd, take_and_close
 
 from .payload_helpers import (
     Boom,
@@ -652,6 +653,52 @@ def test_a_payload_that_is_not_sent_closes_what_it_has() -> None:
     assert repr(sent) == f"<Payload of {len(sent.body)} bytes and 1 descriptors>"
     sent.close()
     sent.close()
+
+
+def test_wherever_a_signal_interrupts_loading_each_descriptor_is_closed_or_still_in_the_callers_list() -> (
+    None
+):
+    """At each call and return of a function of ours: there CPython 3.11 and later run handlers."""
+
+    class Interrupt(BaseException):
+        pass
+
+    def interrupting(at: int) -> Any:
+        passed = itertools.count(1)
+
+        def trace(frame: FrameType, _event: str, _arg: object) -> Any:
+            if "fdpool" not in frame.f_globals["__name__"]:
+                return None
+            frame.f_trace_lines = False
+            if next(passed) == at:
+                sys.settrace(None)
+                raise Interrupt
+            return trace
+
+        return trace
+
+    tracer = sys.gettrace()
+    for number in itertools.count(1):
+        sent = payload.dumps(b"x" * 100, spill_bytes=10)
+        assert sent.fds is not None
+        before = len(os.listdir("/proc/self/fd"))
+        fds = [*sent.fds.detach(), os.dup(0), os.dup(0)]  # a memory file, and two that nothing names
+        sys.settrace(interrupting(number))
+        try:
+            payload.loads(sent.body, fds, True)
+        except Interrupt:
+            pass
+        else:
+            break
+        finally:
+            sys.settrace(tracer)
+        for fd in fds:
+            os.fstat(fd)  # not closed yet: it would be closed twice
+        take_and_close(fds)
+        assert fds == []
+        assert current.incoming is None
+        assert len(os.listdir("/proc/self/fd")) == before - 1, f"interrupted at point {number}"
+    assert number > 10
 
 
 # -- the system runs out --------------------------------------------------------------------------------

@@ -8,7 +8,8 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,12 @@ import pytest
 
 import fdpool
 from fdpool import _lifetime
+from fdpool.fds import is_readable
+from tests.contract.helpers import pid_with
+from tests.crash.worker_tasks import begin, first_of
 from tests.process_state import wait_until
+
+from . import points
 
 _STORM = """
 import random, signal, sys, threading, time
@@ -128,6 +134,34 @@ def test_a_callback_that_exits_does_not_stop_the_pool(
         (tmp_path / "gate").touch()
         assert pool.submit(abs, -2).result(20) == 2
     assert "exception calling callback" in caplog.text
+
+
+@pytest.mark.parametrize("how", ["a task", "a chunk"])
+def test_a_task_interrupted_as_it_is_about_to_be_loaded_leaves_no_descriptor_in_its_worker(
+    how: str, tmp_path: Path
+) -> None:
+    """Its descriptors are nobody's then but the loop's. Who reads from the other end of a pipe sees its end."""
+    read, write = os.pipe()
+    initargs = ("while it loads", str(tmp_path))
+    with open(read, "rb", buffering=0) as gate, fdpool.Pool(1, initializer=begin, initargs=initargs) as pool:
+        pid = pool.submit(os.getpid).result(20)
+        points.arm(tmp_path)
+        with open(write, "wb") as file:
+            if how == "a task":
+                future: Any = pool.submit(pid_with, file)
+            else:
+                results = pool.map(partial(first_of, file=file), range(4), chunksize=4)
+        assert points.stopped(tmp_path) == pid
+        if how == "a task":
+            assert future.terminate(grace=60)
+        else:
+            os.kill(pid, signal.SIGINT)
+        os.kill(pid, signal.SIGCONT)
+        with pytest.raises(CancelledError if how == "a task" else KeyboardInterrupt):
+            future.result(20) if how == "a task" else next(results)
+        assert is_readable(gate, 20), "the worker has the other end still"
+        assert gate.read() == b""
+        assert pool.submit(os.getpid).result(20) == pid
 
 
 def test_signals_that_the_program_has_blocked_stay_blocked() -> None:

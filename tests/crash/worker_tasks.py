@@ -48,3 +48,8 @@ def leave_program(ledger: str, stay: bool) -> None:
     if stay:
         time.sleep(1000)
     os._exit(3)
+
+
+def first_of(number: int, file: Any) -> int:
+    assert not file.closed
+    return number
