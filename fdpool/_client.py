@@ -172,6 +172,7 @@ class Client:
             recycled=self.recycled,
             supervisor_restarts=self.supervision.restarts,
             left=self.news.left,
+            strays=self.news.strays + (0 if self.pump is None else self.pump.receiver.strays),
         )
 
     def begin(self) -> None:

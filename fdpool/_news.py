@@ -19,26 +19,25 @@ _KEPT = 100  # of the latest, for `stats`
 class News:
     """Of one pool's workers.
 
-    Args:
-        logs: whether they were asked for log records, which are pickles.
-
     Attributes:
+        logs: whether they were asked for log records, which are pickles: else there are none of them.
         left: what was left so far.
+        strays: LEFT messages that no worker has sent.
     """
 
     def __init__(self, logs: bool) -> None:
-        self._logs = logs
+        self.logs = logs
         self._waiting: deque[tuple[int, bytes]] = deque()
         self.left = LeftStats(0, 0, 0, ())
+        self.strays = 0
 
     def __bool__(self) -> bool:
         """True if there is something to tell."""
         return bool(self._waiting)
 
     def put(self, kind: int, body: bytes) -> None:
-        """Keep a LEFT or LOG message until `tell`; a record that nobody has asked for is none of ours."""
-        if kind == _messages.LEFT or self._logs:
-            self._waiting.append((kind, body))
+        """Keep a LEFT or LOG message until `tell`."""
+        self._waiting.append((kind, body))
 
     def tell(self) -> None:
         """Runs in: the pump, with signals let through. Warn, and log. Never raises."""
@@ -59,7 +58,8 @@ class News:
         try:
             left = _leftovers.decode(body)
         except ValueError:
-            return  # no worker's: passed over as everything that is none of ours
+            self.strays += 1
+            return
         text = left.describe()
         so_far = self.left
         self.left = LeftStats(

@@ -61,6 +61,9 @@ class Receiver:
     Args:
         call_back: has the callbacks of a future called that was settled; must not wait.
         look_again: makes the pump ask `next_look` again.
+
+    Attributes:
+        strays: messages so far that are none of ours, or that a worker has no reason to send.
     """
 
     def __init__(
@@ -68,6 +71,7 @@ class Receiver:
     ) -> None:
         self._client = client
         self._look_again = look_again
+        self.strays = 0  # counted by whoever receives
         self._call_back = call_back
         self._links: dict[int, SlotLink] = {}
         self._waker = Waker()  # makes who waits look at its future again
@@ -362,6 +366,7 @@ class Receiver:
             header = _messages.unpack_header(data)
         except WireError:
             close_all(numbers)
+            self.strays += 1
             return
         task = header.task
         if header.kind not in _OF_ONE_TASK:
@@ -390,11 +395,13 @@ class Receiver:
             self._take_answers(slot, data, HEADER_BYTES, header.task / 1e9, header.waited)
         elif kind == _messages.READY:
             client.critical.post_blocked(client.readied, slot)
-        elif kind == _messages.GOING:
+        elif kind == _messages.GOING and client.board is not None and client.board.is_going(slot):
             client.critical.post_blocked(client.staffing.going, slot)
-        elif kind in (_messages.LEFT, _messages.LOG):
+        elif kind == _messages.LEFT or (kind == _messages.LOG and client.news.logs):
             client.news.put(kind, data[HEADER_BYTES:])
             client.wake()
+        elif kind != _messages.BOOT_FAILED:  # one may have come too late: another one's has broken the pool
+            self.strays += 1
 
     def _take_piece(self, slot: int, future: ChunkFuture, answer: Answer) -> None:
         """Keep the results of a chunk; post its end, and what is left of it."""
@@ -424,6 +431,7 @@ class Receiver:
         try:
             found = _messages.split(data, start)
         except WireError:
+            self.strays += 1
             return
         for kind, task, body in found:
             header = _PLAIN.get(kind)

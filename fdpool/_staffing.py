@@ -56,10 +56,7 @@ class Staffing:
             self._look_later(staff.idle_timeout)
 
     def going(self, slot: int) -> Sequence[Action]:
-        """Event: the slot's worker takes no more tasks, and is about to end; if the board says so, too."""
-        board = self._client.board
-        if board is None or not board.is_going(slot):
-            return ()
+        """Event: the slot's worker takes no more tasks, and is about to end."""
         state, generation = self._dispatcher.state(slot), self._dispatcher.generation(slot)
         if state in (State.READY, State.LEAVING):
             self._client.limits.at(time.monotonic() + _LEAVE_S, self._end_lingering, slot, generation)

@@ -54,6 +54,8 @@ class PoolStats(NamedTuple):
             `max_fds_growth`, `idle_timeout`), or as a task had changed what cannot be undone.
         supervisor_restarts: how often the pool had to start a new supervisor.
         left: what tasks have left behind.
+        strays: messages that no worker had a reason to send, and that were passed over: of a child that a task has
+            forked, say, or of a program that was handed the wrong descriptor.
     """
 
     workers: tuple[PoolWorkerStats, ...]
@@ -66,3 +68,4 @@ class PoolStats(NamedTuple):
     recycled: int
     supervisor_restarts: int
     left: LeftStats
+    strays: int

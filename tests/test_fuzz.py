@@ -169,6 +169,7 @@ def test_a_log_record_that_nobody_has_asked_for_is_dropped_unread(tmp_path: Path
         stray(pool, _messages.LOG, pickle.dumps(Tells(tmp_path / "read")))
         stray(pool, _messages.LEFT, left())
         targets.wait_until(lambda: pool.stats().left.descriptors)  # what comes later is told later
+        assert pool.stats().strays == 1
     assert list(tmp_path.iterdir()) == []
 
 
@@ -221,6 +222,7 @@ def test_what_says_in_no_form_of_ours_what_was_left_is_passed_over(caplog: pytes
         stray(pool, _messages.LEFT, left())
         targets.wait_until(lambda: pool.stats().left.descriptors)
         assert len(pool.stats().left.latest) == 1
+        assert pool.stats().strays == len(bodies)
     assert not caplog.records
 
 
@@ -239,3 +241,4 @@ def test_news_that_a_worker_goes_are_passed_over_where_it_does_not(tmp_path: Pat
         future.result(20)
     assert [worker.state for worker in stats.workers] == ["ready"]
     assert stats.recycled == 0
+    assert stats.strays == 1

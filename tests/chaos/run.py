@@ -72,6 +72,8 @@ class Chaos:
                 with pool.share([n * 7 for n in range(1000)]) as table:
                     world = World(pool, ledger, file.name, table)
                     self._disturbed(world)
+                    if strays := pool.stats().strays:
+                        self.wrong.append(f"{strays} messages that no worker is to send")
             entries = file.read()
         self._judge_ledger(world, entries)
         self.wrong += [

@@ -254,7 +254,8 @@ def test_a_worker_that_receives_too_little_refuses_the_task(
 
 
 def test_garbage_on_the_task_link_is_closed_and_passed_over(pool: Pool) -> None:
-    """T13, T14, T24: at the worker and at the client, with descriptors."""
+    """T13, T14, T24: at the worker and at the client, with descriptors; and the client counts it."""
+    strays = pool.stats().strays
     before = pool.submit(helpers.open_numbers).result()
     mine_before = open_descriptors()
     link = pool._client.links[0]
@@ -278,6 +279,7 @@ def test_garbage_on_the_task_link_is_closed_and_passed_over(pool: Pool) -> None:
                 assert pool.submit(helpers.square, 3).result() == 9
     assert pool.submit(helpers.open_numbers).result() == before
     wait_until(lambda: open_descriptors().keys() == mine_before.keys())
+    assert pool.stats().strays == strays + 3 * len(garbage)
 
 
 def test_arrays_arrive_without_a_copy_writable_and_private(pool: Pool) -> None:
