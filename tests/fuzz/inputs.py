@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import pickle
 import random
 import struct
@@ -32,6 +33,9 @@ TO_CLIENT = (
     _messages.ANSWERS,
     _messages.PIECE,
     _messages.CUT,
+    _messages.LEFT,
+    _messages.LOG,
+    _messages.GOING,
 )
 _NESTED = {
     _messages.TASKS: (_messages.TASK, _messages.CHUNK, 77),
@@ -59,6 +63,26 @@ _OBJECTS: tuple[Any, ...] = (
     ("ValueError", "text", [], "traceback", b"no pickle", None),
 )
 _PICKLES = tuple(pickle.dumps(each, protocol=5) for each in _OBJECTS)
+_RECORDS = tuple(
+    pickle.dumps({**vars(logging.makeLogRecord({"name": "fuzz", "levelno": 40, "msg": "text"})), **wrong})
+    for wrong in (
+        {},
+        {"name": None},
+        {"name": 3},
+        {"name": "fuzz.\0"},
+        {"levelno": "40"},
+        {"levelno": 2**70},
+        {"msg": None, "args": (1, 2)},
+        {"args": 3},
+        {"exc_info": True},
+        {"exc_text": 3},
+        {"created": "today"},
+        {"getMessage": None},
+        {"__class__": 3},
+    )
+)
+_NUMBERS = (0, 1, 3, 10, 11, 10**9, 2**31, 10**300, -1, 1.5, True, "1", None)
+_TEXTS = ([], [""], ["3: /x"] * 3, ["x" * 300] * 10, [3], "text", None)
 
 
 def noise(dice: random.Random, most: int) -> bytes:
@@ -76,8 +100,12 @@ def body(dice: random.Random, kind: int, tasks: Sequence[int]) -> bytes:
     if kind in _NESTED:
         parts = [message(dice, _NESTED[kind], tasks, 0) for _ in range(dice.randint(0, 4))]
         return b"".join(parts)
-    if kind == _messages.FORGET:
+    if kind in (_messages.FORGET, _messages.GOING):
         return noise(dice, 20)
+    if kind == _messages.LEFT:
+        return leftovers(dice)
+    if kind == _messages.LOG and dice.random() < 0.7:
+        return dice.choice(_RECORDS)
     if kind == _messages.REFUSED:
         return _messages.REFUSAL.pack(dice.randint(0, 9), dice.randint(0, 9)) + noise(dice, 9)
     pickled = dice.choice(_PICKLES)
@@ -86,6 +114,17 @@ def body(dice: random.Random, kind: int, tasks: Sequence[int]) -> bytes:
     if kind == _messages.CHUNK:
         return _messages.SPAN.pack(dice.randint(0, 5), dice.choice((0, 1, 3, 5, 2**32 - 1))) + pickled
     return pickled
+
+
+def leftovers(dice: random.Random) -> bytes:
+    """What tasks have left behind, in the form in which a worker tells, or nearly."""
+    each: tuple[Any, ...] = ([0, []], [1, ["3: /x"]], [1, ["3: /x"]], [12, ["x"] * 10])
+    fields: list[Any] = ["task", 1, *(dice.choice(each) for _ in range(3)), ""]
+    wrong = dice.randint(0, 11)
+    if wrong < len(fields):
+        fields[wrong] = dice.choice((*_NUMBERS, *_TEXTS, [dice.choice(_NUMBERS), dice.choice(_TEXTS)]))
+    content = json.dumps(fields[: dice.randint(0, 5)] if wrong == 6 else fields).encode()
+    return content[: dice.randint(0, len(content))] if wrong == 7 else content
 
 
 def message(dice: random.Random, kinds: Sequence[int], tasks: Sequence[int], fd_count: int) -> bytes:

@@ -11,6 +11,7 @@ import logging
 import os
 import random
 import socket
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -132,15 +133,19 @@ class Session(Target):
             return session.Finished(dice.choice((0, 1, -9)))
         if dice.random() < 0.1:
             return dice.choice((session.Gone("gone"), session.Overdue()))
-        return session.Received(inputs.session_message(dice, ["/bin/true"]), dice.choice((0, 1, 3)))
+        return session.Received(
+            inputs.session_message(dice, ["/bin/true"]), dice.choice((0, 1, 3, inputs.MOST_FDS))
+        )
 
 
 class Live(Target):
     """A pool of one worker, whose sockets can be reached here."""
 
+    log_level: str | None = None
+
     def __enter__(self) -> Live:
         super().__enter__()
-        self.pool = fdpool.Pool(1)
+        self.pool = fdpool.Pool(1, log_level=self.log_level)
         self.probes = 0
         self.leaves = 0  # LEAVE messages, each of which a worker obeys
         assert self.pool.submit(helpers.square, 2).result(_LIMIT_S) == 4
@@ -193,15 +198,25 @@ class Worker(Live):
 
 class Client(Live):
     """T13 to T15, T24: the client's end of a slot. Some answers are to a task that runs: it may be settled by that,
-    but once, and everything else goes on.
+    but once, and everything else goes on. Log records are read, and what is to be told is formatted, but not shown.
     """
 
+    log_level = "ERROR"
+
     def __enter__(self) -> Client:
+        self.handlers, logging.root.handlers = logging.root.handlers, [Formats()]
+        self.warned, warnings.showwarning = warnings.showwarning, lambda *_, **__: None
         super().__enter__()
         self.gate = -1  # while it is open, a task runs
         self.held: Future[Any] | Iterator[Any] | None = None
         self.called_back: Counter[Future[Any]] = Counter()
         return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        super().__exit__(kind, error, trace)
+        logging.root.handlers, warnings.showwarning = self.handlers, self.warned
 
     def feed(self, dice: random.Random) -> None:
         tasks: tuple[int, ...] = inputs.STRANGERS
@@ -248,6 +263,16 @@ class Client(Live):
         super().check()
         assert all(count == 1 for count in self.called_back.values()), "a future was settled twice"
         self.called_back.clear()
+        stats = self.pool.stats()
+        assert stats.recycled == self.leaves, "a worker was let go that was not to go"
+        assert len(stats.left.latest) <= 100
+
+
+class Formats(logging.Handler):
+    """Formats records, and raises what that does."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.format(record)
 
 
 def wait_at_gate(gate: Any, number: int) -> int:
