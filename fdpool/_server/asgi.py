@@ -33,6 +33,7 @@ from ..fds import duplicate
 from . import room
 from .context import Order, ServerWorker
 from .doors import Door, HandedOver
+from .pace import Pace
 from .progress import BEGUN, FINISHED
 
 # uvicorn imports these, and what they stand for (httptools, websockets, uvloop), as it first needs them: in each worker
@@ -52,7 +53,6 @@ Message = MutableMapping[str, Any]
 Application = Callable[[Any, Any, Any], Awaitable[None]]
 
 _LOGGER = "fdpool.server"
-_TAKEN_AT_ONCE = 32  # connections taken before those that are open have their turn; of 8 each costs 4 % more
 # libuv accepts at most one connection of a listener each time that it polls, and polls up to 48 times in a turn; and
 # the application is to have some, too.
 _KEPT_FREE = 64
@@ -129,6 +129,7 @@ class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may no
         self._next_beat: asyncio.TimerHandle | None = None
         self._connections = _Connections()
         self._open = 0
+        self._pace = Pace()
         self._paused: set[int] = set()  # where nothing is taken for a while, as no descriptor is left
         self._adopting: dict[socket.socket, asyncio.Task[None]] = {}  # until TLS has shaken hands
         self._has_all = False  # uvicorn knows every connection that was accepted before the drain
@@ -313,12 +314,14 @@ class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may no
             self._paused.add(fileno)
             self._serving_loop.call_later(pause_s, self._look_again)
             return
-        for _ in range(_TAKEN_AT_ONCE):
+        for _ in range(self._pace.at_once):
             connection = self._door.take(fileno)
             if connection is None:
-                break
+                self._pace.took_all()
+                return
             self._adopting[connection] = self._serving_loop.create_task(self._adopt(connection))
             self._count_open()
+        self._pace.left_some(time.monotonic(), self._app.begun)
 
     def _look_again(self) -> None:
         assert self._serving_loop is not None
@@ -440,6 +443,7 @@ class _Watched:
     Attributes:
         failure: why it is not served, if it is not; in one line.
         in_child: this is a child that a request has forked.
+        begun: requests so far.
     """
 
     failure = "uvicorn has not started: see what it has logged"
@@ -450,7 +454,7 @@ class _Watched:
         self._forwarded_app: Application | None = None
         self._worker = worker
         self._counts = worker.progress.counts
-        self._begun = self._finished = 0
+        self.begun = self._finished = 0
         self._timeout_s = timeout_s
 
     def trust(self, proxies: Any) -> None:
@@ -465,7 +469,7 @@ class _Watched:
         if scope["type"] == "lifespan":
             await self._app(scope, receive, self._hearing(send))
             return
-        self._counts[BEGUN] = self._begun = self._begun + 1
+        self._counts[BEGUN] = self.begun = self.begun + 1
         try:
             app = self._app
             if self._forwarded_app is not None:

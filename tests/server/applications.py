@@ -78,6 +78,17 @@ def asgi_answering(body_of: Callable[[Any], bytes]) -> Any:
     return app
 
 
+def hold_loop(folder: Path, scope: Any) -> bytes:
+    """For `asgi_answering`: note the request in the folder's `begun`, and let nothing else happen in the worker for as
+    long as the file is there that the path names."""
+    name = scope["path"][1:]
+    with (folder / "begun").open("a") as begun:
+        begun.write(f"{name}\n")
+    while (folder / name).exists():
+        time.sleep(0.002)
+    return b"held"
+
+
 def wsgi(environ: Any, start_response: Any) -> list[bytes]:
     """A WSGI application that answers with its worker's pid; `/sleep/0.5` takes its time."""
     _, verb, *rest = [*environ["PATH_INFO"].split("/"), ""]

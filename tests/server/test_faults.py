@@ -34,12 +34,14 @@ from fdpool.server import Server, ServerWorker
 from tests.process_state import seconds_until_gone, wait_until
 from tests.server.applications import (
     asgi,
+    asgi_answering,
     asgi_forks,
     asgi_forks_and_says_so,
     echo_pid,
     fail_or_pid,
     forks,
     have_log_raise,
+    hold_loop,
     keep_echoing,
     pid_and_stay,
     slow_or_pid,
@@ -65,6 +67,9 @@ from tests.server.helpers import (
 from tests.server.programs import ask_port, port_in, program
 
 DISPATCHES = ["shared", "handoff"]
+
+#: How many connections an event loop takes beside the one whose request it begins, with one in each turn.
+TAKEN_AHEAD = 3
 
 
 # -- workers that die ------------------------------------------------------------------------------------
@@ -115,6 +120,34 @@ def test_what_a_dead_worker_has_not_taken_is_served_as_soon_as_the_server_has_ro
         # It is handed connections a moment before it counts as one that serves.
         wait_until(lambda: set(answers) <= set(pids(server)))
     assert next(has_room, None) is None
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_an_event_loop_whose_requests_compute_takes_a_few_connections_ahead_and_no_more(
+    loop: str, tmp_path: Path
+) -> None:
+    """S8: those that its worker has not taken are served by the next one."""
+    pytest.importorskip("uvicorn")
+    begun = tmp_path / "begun"
+    for path in (begun, tmp_path / "first", tmp_path / "rest"):
+        path.touch()
+    app = asgi_answering(partial(hold_loop, tmp_path))
+    options = {"loop": loop}
+    with (
+        Server(app, ANY_PORT, workers=1, dispatch="handoff", options=options) as server,
+        contextlib.ExitStack() as clients,
+    ):
+        [victim] = pids(server)
+        clients.enter_context(connect(server)).sendall(b"GET /first HTTP/1.0\r\n\r\n")
+        wait_until(lambda: begun.read_text() == "first\n")
+        waiting = [clients.enter_context(connect(server)) for _ in range(30)]
+        for client in waiting:
+            client.sendall(b"GET /rest HTTP/1.0\r\n\r\n")
+        (tmp_path / "first").unlink()
+        wait_until(lambda: begun.read_text() == "first\nrest\n")
+        os.kill(victim, signal.SIGKILL)
+        (tmp_path / "rest").unlink()
+        assert sum(is_over(client) for client in waiting) <= 1 + TAKEN_AHEAD
 
 
 @pytest.mark.parametrize("dispatch", ["shared", "handoff"])

@@ -34,6 +34,7 @@ from fdpool._server.accept import Acceptor
 from fdpool._server.handoff import Handoff, Laden, _Seat, choose
 from fdpool._server.listeners import Listeners
 from fdpool._server.logs import reopen_logs
+from fdpool._server.pace import Pace
 from fdpool._server.progress import Progress, Seen, SeenPage
 from fdpool._server.steering import queued, steer
 from fdpool._server.watch import Finding, Verdict, Watch, is_stopped, judge, resident_bytes
@@ -529,6 +530,35 @@ def test_a_forked_child_forgets_the_handing_over_whatever_the_servers_thread_was
         in_child.start()
         in_child.join(10)
         assert not in_child.is_alive()
+
+
+# -- how many an event loop takes ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("turn_s", "begun_in_it", "at_once"),
+    [(0.01, 1, 1), (0.0004, 1, 5), (0.001, 16, 32), (0.0, 1, 32), (0.1, 40, 1)],
+)
+def test_an_event_loop_takes_as_many_at_once_as_it_begins_in_two_milliseconds(
+    turn_s: float, begun_in_it: int, at_once: int
+) -> None:
+    pace = Pace()
+    assert pace.at_once == 1
+    pace.left_some(0.0, 7)
+    pace.left_some(turn_s, 7 + begun_in_it)
+    assert pace.at_once == at_once
+
+
+def test_turns_in_which_nothing_is_begun_and_idle_time_say_nothing_of_how_long_requests_take() -> None:
+    pace = Pace()
+    pace.left_some(0.0, 0)
+    pace.left_some(0.00001, 0)  # quick, as the first one's request has yet to be read
+    assert pace.at_once == 1
+    pace.left_some(0.001, 4)
+    assert pace.at_once == 8
+    pace.took_all()
+    pace.left_some(200.0, 5)
+    assert pace.at_once == 8
 
 
 # -- progress --------------------------------------------------------------------------------------------------
