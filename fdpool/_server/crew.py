@@ -97,14 +97,18 @@ class Crew:
         try:
             link = WorkerLink(number, slot, generation)
             inbox = None if self._handoff is None else self._handoff.seat(link)
-            self._begin(link, inbox, self._order_of(link, spread))
+            self._turns.watch(link.control, partial(self._hear, link))
+            try:
+                self._begin(link, inbox, self._order_of(link, spread))
+            except BaseException:
+                self._stop_hearing(link)
+                raise
         except (FdpoolError, OSError) as error:
             if link is not None:
                 self._let_go(link)
             self._turns.post(partial(self._never_began, number, slot, error))
             return
         self.links[number] = link
-        self._turns.watch(link.control, partial(self._hear, link))
         news.say_of(link, "worker_started", "of generation %d boots", generation, level=logging.DEBUG)
 
     def _order_of(self, link: WorkerLink, spread: float) -> Order:

@@ -184,10 +184,15 @@ class Handoff:
         """Make a worker's inbox; returns the end to give it, borrowed.
 
         Raises:
-            OSError: no descriptors are left.
+            OSError: no descriptors are left, or the kernel has no memory to watch one more.
         """
-        seat = self._seats[link.number] = _Seat(link)
-        self._turns.watch(seat.mine, partial(self._told, seat))
+        seat = _Seat(link)
+        try:
+            self._turns.watch(seat.mine, partial(self._told, seat))
+        except BaseException:
+            seat.close()
+            raise
+        self._seats[link.number] = seat
         return seat.theirs
 
     def opened(self, number: int, most: int) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import http.client
+import itertools
 import json
 import logging
 import os
@@ -30,6 +32,7 @@ from fdpool import ForkedPool, NotPicklable, ServerFailed, current_worker
 from fdpool._serve import log
 from fdpool._server import accept, watch
 from fdpool._server.handoff import Handoff
+from fdpool._server.turns import Turns
 from fdpool.server import Server, ServerWorker
 from tests.process_state import seconds_until_gone, wait_until
 from tests.server.applications import (
@@ -274,6 +277,27 @@ def test_workers_killed_under_load_cost_no_connection_that_they_had_not_begun(di
                     os.kill(victim, signal.SIGKILL)
                 wait_until(lambda gone=victim: gone not in pids(server) and len(pids(server)) == 2)  # type: ignore[misc]
         assert len(load.failed) <= 2, load.failed
+
+
+@pytest.mark.parametrize("unwatched", [1, 2])
+def test_a_server_that_cannot_watch_one_more_descriptor_starts_that_worker_later(
+    unwatched: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """S9: `epoll_ctl` fails with ENOSPC or ENOMEM, for a worker's inbox or its control link."""
+    watch = Turns.watch
+    with records(caplog) as logged, Server(echo_pid, ANY_PORT, workers=1, dispatch="handoff") as server:
+        ahead = itertools.count(1)
+
+        def watch_if_room(turns: Turns, source: Any, action: Any) -> None:
+            if source not in server.sockets and next(ahead) == unwatched:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            watch(turns, source, action)
+
+        monkeypatch.setattr(Turns, "watch", watch_if_room)
+        [before] = pids(server)
+        os.kill(before, signal.SIGKILL)
+        assert ask(server)[0] != before
+        assert "No space left" in logged("worker_failed")[0].reason
 
 
 @pytest.mark.parametrize(

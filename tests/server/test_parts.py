@@ -522,6 +522,25 @@ def test_a_connection_leaves_a_worker_whose_threads_are_busy_only_for_one_that_t
         assert mine.is_later_than(theirs) == is_later
 
 
+def test_a_worker_whose_inbox_cannot_be_watched_has_none_and_costs_no_descriptor() -> None:
+    """`epoll_ctl` fails with ENOSPC or ENOMEM."""
+
+    class Full:
+        def watch(self, source: socket.socket, action: Callable[[], object]) -> None:
+            raise OSError(errno.ENOSPC, "no room")
+
+        def unwatch(self, source: socket.socket) -> None:
+            raise KeyError(source)  # as a selector does
+
+    handoff = Handoff(cast("Any", Full()), [])
+    with contextlib.closing(handoff):
+        before = os.listdir("/dev/fd")
+        with pytest.raises(OSError, match="no room"):
+            handoff.seat(cast("Any", SimpleNamespace(number=1)))
+        assert os.listdir("/dev/fd") == before
+        handoff.gone(1)
+
+
 def test_a_forked_child_forgets_the_handing_over_whatever_the_servers_thread_was_at() -> None:
     """That thread is not there to let go of a lock, and the fork would not return in the child."""
     handoff = Handoff(cast("Any", None), [])
