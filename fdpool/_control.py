@@ -233,6 +233,7 @@ def configuration(
     initializer: Payload | None,
     recycling: _messages.Recycling,
     log_level: int | None,
+    client_heeds_signals: bool,
 ) -> _messages.Configure:
     """The first frame for a supervisor of this process: its search path, its arguments, what to run first."""
     return _messages.Configure(
@@ -245,4 +246,5 @@ def configuration(
         initializer_spilled=initializer is not None and initializer.spilled,
         recycling=recycling,
         log_level=log_level,
+        client_heeds_signals=client_heeds_signals,
     )

@@ -205,6 +205,7 @@ class Configure(NamedTuple):
     initializer_spilled: bool
     recycling: Recycling
     log_level: int | None  # from which log records are sent to the client, if at all
+    client_heeds_signals: bool  # and so the supervisor is to ignore them
 
 
 class StartWorker(NamedTuple):

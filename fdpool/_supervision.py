@@ -30,6 +30,7 @@ class Setup(NamedTuple):
         inherited: with `fork`, that call as it stands, if there is no payload of it.
         recycling: when a worker leaves by itself.
         log_level: from which log records of workers are handled here, or None.
+        client_heeds_signals: this process does, of those that would end the supervisor.
     """
 
     fork: bool
@@ -39,6 +40,7 @@ class Setup(NamedTuple):
     inherited: Callable[[], object] | None
     recycling: _messages.Recycling
     log_level: int | None
+    client_heeds_signals: bool
 
 
 class Supervision:
@@ -68,7 +70,12 @@ class Supervision:
         self.control = _control.ControlLink(
             setup.fork,
             _control.configuration(
-                setup.preload, setup.idle_imports, setup.initializer, setup.recycling, setup.log_level
+                setup.preload,
+                setup.idle_imports,
+                setup.initializer,
+                setup.recycling,
+                setup.log_level,
+                setup.client_heeds_signals,
             ),
             board.fd,
             setup.initializer,

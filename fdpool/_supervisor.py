@@ -27,6 +27,17 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
+# Of a server. Who sends one to all of its processes (`systemctl stop`, unless KillMode= is mixed) means the server, and
+# that needs its workers to finish what they run.
+_HEEDED_BY_CLIENT = (
+    signal.SIGTERM,
+    signal.SIGQUIT,
+    signal.SIGHUP,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGTTIN,
+    signal.SIGTTOU,
+)
 _IDLE_MS = 20.0  # nothing asked for so long is an idle moment
 _LOOK_AGAIN_S = 0.05  # for what dead workers have left, where nobody could look
 
@@ -107,6 +118,9 @@ class Supervisor:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.set_wakeup_fd(self._sigchld_write, warn_on_full_buffer=False)
+        if self._configuration is not None and self._configuration.client_heeds_signals:
+            for number in _HEEDED_BY_CLIENT:  # not for workers: a fork of this has the default again
+                signal.signal(number, signal.SIG_IGN)
 
     def _turn(self) -> bool:
         """Wait once and handle what came; False when it is time to go."""
@@ -184,6 +198,7 @@ class Supervisor:
         self._board_fd, *self._initializer_fds = numbers
         sys.argv[:] = message.argv
         sys.path[:] = message.path
+        self._listen_to_signals()
         if message.preload:
             from . import _preload
 

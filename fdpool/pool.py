@@ -116,6 +116,7 @@ class Pool(Executor):
     #: Without it each worker pays 32 ms for cloudpickle at its first lambda, 34 for psutil at the first tree to be
     #: ended, and 15 for `commands` at its first program (measured).
     _IDLE_IMPORTS: tuple[str, ...] = ("cloudpickle", "psutil", "fdpool.commands")
+    _CLIENT_HEEDS_SIGNALS = False
 
     def __init__(
         self,
@@ -188,7 +189,9 @@ class Pool(Executor):
         inherited = self._first_call if boot is None else None
         recycling = Recycling(max_tasks_per_child, max_memory, max_fds_growth)
         idle_imports = self._IDLE_IMPORTS if log_level is None else (*self._IDLE_IMPORTS, "fdpool._logs")
-        setup = Setup(fork, preload, idle_imports, boot, inherited, recycling, log_level)
+        setup = Setup(
+            fork, preload, idle_imports, boot, inherited, recycling, log_level, self._CLIENT_HEEDS_SIGNALS
+        )
         self._client = Client(max_workers, processors, setup, Staff(min_workers, idle_timeout, max_age))
         # A pool that is dropped without shutdown finishes what it was given, as ProcessPoolExecutor does.
         weakref.finalize(self, self._client.life.let_go).atexit = False

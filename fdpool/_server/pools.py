@@ -13,6 +13,7 @@ class _Workers(Pool):
     costs its supervisor 80 ms, and each worker 0.2 MiB that it would share (measured)."""
 
     _IDLE_IMPORTS = ()
+    _CLIENT_HEEDS_SIGNALS = True
 
 
 class Pools:

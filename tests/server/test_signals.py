@@ -1,4 +1,4 @@
-"""A server as a program: signals, upgrades, exit codes, and its end (S1, S3, S4, S12, S13, W1, W4)."""
+"""A server as a program: signals, upgrades, exit codes, and its end (S1, S3, S4, S12, S13, W1, W4, W7)."""
 
 from __future__ import annotations
 
@@ -41,6 +41,55 @@ def test_sigterm_ends_it_when_requests_in_flight_are_done(tmp_path: Path) -> Non
         assert seconds_until_gone(tree) < 4
         server.expect("stopped")
         assert server.events()[-1] == "stopped"
+
+
+@pytest.mark.parametrize(
+    ("number", "event"), [(signal.SIGTERM, "stopping"), (signal.SIGUSR1, "logs_reopened")]
+)
+def test_what_is_sent_to_all_of_its_processes_at_once_cuts_off_no_request(
+    tmp_path: Path, number: int, event: str
+) -> None:
+    """W7: `systemctl stop` does so, unless `KillMode=` says otherwise, and `systemctl kill`."""
+    body = """
+        def twice(connection, address):
+            for _ in range(2):
+                connection.recv(1)
+                connection.sendall(b"z")
+
+        sys.exit(fdpool.Server(twice, "127.0.0.1:0", workers=2).run())
+    """
+    with program(tmp_path, body) as server:
+        port = port_in(server.expect("started"))
+        with socket.create_connection(("127.0.0.1", port), 20) as client:
+            client.sendall(b"x")
+            assert client.recv(1) == b"z"
+            main, *others = server.tree()
+            for process in (*others, main):  # the supervisor first, and the server last
+                process.send_signal(number)
+            server.expect(event)
+            client.sendall(b"x")
+            assert client.recv(1) == b"z"
+        if number == signal.SIGUSR1:
+            assert set(server.tree()) == {main, *others}
+            server.signal(signal.SIGTERM)
+        assert server.wait() == 0
+
+
+def test_a_supervisor_ignores_what_a_server_heeds_and_its_workers_ignore_nothing(tmp_path: Path) -> None:
+    """W7: whoever signals all of a server's processes means the server."""
+    heeded = [signal.SIGTERM, signal.SIGQUIT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2]
+    heeded += [signal.SIGTTIN, signal.SIGTTOU]
+    with program(tmp_path, PLAIN) as server:
+        server.expect("started")
+        main, supervisor, worker, _ = server.tree()
+        assert (supervisor.ppid(), worker.ppid()) == (main.pid, supervisor.pid)
+        ignored = int(Path(f"/proc/{worker.pid}/status").read_text().partition("SigIgn:")[2].split()[0], 16)
+        assert not any(ignored >> (number - 1) & 1 for number in heeded)
+        for number in heeded:
+            supervisor.send_signal(number)
+        worker.kill()
+        replacement = server.expect("worker_ready")["worker_pid"]
+        assert psutil.Process(replacement).ppid() == supervisor.pid
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGQUIT])
