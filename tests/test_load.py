@@ -12,9 +12,8 @@ from typing import Any
 
 import pytest
 
-from tests.load.__main__ import TAKEN
 from tests.load._client import Client
-from tests.load._scenarios import Verdict, play
+from tests.load._scenarios import Verdict, play, taken_by
 from tests.load._served import Served, served
 from tests.load._tally import Tally
 from tests.process_state import wait_until
@@ -192,7 +191,7 @@ def play_well(name: str, server: Served, *, seed: int = 1, **options: Any) -> Ve
     [
         ("shared", ("reload", "scale", "kill", "upgrade")),
         ("handoff", ("reload", "scale", "kill", "upgrade")),
-        ("reuseport", ("scale",)),
+        ("reuseport", ("reload", "scale", "kill", "upgrade")),
     ],
 )
 def test_no_reload_no_scaling_and_no_upgrade_costs_a_request_and_a_killed_worker_at_most_its_own(
@@ -207,28 +206,35 @@ def test_no_reload_no_scaling_and_no_upgrade_costs_a_request_and_a_killed_worker
 
 @pytest.mark.parametrize("dispatch", ["shared", "handoff"])
 @pytest.mark.parametrize(("form", "needs"), [("asgi", "uvicorn"), ("wsgi", "waitress")])
-def test_clients_that_keep_their_connections_lose_nothing_by_a_reload(
+def test_clients_that_keep_their_connections_lose_nothing_by_a_reload_a_scaling_and_an_upgrade(
     form: str, needs: str, dispatch: str
 ) -> None:
     """S1, S7: they are told to connect anew, and no connection is closed as they use it."""
     pytest.importorskip(needs)
     arguments = ["-b", "127.0.0.1:0", "-w", "2", "--threads", "4", "--dispatch", dispatch]
     with served(*arguments, f"tests.load.app:{form}") as server:
-        play_well("reload", server, rps=300, times=2, keep_alive=0.9)
+        for name in ("reload", "scale", "upgrade"):
+            play_well(name, server, rps=300, times=2, keep_alive=0.9)
 
 
 @pytest.mark.parametrize("dispatch", ["shared", "handoff"])
 @pytest.mark.parametrize(
-    ("form", "needs", "rps"), [("handler", "socket", 85), ("asgi", "uvicorn", 300), ("wsgi", "waitress", 85)]
+    ("form", "needs", "threads", "rps"),
+    [
+        ("handler", "socket", 1, 85),
+        ("asgi", "uvicorn", 1, 300),
+        ("wsgi", "waitress", 1, 85),
+        ("wsgi", "waitress", 3, 250),
+    ],
 )
 def test_a_killed_worker_costs_what_had_begun_there_and_nothing_that_waits(
-    form: str, needs: str, rps: float, dispatch: str, tmp_path: Path
+    form: str, needs: str, threads: int, rps: float, dispatch: str, tmp_path: Path
 ) -> None:
     """S8: a ledger has what begins. The rate is such that some run, and others wait, most of the time; on a busy
     machine the kills may find nothing that runs."""
     pytest.importorskip(needs)
     ledger = tmp_path / "begun"
-    arguments = ["-b", "127.0.0.1:0", "-w", "2", "--threads", "1", "--dispatch", dispatch]
+    arguments = ["-b", "127.0.0.1:0", "-w", "2", "--threads", f"{threads}", "--dispatch", dispatch]
     with served(*arguments, f"tests.load.app:{form}", env={"TEST_LOAD_LEDGER": str(ledger)}) as server:
         for seed in range(1, 6):
             verdict = play_well(
@@ -240,7 +246,7 @@ def test_a_killed_worker_costs_what_had_begun_there_and_nothing_that_waits(
                 keep_alive=0.0,
                 work_ms=20,
                 ledger=None if form == "handler" else ledger,
-                taken=TAKEN[form],
+                taken=taken_by(form, threads),
             )
             if set(verdict.tally.lost) & set(ledger.read_text().split()):
                 return

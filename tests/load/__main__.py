@@ -13,12 +13,8 @@ import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 
-from ._scenarios import SCENARIOS, play
+from ._scenarios import SCENARIOS, play, taken_by
 from ._served import served
-
-#: How many connections a worker has taken at most, and not begun: one that runs one request at a time takes one, and an
-#: event loop may take some in one turn. One with threads takes all that come, and has them wait for a thread.
-TAKEN = {"handler": 1, "wsgi": 1, "asgi": 3}
 
 
 def options() -> argparse.Namespace:
@@ -62,8 +58,6 @@ def main() -> int:
         ledger = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "begun"
         server = stack.enter_context(served(*arguments, env={"TEST_LOAD_LEDGER": str(ledger)}))
         for name in given.scenario or SCENARIOS:
-            if name == "kill" and given.threads > 1 and given.app != "asgi":
-                continue  # what waits for a thread has not begun, and there is no telling how much that is
             verdict = play(
                 name,
                 server,
@@ -74,7 +68,7 @@ def main() -> int:
                 keep_alive=given.keep_alive,
                 work_ms=given.work_ms,
                 ledger=None if given.app == "handler" else ledger,
-                taken=TAKEN[given.app],
+                taken=taken_by(given.app, given.threads),
             )
             good = good and verdict.is_good
             said = verdict.as_json()

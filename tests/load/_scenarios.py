@@ -91,7 +91,7 @@ def _is_start_of_another(event: dict[str, Any], pid: int) -> bool:
 
 
 def kills(situation: Situation) -> int:
-    """Workers are killed with SIGKILL, one by one. One that runs one request at a time may cost that one."""
+    """Workers are killed with SIGKILL, one by one."""
     count = max(1, situation.times // 3)
     for _ in range(count):
         situation.pause(0.8 / count)
@@ -105,7 +105,7 @@ def kills(situation: Situation) -> int:
 
 
 Scenario = Callable[[Situation], int]
-#: Each returns how many requests it may cost.
+#: Each returns how many times it may cost what a worker has taken.
 SCENARIOS: dict[str, Scenario] = {
     "steady": steady,
     "reload": reloads,
@@ -152,6 +152,16 @@ class Verdict:
         }
 
 
+def taken_by(form: str, threads: int) -> int:
+    """How many connections a worker has taken at most whose requests it has not begun; of a function, with those that
+    it has begun.
+
+    A thread takes one as it can begin it. An event loop begins a request three turns after it has taken the
+    connection, and takes one in each where it need not hurry (`fdpool._server.pace`).
+    """
+    return 3 if form == "asgi" else threads
+
+
 def play(
     name: str,
     server: Served,
@@ -173,9 +183,8 @@ def play(
         enough: the share of what was due that must be answered.
         timeout_s: after which a request has failed.
         ledger: the file that its TEST_LOAD_LEDGER names. With it a killed worker may cost what had begun, however much
-            that was, and `taken` beside; without, one request.
-        taken: how many connections a worker may have whose request it has not begun: between the two lies the time that
-            a client takes to send.
+            that was, and `taken` beside; without, `taken`.
+        taken: as `taken_by` has it.
     """
     path = f"/{work_ms}" if work_ms else ""
     client = Client(server.address, rps=rps, keep_alive=keep_alive, path=path, timeout_s=timeout_s, seed=seed)
@@ -188,7 +197,9 @@ def play(
         thread.join()
     tally = client.tally
     killed = name == "kill"
+    if killed:
+        allowed *= taken
     if killed and ledger is not None:
         begun = set(ledger.read_text().split())
-        allowed = allowed * taken + sum(token in begun for token in tally.lost)
+        allowed += sum(token in begun for token in tally.lost)
     return Verdict(name, allowed, tally, enough * rps * tally.seconds, may_cut=killed)

@@ -24,6 +24,14 @@ def echo_pid(connection: socket.socket, _address: object) -> None:
         connection.sendall(b"%d %s" % (os.getpid(), data))
 
 
+def note_and_echo(noted: Path, connection: socket.socket, address: tuple[str, int]) -> None:
+    """Note the client's port, as the request begins; take a while; and echo one line."""
+    with noted.open("a") as file:
+        file.write(f"{address[1]}\n")
+    time.sleep(0.01)
+    connection.sendall(connection.recv(1000))
+
+
 def keep_echoing(connection: socket.socket, _address: object) -> None:
     """Echo until the client has enough."""
     while data := connection.recv(65536):
