@@ -172,7 +172,7 @@ class Handoff:
         self._held: deque[socket.socket] = deque()
         self._acceptor = Acceptor()
         self._reserve = Reserve()
-        self._watching = False
+        self._watched: list[socket.socket] = []  # all listeners, or none
         self._looking = False
         self._last = 0
         self.handed = 0
@@ -244,7 +244,7 @@ class Handoff:
     def forget(self) -> None:
         """Runs in a forked child: close the copies."""
         # Kernel: a forked child has the same epoll instance (epoll(7)): what it takes from it is the parent's, too.
-        self._watching = False
+        self._watched.clear()
         self._acceptor.forget()
         self._reserve.forget()
         self.close()
@@ -328,13 +328,18 @@ class Handoff:
         self._pump()
 
     def _watch(self, wanted: bool) -> None:
-        if wanted is not self._watching:
-            self._watching = wanted
-            for listener in self._listeners:
-                if wanted:
+        if not wanted:
+            while self._watched:
+                self._turns.unwatch(self._watched.pop())
+        elif not self._watched:
+            try:
+                for listener in self._listeners:
                     self._turns.watch(listener, partial(self._accept, listener))
-                else:
-                    self._turns.unwatch(listener)
+                    self._watched.append(listener)
+            except OSError:
+                # Of what the kernel may watch for this user, others have taken the rest meanwhile.
+                self._watch(False)
+                self._turns.later(_RETRY_S, self._pump)
 
     def _ask_for_word(self, wanted: bool) -> None:
         for seat in self._seats.values():

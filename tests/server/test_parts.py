@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import psutil
 import pytest
@@ -539,6 +539,34 @@ def test_a_worker_whose_inbox_cannot_be_watched_has_none_and_costs_no_descriptor
             handoff.seat(cast("Any", SimpleNamespace(number=1)))
         assert os.listdir("/dev/fd") == before
         handoff.gone(1)
+
+
+def test_listeners_that_cannot_be_watched_for_now_are_all_watched_a_little_later() -> None:
+    class FullOnce:
+        watched: ClassVar[list[object]] = []
+        later_on: ClassVar[list[Callable[[], object]]] = []
+        full_at = 1
+
+        def watch(self, source: object, action: Callable[[], object]) -> None:
+            if len(self.watched) == self.full_at:
+                raise OSError(errno.ENOMEM, "no room")
+            self.watched.append(source)
+
+        def unwatch(self, source: object) -> None:
+            self.watched.remove(source)
+
+        def later(self, pause_s: float, action: Callable[[], object]) -> None:
+            self.later_on.append(action)
+
+    turns, listeners = FullOnce(), [cast("Any", "one"), cast("Any", "two")]
+    with contextlib.closing(Handoff(cast("Any", turns), listeners)) as handoff:
+        handoff._watch(True)
+        assert turns.watched == []
+        assert turns.later_on == [handoff._pump]
+        turns.full_at = -1
+        handoff._watch(True)
+        assert turns.watched == listeners
+    assert turns.watched == []
 
 
 def test_a_forked_child_forgets_the_handing_over_whatever_the_servers_thread_was_at() -> None:
