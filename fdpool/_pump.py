@@ -6,6 +6,7 @@ the end of the pool are dealt with here alone, and so are callbacks, with the lo
 
 from __future__ import annotations
 
+import math
 import selectors
 import threading
 import time
@@ -23,6 +24,10 @@ from .errors import RemoteTraceback
 
 if TYPE_CHECKING:
     from ._client import Client
+
+#: After how long in user code the pump looks again for deaths and deadlines, once what runs just then is over: results
+#: that are loaded, callbacks, and log handlers, each.
+_TURN_S = 0.005
 
 
 class Pump:
@@ -123,6 +128,7 @@ class Pump:
         try:
             while not self._client.life.is_over:
                 self._turn()
+            self.settle()
         except Exception as error:
             self._crash(error)
         self._client.close()
@@ -131,15 +137,19 @@ class Pump:
     def _turn(self) -> None:
         """Wait once, handle what came, settle futures, and see whether the pool can move on in its end."""
         client = self._client
-        timeout_s = self._timeout_s()
+        # Then answers stay where they are: what they hold, descriptors among it, would pile up here.
+        is_behind = self.receiver.pending or bool(self._callbacks) or bool(client.news)
+        timeout_s = self._timeout_s(is_behind)
         ready = self._selector.select(0.0 if self._look_again else timeout_s)
         self._look_again = False
         self.receiver.reclaim()
         for key, _ in ready:
             if key.data is self.receiver:
-                self.receiver.take_ready()
+                if not is_behind:
+                    self.receiver.take_ready()
             elif isinstance(key.data, SlotLink):
-                self.receiver.take_from(key.data)
+                if not is_behind:
+                    self.receiver.take_from(key.data)
             elif key.data is None:
                 self._waker.clear()
             elif not self._receive_reports():
@@ -154,17 +164,17 @@ class Pump:
         _spill.expire(time.monotonic())
         client.critical.drain()
         client.life.mend()
-        self.settle()
+        self.settle(_TURN_S)
         client.life.move_on()
 
-    def _timeout_s(self) -> float | None:
-        """How long nothing needs to be done unless something comes."""
+    def _timeout_s(self, is_behind: bool) -> float | None:
+        """How long nothing needs to be done unless something comes; `is_behind`: something is to be settled or told."""
         client = self._client
         with client.critical:
             self._ticks_at = client.dispatcher.next_deadline()
             self._limits_at = client.limits.next_look()
             deadline = client.wanted_at(self._ticks_at, self._limits_at)
-        if client.critical.pending or self.receiver.pending or self._callbacks or client.news:
+        if is_behind or client.critical.pending:
             return 0.0
         look = self.receiver.next_look()
         if deadline is None:
@@ -185,17 +195,21 @@ class Pump:
 
     # -- futures -------------------------------------------------------------------------------------------
 
-    def settle(self) -> None:
-        """Runs in: the pump. Settle what is due, and call back."""
-        self.receiver.settle()
+    def settle(self, turn_s: float = math.inf) -> None:
+        """Runs in: the pump. Settle what is due, call back, and tell the news: each in its order, at least one, and no
+        more once `turn_s` seconds are over. Another thread may add to it all the time."""
+        self.receiver.settle(time.monotonic() + turn_s)
         news = self._client.news
         if not self._callbacks and not news:
             return
         put_back(self._mask)  # a callback may start programs, which inherit the mask
         try:
+            until = time.monotonic() + turn_s
             while self._callbacks:
                 self._callbacks.popleft().call_back()
-            news.tell()
+                if time.monotonic() >= until:
+                    break
+            news.tell(time.monotonic() + turn_s)
         finally:
             block_signals()
 

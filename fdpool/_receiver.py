@@ -448,8 +448,9 @@ class Receiver:
 
     # -- settling ------------------------------------------------------------------------------------------
 
-    def settle(self) -> None:
-        """Settle what is due. Objects are loaded here, which is user code; callbacks are the pump's."""
+    def settle(self, until: float | None = None) -> None:
+        """Settle what is due; one at least, and no more after the moment `until`, as others may add to it all the time.
+        Objects are loaded here, which is user code; callbacks are the pump's."""
         due, tasks = self._to_settle, self._client.tasks
         while due:
             try:
@@ -466,6 +467,8 @@ class Receiver:
                     self._settle(task, future, answer, error)
             else:
                 self._settle(task, future, answer, error)
+            if until is not None and time.monotonic() >= until:
+                return
 
     def _open_pieces(self, chunk: ChunkFuture) -> None:
         if chunk._state not in UNDONE:

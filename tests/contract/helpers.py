@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -333,6 +334,20 @@ def stuck(ledger: str) -> None:
     with open(ledger, "a") as file:
         file.write(f"{os.getpid()}\n")
     time.sleep(1000)
+
+
+class SlowToLoad:
+    """Takes its time where it is loaded, until that is `released` there."""
+
+    released = threading.Event()
+
+    def __reduce__(self) -> Any:
+        return _load_slowly, ()
+
+
+def _load_slowly() -> SlowToLoad:
+    SlowToLoad.released.wait(0.02)
+    return SlowToLoad()
 
 
 def end_when_told(ledger: str) -> None:

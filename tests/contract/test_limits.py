@@ -396,6 +396,42 @@ def test_a_worker_that_the_client_has_to_kill_itself_is_not_put_down_to_anybody_
         assert pool.submit(helpers.square, 3).result(timeout=20) == 9
 
 
+def test_callbacks_that_are_slower_than_tasks_hold_up_no_deadline() -> None:
+    """P4: the thread that waits settles futures, so there is always one more to call back."""
+    released = threading.Event()
+    called: list[int] = []
+
+    def call_back(future: Future[int]) -> None:
+        released.wait(0.02)
+        called.append(future.result())
+
+    with Pool(2) as pool:
+        late = pool.with_options(timeout=0.1, grace=0).submit(time.sleep, 1000)
+        for n in range(500):
+            pool.submit(helpers.square, n).add_done_callback(call_back)
+        assert isinstance(late.exception(timeout=20), TaskTimeout)
+        assert len(called) < 500
+        released.set()
+    assert sorted(called) == [n * n for n in range(500)]
+
+
+def test_results_that_load_more_slowly_than_tasks_end_hold_up_no_deadline() -> None:
+    """P4: the thread that waits takes answers, so there is always one more to load."""
+    helpers.SlowToLoad.released.clear()
+    with Pool(2) as pool:
+        late = pool.with_options(timeout=0.1, grace=0).submit(time.sleep, 1000)
+        futures = [pool.submit(helpers.SlowToLoad) for _ in range(500)]
+        waiting = threading.Thread(target=futures[-1].result)
+        waiting.start()
+        wait_until(lambda: pool.stats().lost_workers)
+        assert not futures[-1].done()
+        helpers.SlowToLoad.released.set()
+        waiting.join(20)
+        assert isinstance(late.exception(timeout=20), TaskTimeout)
+        for future in futures:
+            assert isinstance(future.result(timeout=20), helpers.SlowToLoad)
+
+
 def test_a_next_attempt_is_not_overdue_while_its_worker_is_still_to_start(ledger: Path) -> None:
     """The slot's last worker has died of the same task, which it had begun long ago."""
     with Pool(1, preload=["tests.contract.helpers"]) as pool:

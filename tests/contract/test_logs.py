@@ -7,11 +7,12 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from fdpool import Pool
+from fdpool import Pool, TaskTimeout
 from tests.contract import helpers
 from tests.contract.helpers_logs import flood, log_awkward, log_error, log_numbers
 from tests.process_state import wait_until
@@ -155,6 +156,59 @@ def has_ended(pool: Pool) -> bool:
     client = pool._client
     assert client.board is not None
     return client.board.begun(0) == client.newest and client.board.running(0) == (0, 0.0)
+
+
+class _Slow(logging.Handler):
+    """Takes its time for each record until it is `released`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.released = threading.Event()
+        self.numbers: list[int] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.released.wait(0.02)
+        self.numbers.append(record.number)  # type: ignore[attr-defined]
+
+
+@pytest.fixture
+def slow_handler() -> Iterator[_Slow]:
+    """Of the logger `fdpool.test`."""
+    handler, logger = _Slow(), logging.getLogger("fdpool.test")
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+    yield handler
+    logger.removeHandler(handler)
+
+
+def test_a_handler_that_is_slower_than_workers_log_holds_up_no_deadline(slow_handler: _Slow) -> None:
+    """P4: the thread that waits receives the records, so there is always one more to be told."""
+    with Pool(2, log_level="INFO") as pool:
+        late = pool.with_options(timeout=0.1, grace=0).submit(time.sleep, 1000)
+        logs = pool.submit(log_numbers, "fdpool.test", 500)
+        assert isinstance(late.exception(timeout=20), TaskTimeout)
+        assert len(slow_handler.numbers) < 500
+        slow_handler.released.set()
+        logs.result(timeout=20)
+    assert slow_handler.numbers == list(range(500))
+
+
+def test_records_that_wait_for_a_slow_handler_have_a_bound_and_what_was_dropped_is_said(
+    slow_handler: _Slow, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fdpool._news._MOST_BYTES", 50_000)
+    with Pool(1, log_level="INFO") as pool:
+        pool.submit(log_numbers, "fdpool.test", 500).result(timeout=20)
+        assert len(slow_handler.numbers) < 500
+        slow_handler.released.set()
+    handled = slow_handler.numbers
+    assert handled == sorted(set(handled))
+    said = [
+        record.getMessage() for record in caplog.records if "records of workers were dropped" in record.msg
+    ]
+    dropped = sum(int(text.split()[0]) for text in said)
+    assert 0 < dropped < 500
+    assert len(handled) + dropped == 500
 
 
 class _Keeper(logging.Handler):
