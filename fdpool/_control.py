@@ -128,7 +128,7 @@ class ControlLink:
             if gone:
                 break
             if time.monotonic() > deadline and not killed:
-                self._kill()
+                self.kill()
                 killed = True
             self._await_death(deadline)
         if self._is_child:
@@ -153,12 +153,13 @@ class ControlLink:
             pass
         return True, None
 
-    def _kill(self) -> None:
-        if self._is_child or self._pidfd is None:
-            os.kill(self.pid, signal.SIGKILL)
-            return
+    def kill(self) -> None:
+        """SIGKILL the supervisor, which has not been buried; the end of the link says when it has died."""
         try:
-            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+            if self._is_child or self._pidfd is None:
+                os.kill(self.pid, signal.SIGKILL)
+            else:
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
         except ProcessLookupError:
             pass  # it has died meanwhile
 

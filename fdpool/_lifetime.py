@@ -256,7 +256,9 @@ class Lifetime:
                 pid = 0 if client.control is None else client.control.pid
                 self._kill_all()
                 status = client.supervision.bury(_QUIT_S)
-                how = f"the pool's supervisor {describe_status(status)}"
+                given_up = client.supervision.given_up
+                what = f"was killed by the pool, as {given_up}" if given_up else describe_status(status)
+                how = f"the pool's supervisor {what}"
                 if self._start_again(f"because {how}"):
                     news = f"{how} (it was process {pid}); its workers have been killed, and a new one was started"
                 else:

@@ -31,6 +31,11 @@ _MEMORY_LOOK_S = 0.05
 #: How long a task that is to end may take from the moment when its worker should be dead, before the client itself
 #: kills it: the supervisor is stopped, or has much to do.
 _OVERDUE_S = 5.0
+#: How often, and how many seconds apart, it is then looked whether the supervisor has reported that worker's death,
+#: before it is given up: it is stopped for good, say. Looks are counted, as this process may have been stopped together
+#: with it, and both go on now.
+_SILENT_LOOKS = 10
+_SILENT_LOOK_S = 1.0
 #: When a task is first interrupted again. Python heeds a signal that comes just before a system call that blocks only
 #: after that call: so it was in 8 of 3,000 tasks that were about to read.
 _SIGNAL_AGAIN_S = 0.02
@@ -230,7 +235,29 @@ class Limits:
 
     def _kill(self, slot: int, generation: int, task: int) -> Sequence[Action]:
         """Event: a worker that should be dead is not, as far as the supervisor says."""
-        # The next one may be at the next attempt.
-        if self._dispatcher.generation(slot) == generation and self._dispatcher.slot_of(task) == slot:
+        if self._is_still_in(slot, generation, task):
             self._client.links[slot].signal_tree()
+            self.at(time.monotonic() + _SILENT_LOOK_S, self._await_report, slot, generation, task, 1)
         return ()
+
+    def _await_report(self, slot: int, generation: int, task: int, looks: int) -> Sequence[Action]:
+        """Event: the death of a worker that was killed from here should have been reported by now.
+
+        Settled without that, the slot would get a worker more from a supervisor that goes on some day, or never gets
+        one. So the supervisor is ended, and what it was to do is done by its successor, if there is to be one.
+        """
+        if not self._is_still_in(slot, generation, task):
+            return ()
+        link = self._client.links[slot]
+        if looks >= _SILENT_LOOKS and link.has_died():
+            who = "a worker" if link.pid is None else f"worker {link.pid}"
+            self._client.supervision.give_up(
+                f"it had not reported the death of {who}, and may have been stopped"
+            )
+            return ()
+        self.at(time.monotonic() + _SILENT_LOOK_S, self._await_report, slot, generation, task, looks + 1)
+        return ()
+
+    def _is_still_in(self, slot: int, generation: int, task: int) -> bool:
+        """True if the task is with that very worker; the next one may be at its next attempt."""
+        return self._dispatcher.generation(slot) == generation and self._dispatcher.slot_of(task) == slot

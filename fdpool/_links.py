@@ -99,6 +99,22 @@ class SlotLink:
         except OSError:
             pass  # as above
 
+    def has_died(self) -> bool:
+        """True if the worker is dead, whether that was reported or not; or if its start never was."""
+        pid = self.pid
+        if pid is None:
+            return True
+        if self._pidfd is not None:
+            return fds.is_readable(self._pidfd)
+        import psutil
+
+        try:
+            return bool(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
+        except psutil.NoSuchProcess:
+            return True  # the supervisor may have reaped it, and stand still since
+        except psutil.Error:
+            return False
+
     def memory_bytes(self) -> int:
         """Resident memory of the worker and of all that descends from it, as far as it can be looked at now; 0 if it
         has died, or no descriptor is left to look with."""

@@ -49,6 +49,7 @@ class Supervision:
     Attributes:
         control: the link to it; None before it is started.
         restarts: how often it had to be replaced.
+        given_up: why this one was killed from here, or empty.
     """
 
     def __init__(self, client: "Client", setup: Setup) -> None:
@@ -56,6 +57,7 @@ class Supervision:
         self._setup: Setup | None = setup
         self.control: _control.ControlLink | None = None
         self.restarts = 0
+        self.given_up = ""
         self._restarted_at = -_RESTARTS_AFTER_S
 
     def start(self) -> None:
@@ -105,7 +107,14 @@ class Supervision:
             return False
         self._restarted_at = now
         self.restarts += 1
+        self.given_up = ""
         return True
+
+    def give_up(self, why: str) -> None:
+        """Kill it, as it does not do what it is for: that it has gone is dealt with as ever."""
+        if self.control is not None:
+            self.given_up = why
+            self.control.kill()
 
     def tell(self, message: _messages.ToSupervisor, numbers: Sequence[int] = ()) -> bool:
         """Send a message; False if some of it could not go at once, and `flush` is to be called."""

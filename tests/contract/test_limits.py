@@ -20,7 +20,16 @@ import psutil
 import pytest
 
 import fdpool
-from fdpool import MemoryLimitExceeded, PoisonTask, Pool, PoolShutDown, TaskTimeout, WorkerLost, wire
+from fdpool import (
+    MemoryLimitExceeded,
+    PoisonTask,
+    Pool,
+    PoolBroken,
+    PoolShutDown,
+    TaskTimeout,
+    WorkerLost,
+    wire,
+)
 from fdpool._board import Board, Page
 from fdpool._links import SlotLink
 from fdpool._options import TaskOptions, changed
@@ -394,6 +403,82 @@ def test_a_worker_that_the_client_has_to_kill_itself_is_not_put_down_to_anybody_
         with pytest.raises(CancelledError):
             ended.result(timeout=20)
         assert pool.submit(helpers.square, 3).result(timeout=20) == 9
+
+
+@pytest.fixture
+def little_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With supervisors that do not end a worker, or report its death."""
+    monkeypatch.setattr("fdpool._limits._OVERDUE_S", 0.1)
+    monkeypatch.setattr("fdpool._limits._SILENT_LOOK_S", 0.02)
+
+
+@contextlib.contextmanager
+def stopped_supervisor(pool: Pool) -> Iterator[None]:
+    """It stands still, and is not let go on before the end."""
+    assert pool._client.control is not None
+    supervisor = psutil.Process(pool._client.control.pid)
+    supervisor.suspend()
+    try:
+        yield
+    finally:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            supervisor.resume()
+
+
+@pytest.mark.usefixtures("little_patience")
+def test_no_deadline_waits_for_a_supervisor_that_stands_still(ledger: Path) -> None:
+    """W4: it never reports the death of the worker that the client has killed itself."""
+    with Pool(1) as pool:
+        late = pool.with_options(timeout=0.4, grace=0).submit(helpers.stuck, str(ledger))
+        wait_until(lambda: pids(ledger))
+        with stopped_supervisor(pool):
+            assert isinstance(late.exception(timeout=20), TaskTimeout)
+            assert pool.submit(helpers.square, 3).result(timeout=20) == 9
+
+
+@pytest.mark.usefixtures("little_patience")
+def test_a_supervisor_that_stands_still_is_given_up_for_a_task_that_is_to_end(
+    ledger: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """W4: a new one takes its place, what ran is lost, and may be tried again."""
+    again, other = ledger.with_name("again"), ledger.with_name("other")
+    again.touch()
+    other.touch()
+
+    def at_first_stuck() -> int:
+        with again.open("a") as file:
+            file.write(f"{os.getpid()}\n")
+        time.sleep(1000 if len(pids(again)) == 1 else 0)
+        return len(pids(again))
+
+    with Pool(3) as pool:
+        ended = pool.submit(helpers.note_and_hang, str(ledger))
+        lost = pool.submit(helpers.stuck, str(other))
+        retried = pool.with_options(retries=1, retry_delay=0).submit(at_first_stuck)
+        wait_until(lambda: all(map(pids, (ledger, other, again))))
+        with stopped_supervisor(pool):
+            assert ended.terminate(grace=0)
+            with pytest.raises(CancelledError):
+                ended.result(timeout=20)
+            with pytest.raises(WorkerLost, match="had not reported the death of worker"):
+                lost.result(timeout=20)
+            assert retried.result(timeout=20) == 2
+            assert pool.stats().supervisor_restarts == 1
+    assert "was killed by the pool, as it had not reported the death of worker" in caplog.text
+
+
+@pytest.mark.usefixtures("little_patience")
+def test_a_task_is_ended_where_the_supervisor_stands_still_and_cannot_be_replaced(ledger: Path) -> None:
+    """W4: it was a fork of this process. The pool breaks, and says why."""
+    with Pool(2, start_method="fork") as pool:
+        hanging = pool.submit(helpers.note_and_hang, str(ledger))
+        other = pool.submit(helpers.note_and_hang, str(ledger.with_name("other")))
+        wait_until(lambda: pids(ledger) and ledger.with_name("other").exists())
+        with stopped_supervisor(pool):
+            assert hanging.terminate(grace=0)
+            with pytest.raises(PoolBroken, match="had not reported the death of worker"):
+                hanging.result(timeout=20)
+            assert isinstance(other.exception(timeout=20), PoolBroken)
 
 
 def test_callbacks_that_are_slower_than_tasks_hold_up_no_deadline() -> None:
