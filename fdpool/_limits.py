@@ -41,7 +41,7 @@ _SILENT_LOOK_S = 1.0
 _SIGNAL_AGAIN_S = 0.02
 #: How often a task is looked at that is not to begin, and cannot be taken back just now.
 _STUBBORN_LOOK_S = 0.1
-#: The same for a program that is to be stopped as it begins.
+#: The same for one that is to be stopped as it begins.
 _STOP_LOOK_S = 0.01
 
 
@@ -168,32 +168,49 @@ class Limits:
     # -- ending --------------------------------------------------------------------------------------------
 
     def stop(self, task: int) -> Sequence[Action]:
-        """Event: the worker that runs the task, or is about to, is to stop it. It has one word for that: a task that
-        has not begun, and cannot be taken back, waits until no other needs it."""
-        slot, board = self._dispatcher.slot_of(task), self._client.board
-        if slot is None or board is None:
+        """Event: the worker that runs the task, or is about to, is to stop it."""
+        slot = self._dispatcher.slot_of(task)
+        if slot is None:
             return ()
-        if self._client.is_begun(task):
-            board.ask_to_stop(slot, task)
-            self._client.links[slot].wake_worker()
-        elif self._client.take_out(task):
+        if not self._client.is_begun(task) and self._client.take_out(task):
             self._client.fail(task, CancelledError())
-        else:
-            if board.asked_to_stop(slot) not in self._dispatcher.given(slot):
-                board.ask_to_stop(slot, task)
-            self.at(time.monotonic() + _STOP_LOOK_S, self.stop, task)  # one that has begun may take the word
+        elif not self._leave_word(slot, task):
+            self.at(time.monotonic() + _STOP_LOOK_S, self.stop, task)
         return ()
 
     def terminate(self, task: int, grace_s: float) -> None:
         """Have a running task interrupted; and if that does not end it within `grace_s`, its worker ended."""
+        if self._dispatcher.slot_of(task) is not None:
+            self._interrupt(task)
+            self.at(time.monotonic() + grace_s, self._end_stubborn, task)
+
+    def _interrupt(self, task: int) -> Sequence[Action]:
+        """Event: a task is to be interrupted, as soon as it has begun."""
         slot = self._dispatcher.slot_of(task)
-        if slot is None or self._client.board is None:
-            return
-        self._client.board.ask_to_stop(slot, task)
-        self._client.links[slot].wake_worker()
-        now = time.monotonic()
-        self.at(now + _SIGNAL_AGAIN_S, self._interrupt_again, slot, task, _SIGNAL_AGAIN_S)
-        self.at(now + grace_s, self._end_stubborn, task)
+        if slot is None:
+            return ()
+        if self._leave_word(slot, task):
+            self.at(time.monotonic() + _SIGNAL_AGAIN_S, self._interrupt_again, slot, task, _SIGNAL_AGAIN_S)
+        else:
+            self.at(time.monotonic() + _STOP_LOOK_S, self._interrupt, task)
+        return ()
+
+    def _leave_word(self, slot: int, task: int) -> bool:
+        """Tell the slot's worker to stop the task; False if that is to be done again, as it has not begun.
+
+        There is one word for that. The task that runs takes it; one that has not begun waits until no other needs it.
+        """
+        board = self._client.board
+        assert board is not None
+        if board.begun(slot) == task:
+            board.ask_to_stop(slot, task)
+            self._client.links[slot].wake_worker()
+            return True
+        if self._client.is_begun(task):
+            return True  # it has ended, and the one that runs may need the word
+        if board.asked_to_stop(slot) not in self._dispatcher.given(slot):
+            board.ask_to_stop(slot, task)
+        return False
 
     def _interrupt_again(self, slot: int, task: int, pause_s: float) -> Sequence[Action]:
         """Event: a task that was interrupted `pause_s` or more ago may run still. It is interrupted once, though: that
@@ -212,7 +229,7 @@ class Limits:
         if self._client.take_out(task):
             self._client.fail(task, TaskTerminated("before it had begun"))
         elif self._dispatcher.slot_of(task) is not None:
-            self.terminate(task, _STUBBORN_LOOK_S)
+            self.at(time.monotonic() + _STUBBORN_LOOK_S, self._end_stubborn, task)
         return ()
 
     def cut_short(self, slot: int, task: int, why: CutShort) -> Sequence[Action]:

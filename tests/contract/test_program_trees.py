@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
 import signal
@@ -273,6 +274,38 @@ def test_programs_that_are_cancelled_and_cannot_be_taken_back_are_stopped_as_the
             running.result(timeout=20)
             assert pool.submit(int).result(timeout=20) == 0
     assert not list(tmp_path.glob("[abc]"))
+
+
+def test_a_task_that_is_to_end_next_takes_no_word_from_a_program_that_is_to_stop_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both were given to one worker, and it has not looked yet."""
+
+    def no_room(*_: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    reading, writing = os.pipe()
+    with warm_pool(1) as pool, open(reading) as gate, open(writing, "w"):
+        program = pool.run(["sleep", "1000"], grace=0)
+        following = pool.submit(helpers.touch_and_wait, str(tmp_path / "begun"), gate)
+        wait_until(program.running)
+        worker = psutil.Process(pool.worker_pids()[0])
+        wait_until(worker.children)
+        [sleeper] = worker.children()
+        with monkeypatch.context() as full:
+            full.setattr(wire, "try_take", no_room)
+            worker.suspend()
+            assert program.cancel()
+            assert following.terminate(grace=10)
+            worker.resume()
+            try:
+                seconds_until_gone([sleeper])
+            finally:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    sleeper.kill()  # or the pool would wait for it
+            with pytest.raises(CancelledError):
+                following.result(timeout=5)
+        assert pool.worker_pids() == [worker.pid]
 
 
 def test_a_program_that_ends_before_its_cancel_returns_is_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
