@@ -12,7 +12,6 @@ from __future__ import annotations
 import heapq
 import itertools
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError
 from typing import TYPE_CHECKING, Any
@@ -43,6 +42,8 @@ _SIGNAL_AGAIN_S = 0.02
 _STUBBORN_LOOK_S = 0.1
 #: The same for one that is to be stopped as it begins.
 _STOP_LOOK_S = 0.01
+#: As many tasks that are done may be kept in any case: to sort out those that are not takes a while.
+_FEW = 100
 
 
 class Limits:
@@ -53,8 +54,8 @@ class Limits:
         self._dispatcher = client.dispatcher
         self._tasks = client.tasks
         self._looks: dict[int, float] = {}  # slot -> when to look at what it runs
-        # Tasks that must have begun by some moment, oldest first, for each length of time that somebody has asked for.
-        self._waiting: dict[float, deque[tuple[float, int]]] = {}
+        # A heap of tasks that must have begun by some moment, and within how many seconds; some are done meanwhile.
+        self._waiting: list[tuple[float, int, float]] = []
         self._timers: list[tuple[float, int, Callable[..., Sequence[Action]], tuple[Any, ...]]] = []
         self._count = itertools.count()
 
@@ -64,10 +65,7 @@ class Limits:
         """When `look` is due next, or None."""
         if not self._looks and not self._waiting and not self._timers:
             return None
-        moments = [*self._looks.values(), *(tasks[0][0] for tasks in self._waiting.values())]
-        if self._timers:
-            moments.append(self._timers[0][0])
-        return min(moments, default=None)
+        return min([*self._looks.values(), *(heap[0][0] for heap in (self._waiting, self._timers) if heap)])
 
     def at(self, moment: float, event: Callable[..., Sequence[Action]], *arguments: Any) -> None:
         """Have an event handled at some moment."""
@@ -76,11 +74,16 @@ class Limits:
 
     def submitted(self, task: int, queue_timeout: float) -> Sequence[Action]:
         """Event: the task must begin within so many seconds from now."""
-        tasks = self._waiting.setdefault(queue_timeout, deque())
-        while tasks and tasks[0][1] not in self._tasks:
-            tasks.popleft()
-        tasks.append((time.monotonic() + queue_timeout, task))
-        if len(tasks) == 1:
+        waiting = self._waiting
+        while waiting and waiting[0][1] not in self._tasks:
+            heapq.heappop(waiting)
+        if len(waiting) > 2 * len(self._tasks) + _FEW:
+            # Behind one that is not done: those that are would stay until their time is over.
+            waiting[:] = [entry for entry in waiting if entry[1] in self._tasks]
+            heapq.heapify(waiting)
+        due = (time.monotonic() + queue_timeout, task, queue_timeout)
+        heapq.heappush(waiting, due)
+        if waiting[0] is due:
             self._client.wake()
         return ()
 
@@ -103,11 +106,9 @@ class Limits:
         while self._timers and self._timers[0][0] <= now:
             _, _, event, arguments = heapq.heappop(self._timers)
             leave((event, arguments))
-        for seconds, tasks in list(self._waiting.items()):
-            while tasks and (tasks[0][0] <= now or tasks[0][1] not in self._tasks):
-                leave((self._give_up_waiting, (tasks.popleft()[1], seconds)))
-            if not tasks:
-                del self._waiting[seconds]
+        while self._waiting and (self._waiting[0][0] <= now or self._waiting[0][1] not in self._tasks):
+            _, task, seconds = heapq.heappop(self._waiting)
+            leave((self._give_up_waiting, (task, seconds)))
         for slot in [slot for slot, moment in self._looks.items() if moment <= now]:
             del self._looks[slot]
             leave((self._look_at, (slot,)))

@@ -41,6 +41,9 @@ class Staffing:
         self._dispatcher = client.dispatcher
         self._staff = staff
         self._looking = False
+        # slot -> the generation of its worker, and when that is too old
+        self._old_at: dict[int, tuple[int, float]] = {}
+        self._timed: set[int] = set()  # slots that a timer looks at
         self._idle_since: dict[
             int, tuple[int, float]
         ] = {}  # slot -> how much its worker had done, and since when
@@ -51,7 +54,11 @@ class Staffing:
         if staff.max_age is not None:
             age = staff.max_age * random.uniform(1 - _SPREAD, 1)
             generation = self._dispatcher.generation(slot)
-            self._client.limits.at(time.monotonic() + age, self._retire, slot, generation)
+            moment = time.monotonic() + age
+            self._old_at[slot] = generation, moment
+            if slot not in self._timed:
+                self._timed.add(slot)
+                self._client.limits.at(moment, self._look_at_age, slot)
         if staff.idle_timeout is not None and not self._looking:
             self._look_later(staff.idle_timeout)
 
@@ -71,6 +78,19 @@ class Staffing:
         if self._dispatcher.generation(slot) == generation and state is State.LEAVING:
             self._client.end_worker(slot, 1.0)
         return ()
+
+    def _look_at_age(self, slot: int) -> Sequence[Action]:
+        """Event: a worker of the slot would be too old now, perhaps not the one that it has.
+
+        One timer a slot, not a worker: of short-lived ones, millions would be kept until their age is over. It comes in
+        time for any later one, as their ages differ by less than the spread.
+        """
+        generation, moment = self._old_at[slot]
+        if moment > time.monotonic():
+            self._client.limits.at(moment, self._look_at_age, slot)
+            return ()
+        self._timed.discard(slot)
+        return self._retire(slot, generation)
 
     def _retire(self, slot: int, generation: int) -> Sequence[Action]:
         """Event: a worker is to go when it has done what it runs, and to be replaced when that is needed."""

@@ -362,6 +362,20 @@ def test_many_tasks_with_waiting_times_of_their_own_do_not_hurt_the_pool() -> No
         sys.setswitchinterval(before)
 
 
+def test_nothing_is_kept_of_tasks_that_are_done_behind_one_that_is_not(ledger: Path) -> None:
+    """P13."""
+    with Pool(2) as pool:
+        view = pool.with_options(queue_timeout=1000)
+        running = view.submit(helpers.stuck, str(ledger))
+        try:
+            for future in [view.submit(helpers.square, n) for n in range(500)]:
+                future.result(timeout=20)
+            view.submit(helpers.square, 3).result(timeout=20)
+            assert len(pool._client.limits._waiting) < 200
+        finally:
+            running.terminate(grace=0)
+
+
 def test_a_next_attempt_is_not_taken_for_the_one_that_was_ended(
     ledger: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -181,6 +181,20 @@ def test_a_worker_that_is_too_old_is_replaced_and_no_task_is_lost() -> None:
             pids.update(future.result(timeout=20) for future in futures)
 
 
+def test_nothing_is_kept_of_workers_that_were_not_there_for_long() -> None:
+    """P15: nor is the last of them kept for too long."""
+    with Pool(1, max_tasks_per_child=1, max_age=1000) as pool:
+        for n in range(5):
+            pool.submit(helpers.square, n).result(timeout=20)
+        at_their_age = time.monotonic() + 500
+        assert sum(timer[0] > at_their_age for timer in pool._client.limits._timers) == 1
+    with Pool(1, max_tasks_per_child=2, max_age=0.3) as pool:
+        for n in range(4):
+            pool.submit(helpers.square, n).result(timeout=20)
+        idle = pool.submit(os.getpid).result(timeout=20)
+        wait_until(lambda: idle not in pool.worker_pids())
+
+
 @pytest.mark.parametrize(
     "replaced",
     [{"max_tasks_per_child": 1}, {"max_tasks_per_child": 7}, {"max_age": 0.05}, {"max_memory": 1}],
