@@ -7,6 +7,7 @@ edge whoever submits waits until a task has let go of some; so the rest of the p
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import resource
 import sys
@@ -49,12 +50,29 @@ def _edge() -> int:
     return sys.maxsize if soft == resource.RLIM_INFINITY else soft - min(_RESERVED, soft // 8)
 
 
-def exhausted(label: str, held: int, waited_s: float) -> DescriptorsExhausted:
-    """The error for a task that cannot be submitted, as there is no descriptor for it."""
+def exhausted(label: str, held: int, waited_s: float, near: bool = False) -> DescriptorsExhausted:
+    """The error for a task that cannot be submitted, as there is no descriptor for it; or, `near` the limit, none but
+    those that are kept for others."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    kept = f", save {_free_from(_edge())} that are kept for the rest of the program" if near else ""
     waited = f", and none has let go of any for {waited_s:g} seconds" if waited_s else ""
     return DescriptorsExhausted(
         errno.EMFILE,
-        f"no descriptor is left for {label}: this process may have {soft} files open (RLIMIT_NOFILE, `ulimit -n`; at "
-        f"most {hard}), {held} tasks that wait hold some{waited}. Raise the limit, or submit fewer at a time",
+        f"no descriptor is left for {label}{kept}: this process may have {soft} files open (RLIMIT_NOFILE, "
+        f"`ulimit -n`; at most {hard}), {held} tasks that wait, or may be tried again, hold some{waited}. Raise the "
+        "limit, close what the program itself has open, or submit fewer at a time",
     )
+
+
+def _free_from(number: int) -> int:
+    """How many descriptors are free, from this number up to the limit; opens none."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return sum(not _is_open(fd) for fd in range(number, soft))
+
+
+def _is_open(fd: int) -> bool:
+    try:
+        fcntl.fcntl(fd, fcntl.F_GETFD)
+    except OSError:
+        return False
+    return True

@@ -246,8 +246,11 @@ class Client:
             put_back(mask)
         return future
 
-    def wait_for_descriptors(self, label: str) -> bool:
+    def wait_for_descriptors(self, label: str, near: bool = False) -> bool:
         """Wait until a task has let go of descriptors that it holds here; False if none holds any.
+
+        Args:
+            near: there are some, which are kept for the rest of the program.
 
         Raises:
             DescriptorsExhausted: none did for so long, or this thread must not wait: it runs callbacks or a finalizer.
@@ -261,7 +264,7 @@ class Client:
         while all(map(_holds_descriptors, holders)):
             if time.monotonic() >= deadline:
                 held = sum(map(_holds_descriptors, list(self.tasks.values())))
-                raise _budget.exhausted(label, held, _ROOM_S if may_wait else 0.0)
+                raise _budget.exhausted(label, held, _ROOM_S if may_wait else 0.0, near)
             self.wait_for(holders[0], 0.01)
         return True
 

@@ -323,7 +323,7 @@ class Pool(Executor):
     def _make_room(self, call: payload.Payload, label: str) -> None:
         """Wait for others to let go of descriptors, as `call` has taken some of the last."""
         try:
-            self._client.wait_for_descriptors(label)
+            self._client.wait_for_descriptors(label, near=True)
         except BaseException:
             call.close()
             raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import resource
 import signal
 import socket
@@ -29,6 +30,7 @@ from tests.contract.helpers import (
     hoard_when_told,
     sleep_with,
     square,
+    touch_and_wait,
     wait_at,
 )
 from tests.process_state import open_descriptors, wait_until
@@ -177,6 +179,35 @@ def test_a_queue_full_of_descriptors_that_does_not_move_is_an_error_that_names_t
         assert len(queued) > 2
         (tmp_path / "gate").open("wb").close()
         assert [future.result(timeout=20) for future in queued] == [5] * len(queued)
+
+
+def test_where_only_what_is_kept_for_the_program_is_left_the_error_says_how_many_are_free(
+    little_room: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("fdpool._client._ROOM_S", 0.1)
+    kept = min(64, little_room // 8)
+    reading, writing = os.pipe()
+    with (
+        fdpool.Pool(1) as pool,
+        open(os.devnull) as null,
+        open(reading) as gate,
+        contextlib.ExitStack() as own,
+    ):
+        with open(writing, "w"):
+            # As it may be tried again, what it carries is kept.
+            view = pool.with_options(retries=1)
+            running = view.submit(touch_and_wait, str(tmp_path / "begun"), gate)
+            wait_until((tmp_path / "begun").exists)
+            while own.enter_context(open(os.dup(null.fileno()))).fileno() < little_room - kept - 1:
+                pass
+            with pytest.raises(fdpool.DescriptorsExhausted, match="save [0-9]+ that are kept") as caught:
+                pool.submit(count_descriptors, [fdpool.Fd(null)])
+        found = re.search(
+            r"save (\d+) that are kept .* 1 tasks that wait, or may be tried again, hold", str(caught.value)
+        )
+        assert found
+        assert 0 < int(found[1]) < kept
+        running.result(timeout=20)
 
 
 def test_a_callback_that_finds_no_room_gets_the_error_at_once(little_room: int, tmp_path: Path) -> None:
