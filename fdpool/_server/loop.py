@@ -109,6 +109,7 @@ class Loop:
         self.is_forked = False
         self._stopping = False
         self._wanted = plan.wanted
+        self._scalings = 0  # by which one that waits knows that another has come
         self._thread = threading.Thread(target=self._run, name="fdpool-server", daemon=True)
         crew = self.crew
         self._performers: dict[type, Callable[[Any], None]] = {
@@ -331,36 +332,47 @@ class Loop:
             return
         are = "worker is" if wanted == 1 else "workers are"
         say("scaled", "%d %s wanted, not %d", wanted, are, before, workers=wanted)
-        if wanted < before:
-            # Whoever has a listener of its own goes when that gets no connections any more, and has none left.
-            if not self._listeners.steer(min(wanted, self._listeners.served)):
-                say("scale_failed", _NO_STEERING, before, level=logging.ERROR)
-                self._wanted = before
-                return
-            pause_s = _HANDSHAKE_S if self._listeners.are_apart else 0.0
-            self.turns.later(pause_s, partial(self._scale_down, wanted, _SCALE_LOOKS))
+        # The plan may not have heard yet of the order before: whom that would have had go are there, and serve.
+        is_less = wanted < self._plan.wanted
+        if not (self._narrow(wanted) if is_less else self._prepare(wanted)):
+            self._wanted = before
             return
+        self._scalings += 1
+        if is_less:
+            pause_s = _HANDSHAKE_S if self._listeners.are_apart else 0.0
+            self.turns.later(pause_s, partial(self._scale_down, self._scalings, _SCALE_LOOKS))
+        else:
+            self._perform(self._plan.scale(wanted, time.monotonic()))
+        self._widen()
+
+    def _narrow(self, wanted: int) -> bool:
+        """Whoever has a listener of its own goes when that gets no connections any more, and has none left."""
+        if self._listeners.steer(min(wanted, self._listeners.served)):
+            return True
+        say("scale_failed", _NO_STEERING, self._plan.wanted, level=logging.ERROR)
+        return False
+
+    def _prepare(self, wanted: int) -> bool:
+        """Have listeners for so many; those that are new get no connections before somebody serves there (`_widen`)."""
         try:
             check_descriptors(wanted, self._dispatch)
-            # Those that are new get none before somebody serves there (`_widen`).
             self._listeners.steer(self._listeners.served)
             self._listeners.prepare(wanted)
         except FdpoolError as error:
             say("scale_failed", "no more workers: %s", error, level=logging.ERROR, reason=str(error))
-            self._wanted = before
-            return
-        self._perform(self._plan.scale(wanted, time.monotonic()))
+            return False
+        return True
 
-    def _scale_down(self, wanted: int, looks: int) -> None:
-        if self._wanted != wanted:
+    def _scale_down(self, scaling: int, looks: int) -> None:
+        if self._scalings != scaling:
             return  # something else is wanted by now
-        if looks and self._listeners.queued_above(wanted):
-            self.turns.later(_STEP_S, partial(self._scale_down, wanted, looks - 1))
+        if looks and self._listeners.queued_above(self._wanted):
+            self.turns.later(_STEP_S, partial(self._scale_down, scaling, looks - 1))
             return
-        self._perform(self._plan.scale(wanted, time.monotonic()))
+        self._perform(self._plan.scale(self._wanted, time.monotonic()))
 
     def _widen(self) -> None:
-        """Have the listeners of slots get connections that are served now for the first time."""
+        """Have the listeners of slots get connections that are served now, and were not before."""
         if not self._listeners.are_apart:
             return
         serving = {each.slot for each in self._plan.workers.values() if each.state is State.SERVING}

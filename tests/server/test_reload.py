@@ -602,3 +602,35 @@ def test_scaling_down_with_listeners_apart_leaves_no_connection_to_nobody() -> N
             load.answered.clear()
             wait_until(lambda: load.failed or now <= set(load.answered))
         assert load.failed == []
+
+
+def test_workers_that_were_too_many_for_a_moment_get_connections_again() -> None:
+    """S3: with listeners apart, also where none of them had begun to leave."""
+    with Server(echo_pid, ANY_PORT, workers=4, dispatch="reuseport") as server:
+        before = set(pids(server))
+        server.scale(1)
+        server.scale(4)
+        with Load(lambda: ask(server)[0]) as load:
+            wait_until(lambda: load.failed or before <= set(load.answered))
+        assert load.failed == []
+        assert before == set(pids(server))
+
+
+@pytest.mark.parametrize("orders", [(2, 3), (2, 3, 1)])
+def test_a_worker_too_many_by_two_orders_leaves_none_that_waits_at_its_listener(
+    orders: tuple[int, ...],
+) -> None:
+    """S3: whichever of the orders it was that gave it up."""
+    with Server(echo_pid, ANY_PORT, workers=4, dispatch="reuseport") as server, contextlib.ExitStack() as end:
+        clients = []
+        while not server._opened().queued_above(3):
+            clients.append(
+                end.enter_context(connect(server))
+            )  # which say nothing before the orders are given
+        for wanted in orders:
+            server.scale(wanted)
+        wait_until(lambda: server.stats().wanted == orders[-1])
+        for client in clients:
+            client.sendall(b"x")
+        assert all(read_all(client) for client in clients)
+        wait_until(lambda: len(server.stats().workers) == orders[-1])
