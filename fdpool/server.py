@@ -282,6 +282,7 @@ class Server:
                         listeners.take_over()
                         predecessor.tell_ready()
                     elif predecessor is not None and self._loop is not None:
+                        predecessor.abandon()
                         self._loop.give_up("on_ready failed, so the server that was to be replaced goes on")
                 elif event == "ended" and predecessor is not None:
                     predecessor.abandon()

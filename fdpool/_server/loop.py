@@ -93,7 +93,11 @@ class Loop:
         if dispatch == "handoff":
             self.handoff = Handoff(self.turns, [listener.socket for listener in listeners.first])
         self.succession = Succession(
-            self.turns, listeners, plan.settings.boot_timeout_s + _SUCCESSOR_S, self._hand_over
+            self.turns,
+            listeners,
+            plan.settings.boot_timeout_s + _SUCCESSOR_S,
+            plan.settings.grace_s,
+            self._hand_over,
         )
         self.crew = Crew(self.turns, task, pools, listeners, self.handoff, self)
         self.exit_code = 0
@@ -157,7 +161,7 @@ class Loop:
         )
 
     def give_up(self, why: str) -> None:
-        """End the server at once, with the exit code that says that it could not serve."""
+        """End the server within its grace, with the exit code that says that it could not serve."""
         self.turns.post(partial(self._give_up, why))
 
     def upgrade(self) -> None:
@@ -398,15 +402,15 @@ class Loop:
         if not self._stopping:
             self._stopping = True
             if not handed_over:
-                self.succession.close()  # or it would serve on, while what has begun here is finished
                 self._on_event("stopping")
             if self.handoff is not None:
                 self.handoff.stop()
+        self.succession.dismiss(grace_s)  # or it would serve on, while what has begun here is finished
         self._stop_by(time.monotonic() + grace_s, grace_s <= 0, handed_over)
 
     def _give_up(self, why: str) -> None:
         self._note_gave_up(GaveUp(why))
-        self._stop(False, 0.0)
+        self._stop(False, self._plan.settings.grace_s)
 
     def _stop_by(self, until: float, at_once: bool, handed_over: bool) -> None:
         """Dismiss the workers; but first those are to take what has been accepted for them."""
@@ -490,7 +494,11 @@ class Loop:
         self._failure = action.why
         say("gave_up", "the server gives up: %s", action.why, level=logging.CRITICAL, reason=action.why)
 
-    def _note_over(self, _: Over) -> None:
+    def _note_over(self, over: Over) -> None:
+        self.succession.dismiss(self._plan.settings.grace_s)  # where the plan has given up, nobody has yet
+        if self.succession.is_leaving:
+            self.turns.later(_STEP_S, partial(self._note_over, over))
+            return
         say("stopped", "the server has ended", exit_code=self.exit_code)
         self._on_event("over")
         self._over = True

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from .._broken import describe_status
@@ -16,6 +18,9 @@ if TYPE_CHECKING:
     from .turns import Turns
 
 _LOOKS, _LOOK_S = 100, 0.05  # until one that will not serve is not waited for any more
+_MARGIN_S = (
+    2.0  # a server kills what is not done a second after its grace; a second more, and it is killed itself
+)
 _IS_PROCESS_1 = (
     "no upgrade: this is process 1, whose end would be its container's and the successor's. "
     "Replace the container, or have an init in it (docker run --init)"
@@ -27,6 +32,7 @@ class Succession:
 
     Args:
         limit_s: how long it may take until it serves.
+        grace_s: how long what its workers run may take, once it is known that it will not.
         on_ready: called when it does.
 
     Attributes:
@@ -34,14 +40,23 @@ class Succession:
     """
 
     def __init__(
-        self, turns: Turns, listeners: Listeners, limit_s: float, on_ready: Callable[[], object]
+        self,
+        turns: Turns,
+        listeners: Listeners,
+        limit_s: float,
+        grace_s: float,
+        on_ready: Callable[[], object],
     ) -> None:
         self._turns = turns
         self._listeners = listeners
         self._limit_s = limit_s
+        self._grace_s = grace_s
         self._on_ready = on_ready
         self._coming: Successor | None = None
-        self._leaving: set[Successor] = set()  # those that will not serve, and may not have ended yet
+        # Those that will not serve, and may not have ended yet: whose end is to say why; who was told to end, and when
+        # it is killed.
+        self._silent: set[Successor] = set()
+        self._leaving: dict[Successor, float] = {}
         self.pid: int | None = None
 
     def begin(self) -> None:
@@ -70,7 +85,7 @@ class Succession:
                 return
         except EOFError:
             self._end(coming)
-            self._leaving.add(coming)
+            self._silent.add(coming)
             self._bury(coming, _LOOKS)
             return
         self._end(coming)
@@ -81,22 +96,46 @@ class Succession:
     def _bury(self, coming: Successor, looks: int) -> None:
         """Say how it has ended. A process closes its files a moment before it can be reaped, and a server its stream
         before all else that its program does at its end."""
-        if coming not in self._leaving:
-            return  # the server ends, and has ended it
+        if coming not in self._silent:
+            return  # the server ends, and so does this one
         status = coming.reap()
-        if status is None and looks:
+        if not coming.is_gone and looks:
             self._turns.later(_LOOK_S, lambda: self._bury(coming, looks - 1))
             return
-        if status is None:
-            coming.kill()  # it goes on, without ever serving
-        self._leaving.discard(coming)
+        self._silent.discard(coming)
         self._failed("it gave up its part" if status is None else f"it {describe_status(status)}")
+        self._dismiss(coming, self._grace_s)  # if it goes on, without ever serving, or finishes what runs
 
     def _give_up(self, coming: Successor) -> None:
         if self._coming is coming:
             self._end(coming)
+            self._failed(f"it did not serve after {self._limit_s:g} seconds, and was told to end")
+            self._dismiss(coming, self._grace_s)
+
+    def _dismiss(self, coming: Successor, grace_s: float) -> None:
+        """Have it end within its grace: as soon as one of its workers was ready, that had requests."""
+        kills_at = time.monotonic() + grace_s + _MARGIN_S
+        if grace_s <= 0:
             coming.kill()
-            self._failed(f"it did not serve after {self._limit_s:g} seconds, and was killed")
+            self._leaving.pop(coming, None)
+        elif coming in self._leaving:
+            self._leaving[coming] = min(kills_at, self._leaving[coming])
+        else:
+            self._leaving[coming] = kills_at
+            coming.terminate()
+            self._see_off(coming)
+
+    def _see_off(self, coming: Successor) -> None:
+        kills_at = self._leaving.get(coming)
+        if kills_at is None:
+            return  # it was killed
+        if time.monotonic() >= kills_at:
+            coming.kill()
+        coming.reap()
+        if coming.is_gone:
+            del self._leaving[coming]
+        else:
+            self._turns.later(_LOOK_S, partial(self._see_off, coming))
 
     def _end(self, coming: Successor) -> None:
         self._turns.unwatch(coming.control)
@@ -113,11 +152,21 @@ class Succession:
             reason=why,
         )
 
-    def close(self) -> None:
-        """The server ends: so does a successor that does not serve yet, as it could not know."""
+    @property
+    def is_leaving(self) -> bool:
+        """True while a successor that will not serve has not ended."""
+        return bool(self._leaving)
+
+    def dismiss(self, grace_s: float) -> None:
+        """The server ends: so does, within `grace_s`, a successor that does not serve yet, as it could not know."""
         coming = self._coming
         if coming is not None:
             self._end(coming)
-            coming.kill()
-        while self._leaving:
-            self._leaving.pop().kill()
+            self._silent.add(coming)
+        silent, self._silent = self._silent, set()
+        for each in {*silent, *self._leaving}:
+            self._dismiss(each, grace_s)
+
+    def close(self) -> None:
+        """Nobody waits for them any more."""
+        self.dismiss(0.0)

@@ -9,6 +9,7 @@ which. When the successor's workers serve, it says so, and this one drains. If i
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -130,11 +131,15 @@ class Successor:
         listeners: every one, with the bind it was opened for and its slot; borrowed.
         served: of how many slots they get connections.
 
+    Attributes:
+        is_gone: it has ended, as far as is known; its status may have gone to somebody else.
+
     Raises:
         OSError: it cannot be started.
     """
 
     def __init__(self, listeners: Iterable[tuple[str, int, Listener]], served: int) -> None:
+        self.is_gone = False
         self.control, theirs = StreamSocket.pair()
         said: dict[str, list[tuple[int, str]]] = {}
         passed = [theirs.fileno()]
@@ -168,25 +173,34 @@ class Successor:
 
     def reap(self) -> int | None:
         """Its wait status if it has ended and was not reaped before; never waits."""
+        return None if self.is_gone else self._reap(os.WNOHANG)
+
+    def _reap(self, options: int) -> int | None:
         try:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-        except ChildProcessError:
-            _children.forget(self.pid)
-            return None
+            pid, status = os.waitpid(self.pid, options)
+        except ChildProcessError:  # somebody else has reaped it
+            pid, status = self.pid, None
         if not pid:
             return None
+        self.is_gone = True
         _children.forget(self.pid)
         return status
 
+    def terminate(self) -> None:
+        """Have it end as by SIGTERM: what its workers run has its grace. Does not wait."""
+        self._signal(signal.SIGTERM)
+
+    def _signal(self, number: int) -> None:
+        self.reap()
+        if not self.is_gone:  # else the number may be another process's by now
+            with contextlib.suppress(ProcessLookupError):  # somebody else has reaped it this moment
+                os.kill(self.pid, number)
+
     def kill(self) -> None:
         """End it with SIGKILL, and wait until it is gone; its workers die with it."""
-        try:
-            if not os.waitpid(self.pid, os.WNOHANG)[0]:  # else the number may be another process's by now
-                os.kill(self.pid, signal.SIGKILL)
-                os.waitpid(self.pid, 0)
-        except ChildProcessError:
-            pass  # somebody else has reaped it
-        _children.forget(self.pid)
+        self._signal(signal.SIGKILL)
+        if not self.is_gone:
+            self._reap(0)
 
     def close(self) -> None:
         """Close the stream to it."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
+import textwrap
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +18,7 @@ import pytest
 from fdpool._server.signals import Signals
 from tests.process_state import seconds_until_gone, wait_until
 from tests.server.helpers import Load, read_all
-from tests.server.programs import ask_port, port_in, program
+from tests.server.programs import Program, ask_port, port_in, program
 
 PLAIN = 'sys.exit(fdpool.Server(pid, "127.0.0.1:0", workers=2).run())'
 
@@ -565,14 +567,138 @@ def test_a_stop_while_a_successor_boots_ends_both(tmp_path: Path) -> None:
             server.signal(signal.SIGUSR2)
             server.pid = server.expect("upgrading")["successor_pid"]
             os.kill(first, signal.SIGTERM)
-            server.expect("stopping")
+            wait_until(lambda: server.expect("stopping")["at"] == first)
             (tmp_path / "wait").unlink()
             wait_until(lambda: not psutil.pid_exists(server.pid))
             os.kill(first, signal.SIGQUIT)
-            server.expect("stopping")
+            wait_until(lambda: server.expect("stopping")["at"] == first)
             os.kill(first, signal.SIGQUIT)
             assert server.wait() == 0
             assert "upgraded" not in server.events()
+
+
+HOLD = """
+import threading
+is_second = "FDPOOL_UPGRADE" in os.environ
+
+def hold(connection, address):
+    connection.sendall(b"z")
+    while not os.path.exists("go"):
+        time.sleep(0.01)
+    connection.sendall(b"%d" % os.getpid())
+
+def wait_while(name):
+    while os.path.exists(name):
+        time.sleep(0.01)
+
+def boot_for_long(worker):
+    if worker.slot == 1:
+        wait_while("wait")
+"""
+
+
+def begin_holding(port: int) -> socket.socket:
+    """A connection that a worker has begun to serve, until there is a file `go`."""
+    client = socket.create_connection(("127.0.0.1", port), 20)
+    assert client.recv(1) == b"z"
+    return client
+
+
+def upgrade_half(server: Program, folder: Path) -> int:
+    """Upgrade a server whose workers are all busy, until one worker of the successor serves; the pid of that."""
+    (folder / "wait").touch()
+    server.signal(signal.SIGUSR2)
+    successor: int = server.expect("upgrading")["successor_pid"]
+    wait_until(lambda: server.expect("worker_ready")["at"] == successor)
+    return successor
+
+
+def test_a_stop_leaves_what_runs_in_a_successor_that_is_to_serve_its_grace(tmp_path: Path) -> None:
+    """W1: also where not all of its workers serve."""
+    body = 'sys.exit(fdpool.Server(hold, "127.0.0.1:0", workers=2, on_worker_start=boot_for_long).run())'
+    with program(tmp_path, HOLD + body) as server, contextlib.ExitStack() as clients:
+        port = port_in(server.expect("started"))
+        held = [clients.enter_context(begin_holding(port)) for _ in range(2)]
+        successor = psutil.Process(upgrade_half(server, tmp_path))
+        held.append(clients.enter_context(begin_holding(port)))
+        server.signal(signal.SIGTERM)
+        assert {server.expect("stopping")["at"] for _ in range(2)} == {server.pid, successor.pid}
+        (tmp_path / "go").touch()
+        assert all(int(read_all(client)) for client in held)
+        assert server.wait() == 0
+        assert not successor.is_running()
+        assert "upgraded" not in server.events()
+
+
+def test_a_second_stop_ends_a_successor_that_finishes_what_runs_at_once(tmp_path: Path) -> None:
+    """W1."""
+    body = 'sys.exit(fdpool.Server(hold, "127.0.0.1:0", workers=2, on_worker_start=boot_for_long).run())'
+    with program(tmp_path, HOLD + body) as server, contextlib.ExitStack() as clients:
+        port = port_in(server.expect("started"))
+        held = [clients.enter_context(begin_holding(port)) for _ in range(2)]
+        successor = psutil.Process(upgrade_half(server, tmp_path))
+        held.append(clients.enter_context(begin_holding(port)))
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGINT):
+            server.signal(number)
+            wait_until(lambda: server.expect("stopping")["at"] == server.pid)
+        assert server.wait() == 0
+        assert not successor.is_running()
+
+
+def test_a_successor_whose_time_is_over_finishes_what_runs(tmp_path: Path) -> None:
+    """S2: one of its workers does not boot, and another has served for long."""
+    body = """
+    server = fdpool.Server(hold, "127.0.0.1:0", workers=2, on_worker_start=boot_for_long)
+
+    def let_its_time_be_over():
+        while not os.path.exists("over"):
+            time.sleep(0.01)
+        succession = server._loop.succession
+        server._loop.turns.post(lambda: succession._give_up(succession._coming))
+
+    if not is_second:
+        threading.Thread(target=let_its_time_be_over, daemon=True).start()
+    sys.exit(server.run())
+    """
+    with program(tmp_path, HOLD + textwrap.dedent(body)) as server, contextlib.ExitStack() as clients:
+        port = port_in(server.expect("started"))
+        held = [clients.enter_context(begin_holding(port)) for _ in range(2)]
+        successor = psutil.Process(upgrade_half(server, tmp_path))
+        held.append(clients.enter_context(begin_holding(port)))
+        (tmp_path / "over").touch()
+        assert "did not serve after" in server.expect("upgrade_failed")["reason"]
+        assert server.expect("stopping")["at"] == successor.pid
+        (tmp_path / "go").touch()
+        assert all(int(read_all(client)) for client in held)
+        wait_until(lambda: not successor.is_running())
+        with begin_holding(port):
+            server.signal(signal.SIGTERM)
+        assert server.wait() == 0
+
+
+def test_a_successor_whose_on_ready_fails_finishes_what_runs(tmp_path: Path) -> None:
+    """S2."""
+    body = """
+    def fail():
+        if is_second:
+            wait_while("wait")
+            raise OSError("no room for the pid file")
+
+    sys.exit(fdpool.Server(hold, "127.0.0.1:0", workers=1, on_ready=fail).run())
+    """
+    with program(tmp_path, HOLD + textwrap.dedent(body)) as server, contextlib.ExitStack() as clients:
+        port = port_in(server.expect("started"))
+        held = [clients.enter_context(begin_holding(port))]
+        successor = upgrade_half(server, tmp_path)
+        held.append(clients.enter_context(begin_holding(port)))
+        (tmp_path / "wait").unlink()
+        assert server.expect("gave_up")["at"] == successor
+        (tmp_path / "go").touch()
+        assert all(int(read_all(client)) for client in held)
+        assert "code 3" in server.expect("upgrade_failed")["reason"]
+        with begin_holding(port):
+            server.signal(signal.SIGTERM)
+        assert server.wait() == 0
 
 
 def test_the_variable_of_an_upgrade_is_for_the_successor_alone(
