@@ -3,7 +3,7 @@
 This process starts the same command again, with the listeners among its descriptors, and a variable that says which is
 which. When the successor's workers serve, it says so, and this one drains. If it fails before, nothing has happened.
 
-    FDPOOL_UPGRADE    {"of": our pid, "control": fd, "served": slots,
+    FDPOOL_UPGRADE    {"of": our pid, "control": fd, "identity": [device, inode] of that, "served": slots,
                        "listeners": {bind: [[slot, "fd:7?owns=1-2"], ...]}}
 """
 
@@ -21,7 +21,7 @@ from .. import _children
 from .._bind import Listener
 from .._systemd import successor_environment
 from ..errors import ServerFailed
-from ..fds import close_all
+from ..fds import close_all, is_readable
 from ..sockets import StreamSocket
 
 VARIABLE = "FDPOOL_UPGRADE"
@@ -116,12 +116,26 @@ def _find(environment: MutableMapping[str, str]) -> Predecessor | None:
 
 
 def _announced(environment: Mapping[str, str]) -> dict[str, Any] | None:
-    """What the variable says, if it is meant for this process: it is inherited by others, too."""
+    """What the variable says, if it is meant for this process: it is inherited by others, too.
+
+    Who has the stream has the listeners: that is this process, and perhaps children that it forked before it looked,
+    which are told by their parent. The process to replace may be dead by now: then the stream is at its end. Until
+    then nothing comes from there.
+    """
     try:
         found = json.loads(environment.get(VARIABLE, ""))
-    except ValueError:
+        if _identity(found["control"]) != found["identity"]:
+            return None
+        is_ours = found["of"] == os.getppid() or is_readable(found["control"])
+    except (ValueError, TypeError, LookupError, OSError):
         return None
-    return found if isinstance(found, dict) and found.get("of") == os.getppid() else None
+    return found if is_ours else None
+
+
+def _identity(fd: int) -> list[int]:
+    """Which file that is, whatever the number is in whichever process."""
+    status = os.fstat(fd)
+    return [status.st_dev, status.st_ino]
 
 
 class Successor:
@@ -148,7 +162,13 @@ class Successor:
             passed.append(number)
             said.setdefault(key, []).append((slot, listener.handover(number)))
         text = json.dumps(
-            {"of": os.getpid(), "control": theirs.fileno(), "served": served, "listeners": said}
+            {
+                "of": os.getpid(),
+                "control": theirs.fileno(),
+                "identity": _identity(theirs.fileno()),
+                "served": served,
+                "listeners": said,
+            }
         )
         environment = {**successor_environment(os.environ), VARIABLE: text}
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -701,15 +702,58 @@ def test_a_successor_whose_on_ready_fails_finishes_what_runs(tmp_path: Path) -> 
         assert server.wait() == 0
 
 
-def test_the_variable_of_an_upgrade_is_for_the_successor_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("bind", ["127.0.0.1:0", "unix:s.sock"])
+def test_a_successor_serves_also_where_its_predecessor_was_killed_before_it_has_looked(
+    tmp_path: Path, bind: str
 ) -> None:
+    """W4: at the same listeners, whose clients wait there."""
+    body = f"""
+    before = os.getppid()
+    if is_second:
+        log.info("begun", extra={{"event": "begun"}})
+    while is_second and os.getppid() == before:
+        time.sleep(0.01)
+    sys.exit(fdpool.Server(pid, "{bind}", workers=1).run())
+    """
+    with program(tmp_path, HOLD + textwrap.dedent(body)) as server:
+        addresses = server.expect("started")["addresses"]
+        server.signal(signal.SIGUSR2)
+        successor = server.expect("begun")["at"]
+        server.signal(signal.SIGKILL)
+        assert server.wait() == -signal.SIGKILL
+        server.pid = successor
+        again = server.expect("started")
+        assert (again["at"], again["addresses"]) == (successor, addresses)
+        if "tcp" in addresses[0]:
+            assert ask_port(port_in(again)) in [each.pid for each in server.tree()]
+        server.signal(signal.SIGTERM)
+        assert server.expect("stopped")["exit_code"] == 0
+        wait_until(lambda: not (tmp_path / "s.sock").exists())
+
+
+def test_the_variable_of_an_upgrade_is_for_the_successor_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever else inherits it has not the stream that it names, or has another parent."""
     from fdpool._server import upgrade
 
-    monkeypatch.setenv("FDPOOL_UPGRADE", '{"of": 1, "control": 0, "listeners": {}}')
-    assert not upgrade.is_successor()
-    assert upgrade.take(None) is None
-    assert "FDPOOL_UPGRADE" not in os.environ
+    one, other = socket.socketpair()
+    with one, other:
+        mine, theirs = (
+            [os.fstat(each.fileno()).st_dev, os.fstat(each.fileno()).st_ino] for each in (one, other)
+        )
+        for number, identity, parent in [
+            (one.fileno(), theirs, os.getppid()),
+            (10_000, theirs, os.getppid()),
+            ("one", theirs, os.getppid()),
+            (one.fileno(), mine, os.getpid()),
+        ]:
+            said = {"of": parent, "control": number, "identity": identity, "served": 1, "listeners": {}}
+            monkeypatch.setenv("FDPOOL_UPGRADE", json.dumps(said))
+            assert not upgrade.is_successor()
+            assert upgrade.take(None) is None
+            assert "FDPOOL_UPGRADE" not in os.environ
+        monkeypatch.setenv("FDPOOL_UPGRADE", json.dumps(said))
+        other.close()
+        assert upgrade.is_successor()
 
 
 # -- exit codes, crash loops ----------------------------------------------------------------------------
