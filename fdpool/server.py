@@ -280,7 +280,7 @@ class Server:
                     is_ready = self._say_ready()
                     if predecessor is not None and is_ready:
                         listeners.take_over()
-                        predecessor.tell_ready()
+                        predecessor.tell_ready(listeners.served)
                     elif predecessor is not None and self._loop is not None:
                         predecessor.abandon()
                         self._loop.give_up("on_ready failed, so the server that was to be replaced goes on")

@@ -144,6 +144,11 @@ class Listeners:
         return sum(steering.queued(each.socket) for _, slot, each in self.all() if slot >= slots)
 
     @property
+    def slots(self) -> int:
+        """How many have listeners of their own; 1 where all share the same."""
+        return 1 if self._shared else len(self._by_slot)
+
+    @property
     def are_apart(self) -> bool:
         """True if each slot has its own."""
         return not self._shared
@@ -161,7 +166,9 @@ class Listeners:
                     yield key, slot, listener
 
     def take_over(self) -> None:
-        """The process that handed some to this one is about to leave: the files of their Unix sockets are ours now."""
+        """The process that handed some to this one is about to leave: the files of their Unix sockets are ours now, and
+        which of them get connections is ours to say."""
+        self.steer(self.served)
         self._theirs.clear()
         while self._unwanted:
             self._unwanted.pop().close()

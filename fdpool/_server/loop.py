@@ -156,9 +156,7 @@ class Loop:
 
     def stop(self, grace_s: float | None = None) -> None:
         """End the server: within `grace_s` (or the grace it was made with), or at once if that is 0. Does not wait."""
-        self.turns.post(
-            partial(self._stop, False, self._plan.settings.grace_s if grace_s is None else grace_s)
-        )
+        self.turns.post(partial(self._stop, self._plan.settings.grace_s if grace_s is None else grace_s))
 
     def give_up(self, why: str) -> None:
         """End the server within its grace, with the exit code that says that it could not serve."""
@@ -332,7 +330,7 @@ class Loop:
     def _scale(self, change: Callable[[int], int]) -> None:
         before = self._wanted
         wanted = self._wanted = max(1, change(before))
-        if wanted == before or self._stopping:
+        if wanted == before or self._stopping or self.handed_over:
             return
         are = "worker is" if wanted == 1 else "workers are"
         say("scaled", "%d %s wanted, not %d", wanted, are, before, workers=wanted)
@@ -377,7 +375,7 @@ class Loop:
 
     def _widen(self) -> None:
         """Have the listeners of slots get connections that are served now, and were not before."""
-        if not self._listeners.are_apart:
+        if not self._listeners.are_apart or self.handed_over:
             return
         serving = {each.slot for each in self._plan.workers.values() if each.state is State.SERVING}
         served = self._listeners.served
@@ -395,31 +393,41 @@ class Loop:
         if self._reloads and self.started.done():
             self._on_event("reloaded")  # it will not be, and nobody listens to the successor yet
         self._on_event("upgraded")
-        self._stop(True, self._plan.settings.grace_s)
+        is_less = self.succession.served < self._listeners.slots
+        self.turns.later(_HANDSHAKE_S if is_less else 0.0, partial(self._leave, _SCALE_LOOKS))
 
-    def _stop(self, handed_over: bool, grace_s: float) -> None:
+    def _leave(self, looks: int) -> None:
+        """End, as the successor serves; but first take what waits at listeners that nobody serves there."""
+        if self._stopping:
+            return
+        if looks and self._listeners.queued_above(self.succession.served):
+            self.turns.later(_STEP_S, partial(self._leave, looks - 1))
+        else:
+            self._stop(self._plan.settings.grace_s)
+
+    def _stop(self, grace_s: float) -> None:
         say("stopping", "the server ends, within %g seconds", grace_s, grace_s=grace_s)
         if not self._stopping:
             self._stopping = True
-            if not handed_over:
+            if not self.handed_over:
                 self._on_event("stopping")
             if self.handoff is not None:
                 self.handoff.stop()
         self.succession.dismiss(grace_s)  # or it would serve on, while what has begun here is finished
-        self._stop_by(time.monotonic() + grace_s, grace_s <= 0, handed_over)
+        self._stop_by(time.monotonic() + grace_s, grace_s <= 0)
 
     def _give_up(self, why: str) -> None:
         self._note_gave_up(GaveUp(why))
-        self._stop(False, self._plan.settings.grace_s)
+        self._stop(self._plan.settings.grace_s)
 
-    def _stop_by(self, until: float, at_once: bool, handed_over: bool) -> None:
+    def _stop_by(self, until: float, at_once: bool) -> None:
         """Dismiss the workers; but first those are to take what has been accepted for them."""
         grace_s = 0.0 if at_once else max(0.01, until - time.monotonic())
         waits = self.handoff is not None and not self.handoff.is_empty and grace_s > _LAST_S
         if waits and not self._plan.stopping:
-            self.turns.later(_STEP_S, partial(self._stop_by, until, False, handed_over))
+            self.turns.later(_STEP_S, partial(self._stop_by, until, False))
         else:
-            self._perform(self._plan.stop(grace_s, time.monotonic(), handed_over))
+            self._perform(self._plan.stop(grace_s, time.monotonic(), self.handed_over))
 
     def _reopen_logs(self) -> None:
         reopen_logs()

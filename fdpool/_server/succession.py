@@ -37,6 +37,7 @@ class Succession:
 
     Attributes:
         pid: of the successor that serves, or None.
+        served: at the listeners of how many slots it does.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Succession:
         self._silent: set[Successor] = set()
         self._leaving: dict[Successor, float] = {}
         self.pid: int | None = None
+        self.served = 0
 
     def begin(self) -> None:
         """Start a successor, if none is coming or there already."""
@@ -89,7 +91,7 @@ class Succession:
             self._bury(coming, _LOOKS)
             return
         self._end(coming)
-        self.pid = coming.pid
+        self.pid, self.served = coming.pid, coming.served
         say("upgraded", "process %d serves in place of this one", coming.pid, successor_pid=coming.pid)
         self._on_ready()
 

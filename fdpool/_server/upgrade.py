@@ -45,12 +45,13 @@ class Predecessor:
         self.served = served
         self._control: StreamSocket | None = control
 
-    def tell_ready(self) -> None:
-        """Say that this process serves; the other one drains then. Safe to call again."""
+    def tell_ready(self, served: int) -> None:
+        """Say that this process serves, at the listeners of so many slots; the other one drains then. Safe to call
+        again."""
         control, self._control = self._control, None
         if control is not None:
             try:
-                control.send({"say": "ready", "pid": os.getpid()})
+                control.send({"say": "ready", "pid": os.getpid(), "served": served})
             except OSError:
                 pass  # it is gone already, so nobody needs to be told
             control.close()
@@ -147,6 +148,7 @@ class Successor:
 
     Attributes:
         is_gone: it has ended, as far as is known; its status may have gone to somebody else.
+        served: at the listeners of how many slots it serves, once it is ready.
 
     Raises:
         OSError: it cannot be started.
@@ -154,6 +156,7 @@ class Successor:
 
     def __init__(self, listeners: Iterable[tuple[str, int, Listener]], served: int) -> None:
         self.is_gone = False
+        self.served = served
         self.control, theirs = StreamSocket.pair()
         said: dict[str, list[tuple[int, str]]] = {}
         passed = [theirs.fileno()]
@@ -189,6 +192,8 @@ class Successor:
             received = self.control.try_receive_with_fds()
         except OSError as error:
             raise EOFError(str(error)) from error
+        if received is not None:
+            self.served = int(received[0]["served"])
         return received is not None
 
     def reap(self) -> int | None:

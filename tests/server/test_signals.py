@@ -32,6 +32,33 @@ def begin_sleeping(port: int, seconds: float) -> socket.socket:
     return client
 
 
+HOLD = """
+import threading
+is_second = "FDPOOL_UPGRADE" in os.environ
+
+def hold(connection, address):
+    connection.sendall(b"z")
+    while not os.path.exists("go"):
+        time.sleep(0.01)
+    connection.sendall(b"%d" % os.getpid())
+
+def wait_while(name):
+    while os.path.exists(name):
+        time.sleep(0.01)
+
+def boot_for_long(worker):
+    if worker.slot == 1:
+        wait_while("wait")
+"""
+
+
+def begin_holding(port: int) -> socket.socket:
+    """A connection that a worker has begun to serve, until there is a file `go`."""
+    client = socket.create_connection(("127.0.0.1", port), 20)
+    assert client.recv(1) == b"z"
+    return client
+
+
 def test_sigterm_ends_it_when_requests_in_flight_are_done(tmp_path: Path) -> None:
     """W1."""
     with program(tmp_path, PLAIN) as server:
@@ -443,6 +470,29 @@ def test_an_upgrade_puts_a_new_process_in_place_without_losing_a_connection(
         wait_until(lambda: server.expect("stopped")["at"] == successor)
 
 
+@pytest.mark.parametrize("successor", ["workers=1, dispatch='reuseport'", "workers=2"])
+def test_an_upgrade_to_fewer_listeners_apart_loses_no_connection_that_waits_at_one(
+    tmp_path: Path, successor: str
+) -> None:
+    """S1: the worker that alone takes those stays until none is left."""
+    body = "sys.exit(fdpool.Server(hold, '127.0.0.1:0', workers=2, dispatch='reuseport').run())"
+    with program(tmp_path, HOLD + body) as server, contextlib.ExitStack() as clients:
+        port = port_in(server.expect("started"))
+        waiting = [
+            clients.enter_context(socket.create_connection(("127.0.0.1", port), 20)) for _ in range(24)
+        ]
+        script = tmp_path / "program.py"
+        script.write_text(script.read_text().replace("workers=2, dispatch='reuseport'", successor))
+        server.signal(signal.SIGUSR2)
+        server.pid = server.expect("upgraded")["successor_pid"]
+        (tmp_path / "go").touch()
+        assert all(read_all(client)[1:].isdigit() for client in waiting)
+        assert server.wait() == 0
+        with begin_holding(port):
+            server.signal(signal.SIGTERM)
+        wait_until(lambda: server.expect("stopped")["at"] == server.pid)
+
+
 def test_an_upgrade_brings_new_code_and_keeps_a_unix_socket_and_its_file(tmp_path: Path) -> None:
     path = tmp_path / "s.sock"
     body = f"""
@@ -576,33 +626,6 @@ def test_a_stop_while_a_successor_boots_ends_both(tmp_path: Path) -> None:
             os.kill(first, signal.SIGQUIT)
             assert server.wait() == 0
             assert "upgraded" not in server.events()
-
-
-HOLD = """
-import threading
-is_second = "FDPOOL_UPGRADE" in os.environ
-
-def hold(connection, address):
-    connection.sendall(b"z")
-    while not os.path.exists("go"):
-        time.sleep(0.01)
-    connection.sendall(b"%d" % os.getpid())
-
-def wait_while(name):
-    while os.path.exists(name):
-        time.sleep(0.01)
-
-def boot_for_long(worker):
-    if worker.slot == 1:
-        wait_while("wait")
-"""
-
-
-def begin_holding(port: int) -> socket.socket:
-    """A connection that a worker has begun to serve, until there is a file `go`."""
-    client = socket.create_connection(("127.0.0.1", port), 20)
-    assert client.recv(1) == b"z"
-    return client
 
 
 def upgrade_half(server: Program, folder: Path) -> int:
