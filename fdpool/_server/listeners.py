@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 from .. import _bind
-from .._bind_spec import Tcp, parse
+from .._bind_spec import Spec, Tcp, Unix, parse
 from . import steering
 
 Given = str | int | socket.socket
@@ -26,7 +26,7 @@ class Listeners:
         bind: as for `_bind.open_listeners`.
         reuseport: each slot has its own.
         slots: for how many to open them now, with `reuseport`.
-        inherited: of the process that this one is to replace, by the text of the bind they were opened for: slot, and
+        inherited: of the process that this one is to replace, by the bind they were opened for (`keys_of`): slot, and
             the bind that makes each here. They are taken instead of opening others; until `take_over` that process
             serves there, too, and the files of its Unix sockets are left alone.
         served: of how many slots those get connections.
@@ -159,7 +159,7 @@ class Listeners:
         return [listener for _, slot, listener in self.all() if slot == 0]
 
     def all(self) -> Iterator[tuple[str, int, _bind.Listener]]:
-        """Every listener, with the text of its bind and its slot."""
+        """Every listener, with its bind (as in `keys_of`) and its slot."""
         for slot, groups in list(self._by_slot.items()):
             for key, listeners in groups.items():
                 for listener in listeners:
@@ -202,19 +202,26 @@ def _groups(bind: _bind.Bind) -> Iterator[tuple[str, list[Given]]]:
             if each == passed[0]:
                 yield "systemd", list(passed)  # in one call, as it takes all that was passed
         elif isinstance(each, (str, int)):
-            seen[str(each)] += 1
-            count = seen[str(each)]
-            yield f"{each} ({count})" if count > 1 and _is_any_port(each) else str(each), [each]
+            spec = parse(each) if isinstance(each, str) else Tcp("127.0.0.1", each)
+            key = _in_one_way(spec, str(each))
+            seen[key] += 1
+            # A free port is another one each time; what else is asked for twice is the same listener.
+            is_another = seen[key] > 1 and isinstance(spec, Tcp) and spec.port == 0
+            yield f"{key} ({seen[key]})" if is_another else key, [each]
         else:
             yield f"socket {number}", [each]
 
 
-def _is_any_port(bind: str | int) -> bool:
-    """True for what is another port each time; what else is asked for twice is the same listener."""
-    if isinstance(bind, int):
-        return bind == 0
-    spec = parse(bind)
-    return isinstance(spec, Tcp) and spec.port == 0
+def _in_one_way(spec: Spec, text: str) -> str:
+    """The bind, in the same words however it is written: the program's next code may write it in another way."""
+    if isinstance(spec, Tcp):
+        host = f"[{spec.host}]" if ":" in spec.host else spec.host
+        return f"{host.lower()}:{spec.port}"
+    if isinstance(spec, Unix):
+        with contextlib.suppress(FileNotFoundError):  # the working directory has been removed
+            mode = "" if spec.mode is None else f"?mode={spec.mode:o}"
+            return f"unix:{spec.path if spec.is_abstract else os.path.abspath(spec.path)}{mode}"
+    return text
 
 
 def _is_given(group: Sequence[Given]) -> bool:

@@ -32,7 +32,7 @@ from fdpool._reserve import Reserve
 from fdpool._server import apps, room
 from fdpool._server.accept import Acceptor
 from fdpool._server.handoff import Handoff, Laden, _Seat, choose
-from fdpool._server.listeners import Listeners
+from fdpool._server.listeners import Listeners, keys_of
 from fdpool._server.logs import reopen_logs
 from fdpool._server.pace import Pace
 from fdpool._server.progress import Progress, Seen, SeenPage
@@ -407,6 +407,33 @@ def test_listeners_that_are_handed_on_are_found_by_what_they_were_bound_for(tmp_
     assert not (tmp_path / "b.sock").exists()  # nobody listens there any more
     again.close()
     assert not (tmp_path / "a.sock").exists()
+
+
+def test_listeners_that_are_handed_on_are_found_however_their_bind_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the program's next code. Another mode is another file, which has to be made anew."""
+    monkeypatch.chdir(tmp_path)
+    assert keys_of([8000, "localhost:80", "[::A]:80", "unix:b.sock?mode=660", "unix:@b"]) == keys_of(
+        [
+            "tcp://127.0.0.1:8000",
+            "LocalHost:80",
+            "tcp://[::a]:80",
+            f"unix://{tmp_path}/b.sock?mode=0660",
+            "unix:@b",
+        ]
+    )
+    assert keys_of("unix:b.sock?mode=660") != keys_of("unix:b.sock?mode=600") != keys_of("unix:b.sock")
+    with contextlib.ExitStack() as closing:
+        first = Listeners([0, "unix:a.sock"], 10, reuseport=False, slots=1)
+        closing.callback(first.close)
+        handed: dict[str, list[tuple[int, str]]] = {}
+        for key, slot, listener in first.all():
+            handed.setdefault(key, []).append((slot, listener.handover(listener.socket.fileno())))
+        binds = ["127.0.0.1:0", f"unix:{tmp_path}/a.sock"]
+        again = Listeners(binds, 10, reuseport=False, slots=1, inherited=handed)
+        closing.callback(again.close)
+        assert [each.address for each in again.first] == [each.address for each in first.first]
 
 
 @pytest.mark.parametrize("reuseport", [False, True])
