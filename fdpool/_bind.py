@@ -10,7 +10,7 @@ import errno
 import os
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Union
 
 from . import _own_sockets, _systemd
@@ -87,7 +87,8 @@ def open_listeners(bind: Bind, *, backlog: int = BACKLOG, reuseport: bool = Fals
               left at the path is replaced.
             - `"fd:N"` and open sockets are borrowed: the listener has a duplicate. One that is bound and does not
               listen yet is told to.
-            - `"systemd"`, `"systemd:NAME"`: the sockets that systemd has passed; see `_systemd.listen_sockets`.
+            - `"systemd"`, `"systemd:NAME"`: the sockets that systemd has passed, borrowed, too; see
+              `_systemd.passed_sockets`.
         backlog: connections that the kernel keeps waiting; not for those that listen already.
         reuseport: set SO_REUSEPORT, so that more listeners can be opened at the same address.
 
@@ -101,14 +102,12 @@ def open_listeners(bind: Bind, *, backlog: int = BACKLOG, reuseport: bool = Fals
     if not specs:
         raise ValueError("there is nothing to listen on: no bind was given")
     with contextlib.ExitStack() as opened:
-        passed = _passed_by_systemd(specs, opened)
+        passed = _passed_by_systemd(specs)
         listeners: list[Listener] = []
         for spec in specs:
             for listener in _open(spec, passed, backlog, reuseport):
                 opened.enter_context(listener)
                 listeners.append(listener)
-        for _, left in passed:
-            left.close()
         opened.pop_all()
     return listeners
 
@@ -136,20 +135,14 @@ def _spec(bind: object) -> Spec | socket.socket:
     raise TypeError(f"cannot listen on {bind!r}: a bind is a string such as 'HOST:PORT', a port or a socket")
 
 
-def _passed_by_systemd(
-    specs: Sequence[Spec | socket.socket], opened: contextlib.ExitStack
-) -> list[tuple[str, socket.socket]]:
-    if not any(isinstance(spec, FromSystemd) for spec in specs):
-        return []
-    passed = _systemd.listen_sockets()
-    for _, each in passed:
-        opened.enter_context(each)
-    return passed
+def _passed_by_systemd(specs: Sequence[Spec | socket.socket]) -> list[tuple[str, socket.socket]]:
+    asks = any(isinstance(spec, FromSystemd) for spec in specs)
+    return _systemd.passed_sockets() if asks else []
 
 
 def _open(
     spec: Spec | socket.socket, passed: list[tuple[str, socket.socket]], backlog: int, reuseport: bool
-) -> list[Listener]:
+) -> Iterable[Listener]:
     if isinstance(spec, Tcp):
         return [Listener(each) for each in listen_tcp(spec, backlog, reuseport)]
     if isinstance(spec, Unix):
@@ -162,7 +155,7 @@ def _open(
             raise BindFailed(_why_none(spec, passed))
         for each in chosen:
             passed.remove(each)
-        return [Listener(each) for _, each in chosen]
+        return (_borrowed(*each) for each in chosen)
     return [_adopt(spec, backlog, reuseport)]
 
 
@@ -191,12 +184,7 @@ def _adopt(given: Inherited | socket.socket, backlog: int, reuseport: bool) -> L
                 f"cannot listen on {what}: its TLS lives in this process alone; give the plain socket"
             )
     try:
-        copy = duplicate(number)
-        try:
-            listening = _own_sockets.adopt(copy)
-        except BaseException:
-            os.close(copy)
-            raise
+        listening = _copy_of(number)
     except OSError as error:
         raise BindFailed(f"cannot listen on {what}: {why_not(error)}", error.errno) from error
     try:
@@ -208,6 +196,22 @@ def _adopt(given: Inherited | socket.socket, backlog: int, reuseport: bool) -> L
         return Listener(listening, own)
     except BaseException:
         listening.close()
+        raise
+
+
+def _borrowed(name: str, passed: socket.socket) -> Listener:
+    try:
+        return Listener(_copy_of(passed.fileno()))
+    except OSError as error:
+        raise BindFailed(f"cannot listen on systemd:{name}: {why_not(error)}", error.errno) from error
+
+
+def _copy_of(number: int) -> socket.socket:
+    copy = duplicate(number)
+    try:
+        return _own_sockets.adopt(copy)
+    except BaseException:
+        os.close(copy)
         raise
 
 

@@ -23,6 +23,22 @@ _PATIENCE_S = (
 )
 
 
+_passed: list[tuple[str, socket.socket]] = []  # to this process, as far as it has looked
+
+
+def passed_sockets() -> list[tuple[str, socket.socket]]:
+    """Name and socket of each listener that systemd has opened for this process, however often one asks; borrowed.
+
+    They stay open, close-on-exec: a program may have several servers, and what one of them has no use for is perhaps
+    another's. Nobody's client is kept waiting for that, as systemd keeps them open anyway.
+
+    Raises:
+        BindFailed: as `listen_sockets`, the first time.
+    """
+    _passed.extend(listen_sockets())
+    return list(_passed)
+
+
 def listen_sockets(environment: MutableMapping[str, str] = os.environ) -> list[tuple[str, socket.socket]]:
     """Name and socket of each listener that systemd has opened for this process; the caller's to close.
 

@@ -5,6 +5,7 @@ It is a client of `Pool`, and nothing here forks, reaps or kills: each server wo
 `_server.plan`; `_server.loop` performs it.
 """
 
+import contextlib
 import logging
 import threading
 import time
@@ -14,7 +15,7 @@ from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
-from . import _bind, payload
+from . import _bind, _systemd, payload
 from ._cpus import usable_cpus
 from ._server import apps, checks, upgrade
 from ._server.context import Order, ServerWorker, current_worker
@@ -24,7 +25,7 @@ from ._server.loop import Loop
 from ._server.plan import Plan, Settings
 from ._server.pools import Pools
 from ._server.watch import Watch, resident_bytes
-from .errors import ForkedPool
+from .errors import BindFailed, ForkedPool
 
 if TYPE_CHECKING:
     import socket
@@ -273,6 +274,11 @@ class Server:
             finally:
                 if predecessor is not None:
                     predecessor.close_listeners()
+            if takes_any:
+                # This process is a server from here on. What systemd has passed, and no bind asks for, is none of its
+                # children's; nor its trouble, if that cannot be served.
+                with contextlib.suppress(BindFailed):
+                    _systemd.passed_sockets()
 
             def tell(event: str) -> None:
                 on_event(event)

@@ -22,8 +22,9 @@ from fdpool._systemd import Notifier, listen_sockets, passes_sockets, successor_
 from tests.process_state import wait_until
 
 # A child that finds the descriptors of its parent from 3 on; what it says at the end is what it found.
-CHILD = """
+_BEGIN = """
 import json, os, socket, sys
+import fdpool
 from fdpool import BindFailed
 from fdpool._systemd import listen_sockets
 
@@ -32,6 +33,8 @@ for place, number in enumerate(numbers):  # all are far above 3
     os.dup2(number, 3 + place) if number >= 0 else os.closerange(3 + place, 4 + place)
 if os.environ.get("LISTEN_PID") == "mine":
     os.environ["LISTEN_PID"] = str(os.getpid())
+"""
+CHILD = """
 try:
     found = listen_sockets()
     said = {"sockets": [(name, each.fileno(), each.get_inheritable()) for name, each in found]}
@@ -45,13 +48,13 @@ print(json.dumps(said))
 """
 
 
-def passed(variables: dict[str, str], *numbers: int) -> dict[str, Any]:
+def passed(variables: dict[str, str], *numbers: int, child: str = CHILD) -> dict[str, Any]:
     """What a process makes of `variables`, with these descriptors at 3, 4, ...; -1 for a closed one."""
     os.environ.pop("LISTEN_PID", None)
     high = [number if number < 0 else os.dup2(number, 100 + place) for place, number in enumerate(numbers)]
     try:
         done = subprocess.run(
-            [sys.executable, "-c", CHILD, json.dumps(high)],
+            [sys.executable, "-c", _BEGIN + child, json.dumps(high)],
             env={**os.environ, **variables},
             pass_fds=[number for number in high if number >= 0],
             stdout=subprocess.PIPE,
@@ -219,15 +222,66 @@ def test_a_bind_of_systemd_where_nothing_was_passed_says_so(monkeypatch: pytest.
         open_listeners("systemd")
 
 
+TWO_SERVERS = """
+from tests.server.applications import echo_pid as app
+
+found = []
+try:
+    fdpool.Server(app, ["systemd:admin", "unix:/nowhere/s.sock"], workers=1).start()
+except BindFailed as error:
+    found.append(str(error))
+for name in ("web", "admin"):
+    server = fdpool.Server(app, f"systemd:{name}", workers=1)
+    server.start()
+    found.append([server.addresses, {each.get_inheritable() for each in server.sockets} == {False}])
+print(json.dumps({"found": found}))
+"""
+
+
+def test_several_servers_of_a_program_each_find_their_sockets() -> None:
+    """S6: also after one that could not be started, for another reason."""
+    with socket.create_server(("127.0.0.1", 0)) as web, socket.create_server(("127.0.0.1", 0)) as admin:
+        variables = {"LISTEN_PID": "mine", "LISTEN_FDS": "2", "LISTEN_FDNAMES": "web:admin"}
+        said = passed(variables, web.fileno(), admin.fileno(), child=TWO_SERVERS)
+        addresses = [[f"tcp://127.0.0.1:{each.getsockname()[1]}"] for each in (web, admin)]
+    failed, *served = said["found"]
+    assert "its folder does not exist" in failed
+    assert served == [[address, True] for address in addresses]
+
+
+RUN = """
+import signal
+from tests.server.applications import echo_pid as app
+
+def tell():
+    left = [name for name in os.environ if name.startswith("LISTEN_")]
+    print(json.dumps({"left": left, "inheritable": os.get_inheritable(3)}), flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+sys.exit(fdpool.Server(app, "127.0.0.1:0", workers=1, on_ready=tell).run())
+"""
+
+
+@pytest.mark.parametrize("names", ["web", "one:too:many"])
+def test_what_no_bind_asks_for_is_not_left_to_children(listening: int, names: str) -> None:
+    """S6: of a server that runs until a signal ends it; whatever was passed is no error of its."""
+    variables = {"LISTEN_PID": "mine", "LISTEN_FDS": "1", "LISTEN_FDNAMES": names}
+    assert passed(variables, listening, child=RUN) == {"left": [], "inheritable": names != "web"}
+
+
 def test_the_name_that_a_bind_asks_for_must_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
     from fdpool import _systemd
     from fdpool._bind import open_listeners
 
-    given = socket.create_server(("127.0.0.1", 0))
-    monkeypatch.setattr(_systemd, "listen_sockets", lambda: [("web", given)])
-    with pytest.raises(BindFailed, match="no socket named 'admin'; what is left of them: web"):
-        open_listeners("systemd:admin")
-    assert given.fileno() == -1
+    with socket.create_server(("127.0.0.1", 0)) as given:
+        monkeypatch.setattr(_systemd, "_passed", [("web", given)])
+        with pytest.raises(BindFailed, match="no socket named 'admin'; what is left of them: web"):
+            open_listeners("systemd:admin")
+        with pytest.raises(BindFailed, match="is each of its sockets bound once"):
+            open_listeners(["systemd:web", "systemd"])
+        [listener] = open_listeners("systemd:web")
+        listener.close()
+        assert given.fileno() >= 0
 
 
 @pytest.mark.parametrize(

@@ -200,7 +200,8 @@ def _groups(bind: _bind.Bind) -> Iterator[tuple[str, list[Given]]]:
     for number, each in enumerate(given):
         if isinstance(each, str) and each in passed:
             if each == passed[0]:
-                yield "systemd", list(passed)  # in one call, as it takes all that was passed
+                # In one call, as each of them takes what the others leave.
+                yield " ".join(sorted(set(passed))), list(passed)
         elif isinstance(each, (str, int)):
             spec = parse(each) if isinstance(each, str) else Tcp("127.0.0.1", each)
             key = _in_one_way(spec, str(each))

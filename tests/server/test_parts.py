@@ -423,6 +423,8 @@ def test_listeners_that_are_handed_on_are_found_however_their_bind_is_written(
             "unix:@b",
         ]
     )
+    assert keys_of(["systemd:b", 80, "systemd:a"]) == keys_of(["systemd:a", "systemd:b", 80])
+    assert keys_of("systemd:b") != keys_of("systemd:a") != keys_of("systemd")
     assert keys_of("unix:b.sock?mode=660") != keys_of("unix:b.sock?mode=600") != keys_of("unix:b.sock")
     with contextlib.ExitStack() as closing:
         first = Listeners([0, "unix:a.sock"], 10, reuseport=False, slots=1)
