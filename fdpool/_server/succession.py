@@ -86,7 +86,7 @@ class Succession:
             if not coming.is_ready():
                 return
         except EOFError:
-            self._end(coming)
+            self._take_back(coming)
             self._silent.add(coming)
             self._bury(coming, _LOOKS)
             return
@@ -110,7 +110,7 @@ class Succession:
 
     def _give_up(self, coming: Successor) -> None:
         if self._coming is coming:
-            self._end(coming)
+            self._take_back(coming)
             self._failed(f"it did not serve after {self._limit_s:g} seconds, and was told to end")
             self._dismiss(coming, self._grace_s)
 
@@ -139,13 +139,17 @@ class Succession:
         else:
             self._turns.later(_LOOK_S, partial(self._see_off, coming))
 
+    def _take_back(self, coming: Successor) -> None:
+        """It will not serve, and soon accepts nothing: connections are for our own listeners, not for more or fewer."""
+        self._end(coming)
+        self._listeners.steer(self._listeners.served)
+
     def _end(self, coming: Successor) -> None:
         self._turns.unwatch(coming.control)
         coming.close()
         self._coming = None
 
     def _failed(self, why: str) -> None:
-        self._listeners.steer(self._listeners.served)  # it may have wanted fewer to get connections
         say(
             "upgrade_failed",
             "no successor, so this process goes on: %s",

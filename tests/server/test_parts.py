@@ -29,7 +29,7 @@ import pytest
 
 from fdpool import BindFailed
 from fdpool._reserve import Reserve
-from fdpool._server import apps, room
+from fdpool._server import apps, room, succession
 from fdpool._server.accept import Acceptor
 from fdpool._server.handoff import Handoff, Laden, _Seat, choose
 from fdpool._server.listeners import Listeners, keys_of
@@ -37,6 +37,8 @@ from fdpool._server.logs import reopen_logs
 from fdpool._server.pace import Pace
 from fdpool._server.progress import Progress, Seen, SeenPage
 from fdpool._server.steering import queued, steer
+from fdpool._server.succession import Succession
+from fdpool._server.turns import Turns
 from fdpool._server.watch import Finding, Verdict, Watch, is_stopped, judge, resident_bytes
 from fdpool._server.worker import _Listening
 from fdpool.sockets import StreamSocket
@@ -462,6 +464,47 @@ def test_a_port_that_is_asked_for_twice_is_one_listener() -> None:
         listeners = Listeners([f"127.0.0.1:{port}"] * 2, 10, reuseport=True, slots=1)
         assert [each.address for each in listeners.first] == [f"tcp://127.0.0.1:{port}"]
         listeners.close()
+
+
+# -- a successor ---------------------------------------------------------------------------------------------
+
+
+class Refusing:
+    """A successor that will not serve, and takes its time to end: its workers finish what they run."""
+
+    pid = 2
+    is_gone = False
+
+    def __init__(self, *_: object) -> None:
+        self.control, theirs = StreamSocket.pair()
+        theirs.close()
+
+    def is_ready(self) -> bool:
+        raise EOFError
+
+    def reap(self) -> None:
+        return None
+
+    def close(self) -> None:
+        self.control.close()
+
+    def kill(self) -> None:
+        self.is_gone = True
+
+
+def test_a_successor_that_will_not_serve_is_not_waited_for_until_connections_are_ours_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It has had some at listeners that are its own, and takes none any more."""
+    steered: list[int] = []
+    listeners: Any = SimpleNamespace(all=list, served=3, steer=steered.append)
+    monkeypatch.setattr(succession, "Successor", Refusing)
+    with contextlib.closing(Turns()) as turns:
+        coming = Succession(turns, listeners, 60.0, 60.0, lambda: None)
+        coming.begin()
+        turns.take(None)
+        assert steered == [3]
+        coming.close()
 
 
 # -- handing over --------------------------------------------------------------------------------------------
