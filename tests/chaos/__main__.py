@@ -18,7 +18,7 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=3)
     parser.add_argument("--threads", type=int, default=6)
     parser.add_argument(
-        "--thief", action="store_true", help="leave the client without descriptors now and then"
+        "--no-thief", dest="thief", action="store_false", help="leave the client its descriptors"
     )
     options = parser.parse_args()
     begun = time.monotonic()

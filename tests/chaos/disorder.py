@@ -30,9 +30,11 @@ class Assassin:
         done: how often each was done, and to whom, as in ("stop", "descendant").
     """
 
-    def __init__(self, pool: fdpool.Pool, dice: random.Random, pauses: tuple[float, float]) -> None:
+    def __init__(
+        self, pools: Sequence[fdpool.Pool], dice: random.Random, pauses: tuple[float, float]
+    ) -> None:
         self.done: Counter[tuple[str, str]] = Counter()
-        self._pool = pool
+        self._pools = pools
         self._dice = dice
         self._pauses = pauses
 
@@ -56,10 +58,13 @@ class Assassin:
 
     def _pids(self, booting: bool) -> list[int]:
         """Of workers that take tasks; with `booting`, of those that do not yet, too."""
-        client = self._pool._client
-        links = list(client.links.values())
-        ready = [link for link in links if booting or client.dispatcher.state(link.slot) is State.READY]
-        return [pid for link in ready if (pid := link.pid) is not None]
+        found = []
+        for pool in self._pools:
+            client = pool._client
+            links = list(client.links.values())
+            ready = [link for link in links if booting or client.dispatcher.state(link.slot) is State.READY]
+            found += [pid for link in ready if (pid := link.pid) is not None]
+        return found
 
     def _disturb_worker(self, pid: int, signals: Sequence[int]) -> None:
         if self._dice.random() < 0.7:
@@ -90,9 +95,14 @@ class Assassin:
 
 
 class Thief:
-    """Now and then leaves the client few descriptors, or none, for a moment."""
+    """Now and then leaves the client few descriptors, or none, for a moment.
+
+    Attributes:
+        done: how often.
+    """
 
     def __init__(self, dice: random.Random) -> None:
+        self.done = 0
         self._dice = dice
 
     def act(self, stop: threading.Event) -> None:
@@ -101,6 +111,7 @@ class Thief:
         try:
             while not stop.wait(self._dice.uniform(0.1, 0.6)):
                 resource.setrlimit(resource.RLIMIT_NOFILE, (limit_with_room(self._dice.randrange(6)), hard))
+                self.done += 1
                 time.sleep(self._dice.uniform(0.001, 0.05))
                 resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         finally:

@@ -5,20 +5,31 @@ from __future__ import annotations
 import concurrent.futures as cf
 import errno
 import gc
+import logging
 import random
 import tempfile
 import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import fdpool
 from tests.process_state import children, open_descriptors
 
 from .disorder import Assassin, Thief, started
-from .kinds import KINDS, World
+from .kinds import KINDS, SPAN, World
+from .tasks import logs
+
+#: What the pools are beside the plain one: of two workers each, which come and go by themselves all the time.
+CHARACTERS: tuple[dict[str, Any], ...] = (
+    {"min_workers": 1, "idle_timeout": 0.05, "max_age": 2.0},
+    {"max_tasks_per_child": 30, "max_memory": 300 << 20},
+)
 
 
 class Chaos:
@@ -28,7 +39,7 @@ class Chaos:
         seed: of all dice.
         tasks: how many, at most.
         seconds: how long tasks are submitted, at most.
-        workers, threads: of the pool; that submit.
+        workers, threads: of the plain pool; that submit.
         pauses: the least and the longest between two disturbances.
         thief: the client lacks descriptors now and then.
 
@@ -46,7 +57,7 @@ class Chaos:
         workers: int = 3,
         threads: int = 6,
         pauses: tuple[float, float] = (0.005, 0.08),
-        thief: bool = False,
+        thief: bool = True,
     ) -> None:
         self.tasks, self.seconds, self.workers, self.threads = tasks, seconds, workers, threads
         self.pauses, self.thief = pauses, thief
@@ -65,19 +76,25 @@ class Chaos:
     def run(self) -> list[str]:
         """The whole run; returns what was wrong."""
         fds_before, children_before = set(open_descriptors()), set(children())
-        with tempfile.NamedTemporaryFile(buffering=0) as file:
-            with open(file.name, "ab", buffering=0) as ledger, fdpool.Pool(self.workers) as pool:
-                # The limit on open files that a thief sets is inherited by who is started then.
-                pool.submit(int).result()
-                with pool.share([n * 7 for n in range(1000)]) as table:
-                    world = World(pool, ledger, file.name, table)
-                    self._disturbed(world)
-                    if strays := pool.stats().strays:
-                        self.wrong.append(f"{strays} messages that no worker is to send")
+        with tempfile.NamedTemporaryFile(buffering=0) as file, records_of_workers() as records:
+            with open(file.name, "ab", buffering=0) as ledger, ExitStack() as stack:
+                worlds: list[World] = []
+                for options in ({}, *CHARACTERS):
+                    workers = 2 if options else self.workers
+                    pool = stack.enter_context(fdpool.Pool(workers, log_level="WARNING", **options))
+                    # The limit on open files that a thief sets is inherited by who is started then.
+                    pool.submit(int).result()
+                    table = stack.enter_context(pool.share([n * 7 for n in range(1000)]))
+                    first = worlds[0] if worlds else World(pool, ledger, file.name, table)
+                    worlds.append(replace(first, pool=pool, table=table))
+                self._disturbed(worlds)
+                if strays := sum(world.pool.stats().strays for world in worlds):
+                    self.wrong.append(f"{strays} messages that no worker is to send")
             entries = file.read()
-        self._judge_ledger(world, entries)
+        self._judge_ledger(worlds[0], entries)
+        self._judge_records(worlds[0], records)
         self.wrong += [
-            f"a future called back {count} times" for count in world.called_back.values() if count != 1
+            f"a future called back {count} times" for count in worlds[0].called_back.values() if count != 1
         ]
         if self.failed["WorkerLost"] > self.kills * (1 + self.threads):
             self.wrong.append(f"{self.failed['WorkerLost']} tasks lost by {self.kills} kills")
@@ -88,17 +105,18 @@ class Chaos:
             self.wrong.append(f"processes left: {left}")
         return self.wrong
 
-    def _disturbed(self, world: World) -> None:
-        assassin = Assassin(world.pool, random.Random(self.dice.getrandbits(32)), self.pauses)
-        actors = [assassin.act]
-        if self.thief:
-            actors.append(Thief(random.Random(self.dice.getrandbits(32))).act)
+    def _disturbed(self, worlds: list[World]) -> None:
+        assassin = Assassin(
+            [world.pool for world in worlds], random.Random(self.dice.getrandbits(32)), self.pauses
+        )
+        thief = Thief(random.Random(self.dice.getrandbits(32)))
+        actors = [assassin.act, thief.act] if self.thief else [assassin.act]
         stop = threading.Event()
         ends = time.monotonic() + self.seconds
         clients = [
             threading.Thread(
                 target=self._client,
-                args=(world, range(n + 1, self.tasks + 1, self.threads), self.dice.getrandbits(32), ends),
+                args=(worlds, range(n + 1, self.tasks + 1, self.threads), self.dice.getrandbits(32), ends),
             )
             for n in range(self.threads)
         ]
@@ -113,8 +131,10 @@ class Chaos:
             for thread in disturbers:
                 thread.join()
         self.disturbed = assassin.done
+        if thief.done:
+            self.disturbed["squeeze", "client"] = thief.done
 
-    def _client(self, world: World, numbers: range, seed: int, ends: float) -> None:
+    def _client(self, worlds: list[World], numbers: range, seed: int, ends: float) -> None:
         """Runs in: each of the threads that submit."""
         dice = random.Random(seed)
         kinds, weights = list(KINDS), list(KINDS.values())
@@ -122,7 +142,8 @@ class Chaos:
             if time.monotonic() > ends:
                 return
             kind = dice.choices(kinds, weights)[0]
-            problem = self._attempt(partial(kind, world, number, dice))
+            world = dice.choices(worlds, (3, 1, 1))[0]
+            problem = self._attempt(partial(kind, world, number * SPAN, dice))
             with self._lock:
                 self.done[kind.__name__] += 1
                 if problem is not None:
@@ -148,12 +169,46 @@ class Chaos:
             self.failed[name] += 1
 
     def _judge_ledger(self, world: World, entries: bytes) -> None:
-        ran = Counter(int.from_bytes(entries[n : n + 8], "little") for n in range(0, len(entries), 8))
+        ran = Counter(map(int, entries.split()))
         for number, count in ran.items():
             if count > world.tries.get(number, 1):
-                self.wrong.append(f"task {number} ran {count} times")
+                self.wrong.append(f"{_named(number)} ran {count} times")
             if number in world.never:
-                self.wrong.append(f"task {number} ran, and was said not to have")
+                self.wrong.append(f"{_named(number)} ran, and was said not to have")
+        self.wrong += [
+            f"{_named(number)} gave a result, and has not run" for number in world.ran - ran.keys()
+        ]
+
+    def _judge_records(self, world: World, records: list[logging.LogRecord]) -> None:
+        came = Counter(int(record.getMessage().split()[1]) for record in records)
+        self.wrong += [
+            f"{_named(number)} logged {count} times" for number, count in came.items() if count > 1
+        ]
+        self.wrong += [f"the record of {_named(number)} was lost" for number in world.logged - came.keys()]
+
+
+@contextmanager
+def records_of_workers() -> Iterator[list[logging.LogRecord]]:
+    """What workers log meanwhile."""
+    found: list[logging.LogRecord] = []
+
+    class Keeper(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            found.append(record)
+
+    logger, handler = logging.getLogger(logs.__module__), Keeper()
+    logger.addHandler(handler)
+    logger.propagate = False
+    try:
+        yield found
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = True
+
+
+def _named(number: int) -> str:
+    task, part = divmod(number, SPAN)
+    return f"task {task}" + (f", its part {part}" if part else "")
 
 
 def _lacks_descriptors(error: BaseException | None) -> bool:

@@ -1,7 +1,8 @@
-"""What runs in the workers of a chaos. Each leaves its mark in the ledger first: one atomic append of eight bytes."""
+"""What runs in the workers of a chaos. Each leaves its mark in the ledger first: one atomic append of a line."""
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import tempfile
@@ -11,13 +12,13 @@ from typing import Any
 
 def mark(ledger: Any, number: int) -> None:
     """Say that task `number` runs."""
-    os.write(ledger.fileno(), number.to_bytes(8, "little"))
+    os.write(ledger.fileno(), b"%d\n" % number)
 
 
 def mark_at(path: str, number: int) -> None:
     """The same for a task that carries no descriptor, so that it may travel with others."""
     fd = os.open(path, os.O_WRONLY | os.O_APPEND)
-    os.write(fd, number.to_bytes(8, "little"))
+    os.write(fd, b"%d\n" % number)
     os.close(fd)
 
 
@@ -90,6 +91,32 @@ def nested(path: str, number: int) -> int:
 def sleeps(path: str, number: int, seconds: float) -> int:
     mark_at(path, number)
     time.sleep(seconds)
+    return number
+
+
+def spins(path: str, number: int, seconds: float) -> int:
+    """As one that computes; `sleeps` is interrupted in a system call."""
+    mark_at(path, number)
+    ends = time.monotonic() + seconds
+    while time.monotonic() < ends:
+        pass
+    return number
+
+
+def grows(path: str, number: int) -> int:
+    """To 400 MB at most, as it is ended before that."""
+    mark_at(path, number)
+    held = []
+    for _ in range(20):
+        held.append(b"x" * (20 << 20))
+        time.sleep(0.02)
+    time.sleep(100)
+    return number
+
+
+def logs(path: str, number: int) -> int:
+    mark_at(path, number)
+    logging.getLogger(__name__).warning("task %d", number)
     return number
 
 
