@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-import textwrap
 import threading
 import time
 from pathlib import Path
@@ -369,33 +368,60 @@ def _names(link: Any) -> list[str]:
     return [os.readlink(f"/proc/self/fd/{end.fileno()}") for end in (link.mine, link.theirs)]
 
 
-@pytest.mark.parametrize("start_method", START_METHODS)
-def test_nothing_is_left_within_a_second_when_the_client_is_killed(start_method: str, tmp_path: Path) -> None:
-    source = f"""
-        import os, subprocess, sys, time
-        sys.path.insert(0, {os.getcwd()!r})
-        import fdpool
-        def busy(subprocess=subprocess, os=os):
-            here = subprocess.Popen(["sleep", "1000"])
-            elsewhere = subprocess.Popen(["sleep", "1000"], start_new_session=True)
-            os.write(1, f"{{here.pid}} {{elsewhere.pid}}\\n".encode())
-            while True: pass
-        pool = fdpool.Pool(3, start_method={start_method!r})
-        for _ in range(2):
-            pool.submit(busy)
-        pool.submit(time.sleep, 1000)
-        time.sleep(1000)
-        """
-    with subprocess.Popen([sys.executable, "-c", textwrap.dedent(source)], stdout=subprocess.PIPE) as program:
+BUSY = """
+import os, subprocess, sys, time
+import fdpool
+def busy(subprocess=subprocess, os=os):
+    here = subprocess.Popen(["sleep", "1000"])
+    elsewhere = subprocess.Popen(["sleep", "1000"], start_new_session=True)
+    os.write(1, f"{here.pid} {elsewhere.pid}\\n".encode())
+    while True: pass
+pool = fdpool.Pool(3, start_method=sys.argv[1])
+for _ in range(2):
+    pool.submit(busy)
+pool.submit(time.sleep, 1000)
+time.sleep(1000)
+"""
+
+
+def seconds_that_ending_takes(start_method: str, who: str, how: int) -> float:
+    """From the end of a program that uses a pool, or of the pool's supervisor, to that of all that is below."""
+    command = [sys.executable, "-c", BUSY, start_method]
+    environment = {**os.environ, "PYTHONPATH": str(Path(fdpool.__file__).parents[1])}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment
+    ) as program:
         assert program.stdout is not None
+        after: list[psutil.Process] = []
         try:
             started = [int(pid) for _ in range(2) for pid in program.stdout.readline().split()]
-            tree = psutil.Process(program.pid).children(recursive=True)
+            me = psutil.Process(program.pid)
+            tree = me.children(recursive=True)
             assert len(tree) >= 7
             assert {process.pid for process in tree} >= set(started)
+            os.kill(program.pid if who == "client" else me.children()[0].pid, how)
+            took = seconds_until_gone(tree)
+            after = me.children(recursive=True) if who == "supervisor" else []  # it has been replaced
         finally:
             program.kill()
-        assert seconds_until_gone(tree) < 10  # a busy machine may be slower than it is meant to be
+        seconds_until_gone(after)
+    return took
+
+
+@pytest.mark.parametrize(
+    ("who", "how"),
+    [("client", signal.SIGKILL), ("client", signal.SIGTERM), ("supervisor", signal.SIGKILL)],
+    ids=["client-killed", "client-terminated", "supervisor-killed"],
+)
+@pytest.mark.parametrize("start_method", START_METHODS)
+def test_nothing_is_left_within_a_second_of_a_clients_or_supervisors_end(
+    start_method: str, who: str, how: int
+) -> None:
+    """W4. Of five tries one at least: a busy machine may be slower, but what has to wait for something always is."""
+    took = [seconds_that_ending_takes(start_method, who, how)]
+    while min(took) >= 1 and len(took) < 5:
+        took.append(seconds_that_ending_takes(start_method, who, how))
+    assert min(took) < 1, took
 
 
 @pytest.mark.usefixtures("fresh_supervisors")
