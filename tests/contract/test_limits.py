@@ -180,25 +180,34 @@ def test_a_task_is_tried_again_as_often_as_it_may(ledger: Path) -> None:
         assert view.submit(helpers.count_and_die_before, str(ledger), 3).result(timeout=20) == 3
 
 
-def test_a_task_that_kills_every_worker_is_poison(ledger: Path) -> None:
+@pytest.mark.parametrize("cause", ["code 3", "SIGKILL", "SIGSEGV", "SIGABRT"])
+def test_a_task_that_kills_every_worker_is_poison(cause: str, ledger: Path) -> None:
+    """P4"""
     with Pool(2) as pool:
         view = pool.with_options(retries=2, retry_delay=0.01, name="the killer")
         with pytest.raises(PoisonTask, match="ran the killer.*in the last of 3 attempts") as caught:
-            view.submit(helpers.count_and_die_before, str(ledger), 100).result(timeout=20)
+            view.submit(helpers.count_and_die_of, str(ledger), cause).result(timeout=20)
         assert [type(attempt) for attempt in caught.value.attempts] == [WorkerLost, WorkerLost]
+        assert all(cause in str(error) for error in [*caught.value.attempts, caught.value])
         assert ledger.read_text() == "xxx"
         assert pool.submit(helpers.square, 3).result(timeout=20) == 9
 
 
-def test_what_a_task_raises_is_not_tried_again(ledger: Path) -> None:
+@pytest.mark.parametrize(
+    "error", [ValueError("its own"), MemoryError("its own")], ids=lambda each: type(each).__name__
+)
+def test_what_a_task_raises_is_not_tried_again(error: Exception, ledger: Path) -> None:
+    """P4: and costs no worker, though there was no memory for it."""
+
     def fail() -> None:
         with open(ledger, "a") as file:
             file.write("x")
-        raise ValueError("its own")
+        raise error
 
     with Pool(1) as pool:
-        with pytest.raises(ValueError, match="its own"):
+        with pytest.raises(type(error), match="its own"):
             pool.with_options(retries=5).submit(fail).result(timeout=20)
+        assert pool.stats().lost_workers == 0
     assert ledger.read_text() == "x"
 
 
