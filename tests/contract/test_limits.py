@@ -344,6 +344,25 @@ def test_an_option_of_no_use_is_refused_at_once(option: dict[str, Any], error: t
     pool.shutdown()
 
 
+@pytest.mark.parametrize("size", [1000, 100_000, 32 * MIB], ids=["small", "large", "spilled"])
+@pytest.mark.parametrize("timeout", [1e-6, 0.001])
+def test_a_time_that_is_shorter_than_sending_takes_is_up_and_the_pool_goes_on(
+    timeout: float, size: int
+) -> None:
+    """P10: whether it has begun by then or not."""
+    with Pool(1) as pool:
+        late = pool.with_options(timeout=timeout, grace=0).submit(helpers.sleep_on, bytes(size))
+        behind = [pool.submit(helpers.square, n) for n in range(3)]
+        with pytest.raises(TaskTimeout, match=f"{timeout:g} seconds"):
+            late.result(timeout=20)
+        assert [future.result(timeout=20) for future in behind] == [0, 1, 4]
+        # It may begin at once, however soon that has to be.
+        too_late = pool.with_options(queue_timeout=timeout).submit(len, bytes(size))
+        error = too_late.exception(timeout=20)
+        assert error is None or (isinstance(error, TaskTimeout) and not error.may_have_run)
+        assert pool.submit(helpers.square, 3).result(timeout=20) == 9
+
+
 def test_limits_cost_an_idle_pool_nothing() -> None:
     with Pool(1) as pool:
         pool.with_options(timeout=60, max_memory=1 << 40).submit(helpers.square, 3).result(timeout=20)
