@@ -13,12 +13,15 @@ from __future__ import annotations
 import functools
 import os
 import signal
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from fdpool import _control, _messages, _spawn, _trees, payload, wire
+from fdpool._ending import Ending
 from fdpool._tasks import TaskFuture
+from fdpool.sockets import StreamSocket
 from tests.process_state import wait_until
 
 VARIABLE = "FDPOOL_TEST_STOP"  # "<point>@<folder>", for `supervisor_stops`
@@ -52,6 +55,24 @@ def _received(kinds: tuple[int, ...]) -> Callable[..., bool]:
     return lambda *told: told[-1] is not None and told[-1].data[1] in kinds
 
 
+def _finds(kinds: tuple[int, ...]) -> Callable[..., bool]:
+    """What would be received now is one of these."""
+
+    def meant(sock: socket.socket, *_: object) -> bool:
+        try:
+            return sock.recv(2, socket.MSG_PEEK | socket.MSG_DONTWAIT)[1:] in [
+                bytes([kind]) for kind in kinds
+            ]
+        except BlockingIOError:
+            return False
+
+    return meant
+
+
+def _ordered(kind: type[Any]) -> Callable[..., bool]:
+    return lambda *told: isinstance(_messages.decode_control(told[-1][0]), kind)
+
+
 def _tells(kind: type[Any]) -> Callable[..., bool]:
     return lambda message, *_: isinstance(message, kind)
 
@@ -79,12 +100,27 @@ WORKER_OF_SEVERAL = {
     "after it has answered several": Point(wire, "send", True, _sends((_messages.ANSWERS,))),
 }
 SUPERVISOR = {
+    "before it receives the order to start a worker": Point(StreamSocket, "receive_bytes", False, _any),
+    "after it has received the order to start a worker": Point(
+        StreamSocket, "receive_bytes", True, _ordered(_messages.StartWorker)
+    ),
     "before it forks": Point(_spawn, "fork_worker", False, _any),
     "after it has forked": Point(_spawn, "fork_worker", True, _any),
     "before it reports a start": Point(_messages, "encode_control", False, _tells(_messages.WorkerStarted)),
     "before it reaps": Point(_trees, "reap", False, _any),
     "after it has reaped": Point(_trees, "reap", True, _any),
     "before it reports a death": Point(_messages, "encode_control", False, _tells(_messages.WorkerExited)),
+}
+#: The same, where a worker's task has had its time, and does not heed SIGTERM.
+SUPERVISOR_THAT_ENDS = {
+    "before it receives the order to end a worker": Point(StreamSocket, "receive_bytes", False, _any),
+    "after it has received the order to end a worker": Point(
+        StreamSocket, "receive_bytes", True, _ordered(_messages.EndWorker)
+    ),
+    "before it sends SIGTERM": Point(Ending, "step", False, lambda ending, *_: not ending._told),
+    "after it has sent SIGTERM": Point(Ending, "step", True, lambda ending, *_: ending._told),
+    "before it sends SIGKILL": Point(Ending, "step", False, lambda ending, *_: ending._told),
+    "after it has sent SIGKILL": Point(Ending, "step", True, lambda ending, *_: ending.due is None),
 }
 CLIENT = {
     "before it asks for a worker": Point(_control.ControlLink, "tell", False, _asks(_messages.StartWorker)),
@@ -93,6 +129,7 @@ CLIENT = {
     ),
     "before it sends": Point(wire, "try_send", False, _sends(_TASKS)),
     "after it has sent": Point(wire, "try_send", True, _sends(_TASKS)),
+    "before it receives an answer": Point(wire, "try_receive", False, _finds(_ANSWERS)),
     "after it has received an answer": Point(wire, "try_receive", True, _received(_ANSWERS)),
     "before it settles a future": Point(TaskFuture, "settle", False, _any),
     "after it has settled a future": Point(TaskFuture, "settle", True, _any),
@@ -100,7 +137,7 @@ CLIENT = {
         _control.ControlLink, "try_receive", True, _heard(_messages.WorkerExited)
     ),
 }
-POINTS = {**WORKER, **WORKER_OF_SEVERAL, **SUPERVISOR, **CLIENT}
+POINTS = {**WORKER, **WORKER_OF_SEVERAL, **SUPERVISOR, **SUPERVISOR_THAT_ENDS, **CLIENT}
 
 
 def install(name: str, folder: str) -> None:

@@ -20,7 +20,7 @@ from tests.contract import helpers
 from tests.process_state import living, seconds_until_gone, wait_until
 
 from . import no_room, points, reaping_by_others
-from .worker_tasks import leave_program
+from .worker_tasks import leave_program, stay
 
 # That of a first pool, a child of this process, which can tell how it ended.
 pytestmark = pytest.mark.usefixtures("fresh_supervisors")
@@ -30,16 +30,24 @@ pytestmark = pytest.mark.usefixtures("fresh_supervisors")
 def pool_whose_supervisor_stops_at(
     name: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[tuple[Pool, list[Future[int]], Counter[Future[int]]]]:
-    """Tasks that have been submitted, some before a worker's death; how often each future called back."""
+    """Tasks that have been submitted, some before a worker's death or end; how often each future called back."""
+    stubborn: Future[None] | None = None
     ledger = folder / "ledger"
     ledger.touch()
     called_back: Counter[Future[int]] = Counter()
     monkeypatch.setenv(points.VARIABLE, f"{name}@{folder}")
-    with Pool(2, preload=["tests.crash.supervisor_stops"]) as pool:
+    ends = name in points.SUPERVISOR_THAT_ENDS
+    with Pool(2, min_workers=2 if ends else 0, preload=["tests.crash.supervisor_stops"]) as pool:
         if "reap" in name or "death" in name:
             assert pool.submit(helpers.square, 2).result(20) == 4
             points.arm(folder)
             os.kill(pool.worker_pids()[0], signal.SIGKILL)
+        elif ends:
+            assert pool.submit(helpers.square, 2).result(20) == 4
+            # So nothing but this end is asked of the supervisor.
+            wait_until(lambda: [worker.state for worker in pool.stats().workers] == 2 * ["ready"])
+            points.arm(folder)
+            stubborn = pool.with_options(timeout=0.1, grace=0.1).submit(stay, str(ledger))
         else:
             points.arm(folder)
         futures = []
@@ -49,6 +57,8 @@ def pool_whose_supervisor_stops_at(
             futures.append(future)
         points.stopped(folder)
         yield pool, futures, called_back
+        if stubborn is not None:
+            assert isinstance(stubborn.exception(20), fdpool.TaskTimeout)
     wait_until(lambda: len(called_back) == len(futures))
     assert set(called_back.values()) == {1}
     ran = Counter(ledger.read_text().split())
@@ -90,7 +100,7 @@ def test_a_worker_that_the_kernel_reaps_at_once_is_seen_to_be_dead(monkeypatch: 
         assert pool.stats().supervisor_restarts == 0
 
 
-@pytest.mark.parametrize("name", points.SUPERVISOR)
+@pytest.mark.parametrize("name", [*points.SUPERVISOR, *points.SUPERVISOR_THAT_ENDS])
 def test_a_supervisor_that_stands_still_at_any_point_and_goes_on_loses_nothing(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -99,7 +109,7 @@ def test_a_supervisor_that_stands_still_at_any_point_and_goes_on_loses_nothing(
         assert [future.result(20) for future in futures] == list(range(12))
 
 
-@pytest.mark.parametrize("name", points.SUPERVISOR)
+@pytest.mark.parametrize("name", [*points.SUPERVISOR, *points.SUPERVISOR_THAT_ENDS])
 def test_a_supervisor_killed_at_any_point_costs_what_ran_and_leaves_no_process(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
