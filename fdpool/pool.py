@@ -86,7 +86,8 @@ class Pool(Executor):
             affinity, and its cgroup's quota).
         mp_context: accepted so that `ProcessPoolExecutor` can be replaced as it stands; only its start method
             counts: "fork" is `start_method="fork"`, every other is the default.
-        initializer: called in each worker before its first task. If it raises, the pool is broken.
+        initializer: called in each worker before its first task. If it raises, the pool is broken. It may take any
+            time: only `queue_timeout` (see `with_options`) ends the waiting of a task for one that hangs.
         initargs: its arguments. May hold descriptors, and what `multiprocessing` lets pass to children only
             (locks, queues; of a context other than "fork"). With `start_method="fork"` they are inherited
             if they cannot be pickled, as `initializer` itself is: anything will do.

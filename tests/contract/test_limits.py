@@ -13,8 +13,9 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import CancelledError, Future
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import pytest
@@ -153,6 +154,32 @@ def test_a_task_that_has_not_begun_in_time_never_runs(ledger: Path, tmp_path: Pa
         in_time = pool.with_options(queue_timeout=60).submit(helpers.square, 4)
         assert in_time.result(timeout=20) == 16
     assert not pids(ledger)
+
+
+@pytest.mark.parametrize("start_method", ["forkserver", "fork"])
+def test_a_task_whose_worker_hangs_as_it_begins_waits_no_longer_than_it_may(
+    start_method: Literal["forkserver", "fork"], tmp_path: Path
+) -> None:
+    """W6: a pool gives its workers any time for that, and `timeout` counts from a task's start."""
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    held = threading.Lock()
+    held.acquire()
+    hang = partial(helpers.wait_at, str(gate)) if start_method == "forkserver" else held.acquire
+    with Pool(1, initializer=hang, start_method=start_method) as pool:
+        endless = pool.with_options(timeout=0.001).submit(helpers.square, 2)
+        with pytest.raises(TaskTimeout, match="had not begun 0.2 seconds") as caught:
+            pool.with_options(queue_timeout=0.2).submit(helpers.square, 3).result(timeout=20)
+        assert caught.value.may_have_run is False
+        assert not endless.done()
+        if start_method == "forkserver":  # no thread is left there that could release the other's lock
+            gate.open("wb").close()
+            assert endless.exception(timeout=20) is None or isinstance(endless.exception(), TaskTimeout)
+            assert pool.submit(helpers.square, 4).result(timeout=20) == 16
+        else:
+            pool.kill_workers()
+            with pytest.raises(CancelledError):
+                endless.result(timeout=20)
 
 
 def test_a_task_that_takes_too_much_memory_is_ended() -> None:
