@@ -633,7 +633,7 @@ def test_killing_workers_from_outside_loses_no_more_tasks_than_workers() -> None
 
 
 @pytest.mark.parametrize(
-    "without", ["memfd", "pidfd", "subreaper", "pdeathsig", "memfd,pidfd,subreaper,pdeathsig"]
+    "without", ["memfd", "pidfd", "subreaper", "pdeathsig", "epoll", "memfd,pidfd,subreaper,pdeathsig,epoll"]
 )
 def test_the_pool_works_without_what_only_linux_has(without: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """R1."""
