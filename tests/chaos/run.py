@@ -75,6 +75,8 @@ class Chaos:
 
     def run(self) -> list[str]:
         """The whole run; returns what was wrong."""
+        import numpy  # noqa: F401 - a task of `array` may find no descriptor to import it with, and half of it done
+
         fds_before, children_before = set(open_descriptors()), set(children())
         with tempfile.NamedTemporaryFile(buffering=0) as file, records_of_workers() as records:
             with open(file.name, "ab", buffering=0) as ledger, ExitStack() as stack:
