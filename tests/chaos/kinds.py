@@ -10,6 +10,8 @@ from __future__ import annotations
 import itertools
 import os
 import random
+import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import CancelledError, Future
@@ -168,6 +170,38 @@ def program_ended(world: World, number: int, dice: random.Random) -> None:
         pass
 
 
+def pipeline(world: World, number: int, _dice: random.Random) -> None:
+    first = ["sh", "-c", 'echo "$0" >> "$1"; echo "$0"', str(number), world.path]
+    done = world.watch(world.pool.pipeline([first, ["cat"]], capture_output=True)).result(LIMIT_S)
+    codes = [stage.returncode for stage in done.stages]
+    assert min(codes) < 0 or (codes, done.stdout) == ([0, 0], f"{number}\n".encode()), done
+
+
+def talks(world: World, number: int, dice: random.Random) -> None:
+    """A program that reads and writes; a disturbance may end it in the midst of that."""
+    data = dice.randbytes(dice.choice([10, 300_000]))
+    command = ["sh", "-c", 'echo "$0" >> "$1"; exec cat', str(number), world.path]
+    with world.pool.popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, grace=0.05) as running:
+        assert running.stdin is not None
+        assert running.stdout is not None
+        writer = threading.Thread(target=_write_all, args=(running.stdin, data))
+        writer.start()
+        got = running.stdout.read()
+        writer.join()
+        code = running.wait(LIMIT_S)
+    assert code < 0 or got == data
+    if code == 0:
+        world.ran.add(number)
+
+
+def _write_all(end: Any, data: bytes) -> None:
+    try:
+        with end:
+            end.write(data)
+    except BrokenPipeError:
+        pass  # who reads it was killed
+
+
 def runs_program(world: World, number: int, _dice: random.Random) -> None:
     assert world.do(number, tasks.runs_program, world.path, number) <= 0
 
@@ -191,6 +225,16 @@ def chunks(world: World, number: int, dice: random.Random) -> None:
     finally:
         assert got == [each * 3 for each in numbers[: len(got)]]
         world.ran.update(numbers[: len(got)])
+
+
+def left_map(world: World, number: int, dice: random.Random) -> None:
+    """One whose results are not wanted any more after some."""
+    numbers = range(number, number + 300)
+    results = world.pool.map(tasks.tiny, [world.path] * 300, numbers, buffersize=dice.choice([None, 8]))
+    got = list(itertools.islice(results, dice.randrange(20)))
+    results.close()  # type: ignore[attr-defined]
+    assert got == [each * 3 for each in numbers[: len(got)]]
+    world.ran.update(numbers[: len(got)])
 
 
 def cancelled(world: World, number: int, _dice: random.Random) -> None:
@@ -272,10 +316,13 @@ KINDS = {
     fails: 6,
     program: 1,
     program_ended: 1,
+    pipeline: 1,
+    talks: 1,
     runs_program: 2,
     leaves_program: 1,
     nested: 0.3,
     chunks: 2,
+    left_map: 2,
     cancelled: 5,
     terminated: 4,
     retried: 5,
