@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from . import _own_sockets
 from ._bind_spec import Tcp, Unix
+from ._clock import CLOCK
 from ._log import log
 from .errors import BindFailed
 
@@ -244,7 +245,7 @@ def _folder_locked(path: str, limit_s: float) -> Iterator[bool]:
         yield True
         return
     try:
-        yield _lock(folder, time.monotonic() + limit_s)
+        yield _lock(folder, CLOCK.monotonic() + limit_s)
     finally:
         os.close(folder)
 
@@ -254,7 +255,7 @@ def _lock(folder: int, deadline: float) -> bool:
         try:
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            if time.monotonic() >= deadline:
+            if CLOCK.monotonic() >= deadline:
                 return False
             time.sleep(_LOOK_S)
         except OSError:

@@ -13,10 +13,10 @@ from __future__ import annotations
 import mmap
 import os
 import sys
-import time
 from struct import Struct
 
 from . import _platform, fds
+from ._clock import CLOCK
 
 AREA_BYTES = 64 * 1024
 _WORD = Struct("<Q")
@@ -53,7 +53,7 @@ class Board:
         return self._word(slot, _BEGUN)
 
     def running(self, slot: int) -> tuple[int, float]:
-        """The task that the slot's worker is in, and when it began, as time.monotonic() has it; (0, 0.0) for none."""
+        """The task that the slot's worker is in, and when it began, by the `CLOCK`; (0, 0.0) for none."""
         started = self._word(slot, _STARTED)
         begun = self._word(slot, _BEGUN)
         if not started or self._word(slot, _STARTED) != started:
@@ -165,14 +165,14 @@ class Page:
         words = self._words
         words[_STARTED] = 0  # in this order: in between nothing runs, least of all the task before
         words[_BEGUN] = task
-        words[_STARTED] = time.monotonic_ns()
+        words[_STARTED] = CLOCK.monotonic_ns()
 
     def may_begin(self, task: int, previous: int) -> bool:
         """Say that `task` begins now, unless the client wants nothing begun after the `previous` one."""
         words = self._words
         words[_STARTED] = 0  # as in begin
         words[_BEGUN] = task
-        words[_STARTED] = time.monotonic_ns()
+        words[_STARTED] = CLOCK.monotonic_ns()
         return words[_RECALL] != previous  # in this order: see `Board.recall`
 
     def end(self) -> None:

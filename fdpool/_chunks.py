@@ -7,11 +7,11 @@ returns what it has and hands the rest back, so that idle workers can share it; 
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, TypeVar
 
 from . import payload
+from ._clock import CLOCK
 from .payload import Payload
 
 T = TypeVar("T")
@@ -109,7 +109,7 @@ def run(
             return the same object again, and change it.
         has_more: whether there is something to do behind this chunk.
     """
-    clock = time.monotonic
+    clock = CLOCK.monotonic
     results: list[Any] = []
     flushed = began = first = clock()
     ends = first + BUDGET_S

@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 from . import _budget, _dispatch, _messages, _process, _spill, wire
 from ._answers import task_lost
 from ._board import Board
+from ._clock import CLOCK
 from ._control import ControlLink
 from ._critical import Critical, block_in_main, put_back
 from ._dispatch import Action, Dispatcher, Where
@@ -83,7 +84,7 @@ class Client:
             batching=max_tasks is None,
             least=staff.min_workers,
             processors=processors,
-            clock=time.monotonic,
+            clock=CLOCK.monotonic,
         )
         self.inboxes = Inboxes(self)
         self.limits = Limits(self)
@@ -128,9 +129,9 @@ class Client:
         if not (self.life.phase in (OVER, FORKED) or self.critical.is_mine):
             with self.critical:
                 self.critical.handle_posted()  # its first answer may be told before this is looked at: that it is ready
-        deadline = time.monotonic() + _REPORT_S
+        deadline = CLOCK.monotonic() + _REPORT_S
         links = list(self.links.values())
-        while time.monotonic() < deadline and any(
+        while CLOCK.monotonic() < deadline and any(
             link.starting and (self.dispatcher.state(link.slot) is State.READY or self.running(link.slot)[0])
             for link in links
         ):
@@ -156,7 +157,7 @@ class Client:
             self.links[slot].pid,
             self.dispatcher.state(slot).value,
             None if record is None else record.label,
-            0.0 if record is None else max(0.0, time.monotonic() - began),
+            0.0 if record is None else max(0.0, CLOCK.monotonic() - began),
             len(given) - (running in given),
         )
 
@@ -260,9 +261,9 @@ class Client:
             return False
         pump = self.pump
         may_wait = pump is not None and not pump.is_current and not self.critical.is_mine
-        deadline = time.monotonic() + (_ROOM_S if may_wait else 0.0)
+        deadline = CLOCK.monotonic() + (_ROOM_S if may_wait else 0.0)
         while all(map(_holds_descriptors, holders)):
-            if time.monotonic() >= deadline:
+            if CLOCK.monotonic() >= deadline:
                 held = sum(map(_holds_descriptors, list(self.tasks.values())))
                 raise _budget.exhausted(label, held, _ROOM_S if may_wait else 0.0, near)
             self.wait_for(holders[0], 0.01)
@@ -430,7 +431,7 @@ class Client:
             if not others and (error.errno not in _budget.FULL or not 0 < self._refusals <= _MOST_REFUSALS):
                 return self.life.break_pool(f"worker {slot} cannot be asked for: {error}")
             self.wake()  # the pump must learn when to try again
-            return self.dispatcher.refused(slot, time.monotonic())
+            return self.dispatcher.refused(slot, CLOCK.monotonic())
         return ()
 
     def _new_link(self, slot: int) -> SlotLink:
@@ -480,7 +481,7 @@ class Client:
         self.retried += 1
         record.attempts = (*record.attempts, error)
         record.cut_short = None
-        self.dispatcher.postponed(task, time.monotonic() + record.options.delay_s(len(record.attempts)))
+        self.dispatcher.postponed(task, CLOCK.monotonic() + record.options.delay_s(len(record.attempts)))
         self.wake()
         return True
 
@@ -498,7 +499,7 @@ class Client:
                 raise
             sent = False
         if not sent:
-            self.limits.at(time.monotonic() + RETRY_S, self.tell_to_leave, slot, generation)
+            self.limits.at(CLOCK.monotonic() + RETRY_S, self.tell_to_leave, slot, generation)
         return ()
 
     def _break_pool(self, action: _dispatch.BreakPool) -> Sequence[Action]:
@@ -534,7 +535,7 @@ class Client:
                 kept = self.inboxes.left_in(slot)
             except OSError:
                 # It is safe where it is, and others will let go of descriptors, perhaps.
-                self.limits.at(time.monotonic() + RETRY_S, self.worker_exited, slot, unread)
+                self.limits.at(CLOCK.monotonic() + RETRY_S, self.worker_exited, slot, unread)
                 return ()
         status = self.links[slot].last_exit.status
         self.lost_workers += self.dispatcher.state(slot) is not State.LEAVING or self._was_cut_short(slot)
@@ -544,7 +545,7 @@ class Client:
         unread = self.inboxes.received_not_begun(slot, unread + kept) + unread
         if kept:
             self.inboxes.watch(slot)
-        return self.dispatcher.exited(slot, unread, time.monotonic(), killed, kept)
+        return self.dispatcher.exited(slot, unread, CLOCK.monotonic(), killed, kept)
 
     def fail(self, task: int, error: BaseException) -> None:
         """Have the pump settle a task with an error, and close what the task still holds."""
@@ -574,7 +575,7 @@ class Client:
         moments += (self.life.overdue_at, self.inboxes.looks_at, self._files_due)
         due = [moment for moment in moments if moment is not None]
         if not flushed:
-            due.append(time.monotonic() + RETRY_S)
+            due.append(CLOCK.monotonic() + RETRY_S)
         return min(due) if due else None
 
     def close(self, abandoned: bool = False) -> None:

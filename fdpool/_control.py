@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from . import _children, _lending, _messages, _platform, _process, _spawn, _trees, fds
+from ._clock import CLOCK
 from .errors import FdTransferError
 from .payload import Payload
 from .sockets import StreamSocket
@@ -121,13 +122,13 @@ class ControlLink:
 
         Returns its wait status, or None if it was not this process's child, or somebody else has reaped it.
         """
-        deadline = time.monotonic() + limit_s
+        deadline = CLOCK.monotonic() + limit_s
         killed = False
         while True:
             gone, status = self._look_for_death()
             if gone:
                 break
-            if time.monotonic() > deadline and not killed:
+            if CLOCK.monotonic() > deadline and not killed:
                 self.kill()
                 killed = True
             self._await_death(deadline)
@@ -175,7 +176,7 @@ class ControlLink:
         if self._pidfd is None:
             time.sleep(0.001)
             return
-        remaining_s = deadline - time.monotonic()
+        remaining_s = deadline - CLOCK.monotonic()
         fds.is_readable(self._pidfd, remaining_s + 0.001 if remaining_s > 0 else None)
 
 
@@ -210,8 +211,8 @@ def _borrow(lend: Lender) -> _Started | None:
     try:
         lend(*_lending.heritage(theirs.fileno()))
         theirs.close()  # its end is seen from now on
-        deadline = time.monotonic() + _BIRTH_S
-        while frame is None and (remaining_s := deadline - time.monotonic()) > 0:
+        deadline = CLOCK.monotonic() + _BIRTH_S
+        while frame is None and (remaining_s := deadline - CLOCK.monotonic()) > 0:
             fds.is_readable(mine, remaining_s)
             frame = mine.try_receive_bytes()
     except (OSError, EOFError):

@@ -27,7 +27,7 @@ class Ending:
         pid: of the worker.
         stacks_fd: where its stacks go, if they are wanted before; else None. Borrowed.
         grace_s: seconds from SIGTERM to SIGKILL; with 0, SIGKILL at once.
-        now: time.monotonic().
+        now: CLOCK.monotonic().
 
     Attributes:
         due: when `step` is to be called; None once everything has been sent SIGKILL.

@@ -15,6 +15,7 @@ from . import _budget, _dispatch, _messages, wire
 from ._answers import lost_descriptors
 from ._board import SETTLE_S, Board
 from ._broken import PoolBroken
+from ._clock import CLOCK
 from ._dispatch import Action
 from ._messages import HEADER_BYTES, MAX_DATAGRAM
 from ._slots import State
@@ -146,7 +147,7 @@ class Inboxes:
 
     def _inbox_full(self, slot: int, tasks: Sequence[int]) -> Sequence[Action]:
         self._client.wake()  # the pump must learn of the new deadline
-        return self._dispatcher.inbox_full(slot, tasks, time.monotonic() + RETRY_S)
+        return self._dispatcher.inbox_full(slot, tasks, CLOCK.monotonic() + RETRY_S)
 
     def receive(self, slot: int) -> list[int]:
         """Take the datagrams out of the slot's inbox; returns their tasks, which have their payloads again.
@@ -269,14 +270,14 @@ class Inboxes:
                     received = self._recall(slot, inbox) if is_all else []
                     if received or inbox:
                         actions += self._dispatcher.stalled(slot, received + inbox)
-        self.looks_at = time.monotonic() + _LOOK_S if self._batched else None
+        self.looks_at = CLOCK.monotonic() + _LOOK_S if self._batched else None
         return actions
 
     def watch(self, slot: int) -> None:
         """Look after what the slot was given together, or will find in its inbox."""
         self._batched.setdefault(slot, (0, 0))
         if self.looks_at is None:
-            self.looks_at = time.monotonic() + _LOOK_S
+            self.looks_at = CLOCK.monotonic() + _LOOK_S
             self._client.wake()
 
     def _recall(self, slot: int, inbox: Sequence[int]) -> list[int]:

@@ -11,7 +11,6 @@ import logging
 import os
 import signal
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING
 from . import _messages, _process, _trees
 from ._board import Board
 from ._broken import PoolBroken, describe_status
+from ._clock import CLOCK
 from ._critical import mask_now
 from ._dispatch import Action
 from ._links import Exit
@@ -296,12 +296,12 @@ class Lifetime:
             return
         client = self.client
         with client.critical:
-            overdue = time.monotonic() >= self._ends_at
+            overdue = CLOCK.monotonic() >= self._ends_at
             if self.phase is DRAINING and not client.tasks:
                 self._enter_leaving()
                 overdue = False
             if self.phase is LEAVING and not any(link.alive for link in client.links.values()):
-                self.phase, self._ends_at = QUITTING, time.monotonic() + _QUIT_S
+                self.phase, self._ends_at = QUITTING, CLOCK.monotonic() + _QUIT_S
                 client.tell(_messages.Quit())
             elif self.phase is LEAVING and overdue:
                 if self._grace_s == 0.0:  # the supervisor does not do as it was told (it is stopped, say)
@@ -318,10 +318,10 @@ class Lifetime:
         client = self.client
         self.phase = LEAVING
         if self._grace_s is None:
-            self._ends_at = time.monotonic() + _LEAVE_S
+            self._ends_at = CLOCK.monotonic() + _LEAVE_S
             client.perform(client.dispatcher.dismissed())
             return
-        self._ends_at = time.monotonic() + self._grace_s + _LEAVE_S
+        self._ends_at = CLOCK.monotonic() + self._grace_s + _LEAVE_S
         for slot, link in client.links.items():
             if link.alive:
                 client.end_worker(slot, self._grace_s)

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import heapq
 import itertools
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError
 from typing import TYPE_CHECKING, Any
 
+from ._clock import CLOCK
 from ._dispatch import Action
 from ._tasks import CutShort
 from .errors import TaskTerminated, TaskTimeout
@@ -81,7 +81,7 @@ class Limits:
             # Behind one that is not done: those that are would stay until their time is over.
             waiting[:] = [entry for entry in waiting if entry[1] in self._tasks]
             heapq.heapify(waiting)
-        due = (time.monotonic() + queue_timeout, task, queue_timeout)
+        due = (CLOCK.monotonic() + queue_timeout, task, queue_timeout)
         heapq.heappush(waiting, due)
         if waiting[0] is due:
             self._client.wake()
@@ -89,9 +89,9 @@ class Limits:
 
     def sent(self, slot: int, options: TaskOptions) -> None:
         """A task with limits has been put in the slot's inbox; it may have ended by now."""
-        moment = time.monotonic() + (_MEMORY_LOOK_S if options.timeout is None else options.timeout)
+        moment = CLOCK.monotonic() + (_MEMORY_LOOK_S if options.timeout is None else options.timeout)
         if options.max_memory is not None:
-            moment = min(moment, time.monotonic() + _MEMORY_LOOK_S)
+            moment = min(moment, CLOCK.monotonic() + _MEMORY_LOOK_S)
         if moment < self._looks.get(slot, moment + 1):
             self._looks[slot] = moment
             self._client.wake()
@@ -100,7 +100,7 @@ class Limits:
 
     def look(self) -> Sequence[Action]:
         """Event: something is due."""
-        now = time.monotonic()
+        now = CLOCK.monotonic()
         # Each an event of its own: what one decides is done before the next looks.
         leave = self._client.critical.leave
         while self._timers and self._timers[0][0] <= now:
@@ -128,12 +128,12 @@ class Limits:
             error.may_have_run = False
             self._client.fail(task, error)
         elif self._dispatcher.slot_of(task) is not None:  # it cannot be taken back just now
-            self.at(time.monotonic() + _STUBBORN_LOOK_S, self._give_up_waiting, task, seconds)
+            self.at(CLOCK.monotonic() + _STUBBORN_LOOK_S, self._give_up_waiting, task, seconds)
         return ()
 
     def _look_at(self, slot: int) -> Sequence[Action]:
         """Event: end the slot's task if it has taken too much, and work out when to look again."""
-        now = time.monotonic()
+        now = CLOCK.monotonic()
         limited = {
             task: record
             for task in self._dispatcher.given(slot)
@@ -176,14 +176,14 @@ class Limits:
         if not self._client.is_begun(task) and self._client.take_out(task):
             self._client.fail(task, CancelledError())
         elif not self._leave_word(slot, task):
-            self.at(time.monotonic() + _STOP_LOOK_S, self.stop, task)
+            self.at(CLOCK.monotonic() + _STOP_LOOK_S, self.stop, task)
         return ()
 
     def terminate(self, task: int, grace_s: float) -> None:
         """Have a running task interrupted; and if that does not end it within `grace_s`, its worker ended."""
         if self._dispatcher.slot_of(task) is not None:
             self._interrupt(task)
-            self.at(time.monotonic() + grace_s, self._end_stubborn, task)
+            self.at(CLOCK.monotonic() + grace_s, self._end_stubborn, task)
 
     def _interrupt(self, task: int) -> Sequence[Action]:
         """Event: a task is to be interrupted, as soon as it has begun."""
@@ -191,9 +191,9 @@ class Limits:
         if slot is None:
             return ()
         if self._leave_word(slot, task):
-            self.at(time.monotonic() + _SIGNAL_AGAIN_S, self._interrupt_again, slot, task, _SIGNAL_AGAIN_S)
+            self.at(CLOCK.monotonic() + _SIGNAL_AGAIN_S, self._interrupt_again, slot, task, _SIGNAL_AGAIN_S)
         else:
-            self.at(time.monotonic() + _STOP_LOOK_S, self._interrupt, task)
+            self.at(CLOCK.monotonic() + _STOP_LOOK_S, self._interrupt, task)
         return ()
 
     def _leave_word(self, slot: int, task: int) -> bool:
@@ -218,7 +218,7 @@ class Limits:
         a signal comes again means nothing to one that has heeded it."""
         if self._client.running(slot)[0] == task:
             self._client.links[slot].wake_worker()
-            self.at(time.monotonic() + 2 * pause_s, self._interrupt_again, slot, task, 2 * pause_s)
+            self.at(CLOCK.monotonic() + 2 * pause_s, self._interrupt_again, slot, task, 2 * pause_s)
         return ()
 
     def _end_stubborn(self, task: int) -> Sequence[Action]:
@@ -230,7 +230,7 @@ class Limits:
         if self._client.take_out(task):
             self._client.fail(task, TaskTerminated("before it had begun"))
         elif self._dispatcher.slot_of(task) is not None:
-            self.at(time.monotonic() + _STUBBORN_LOOK_S, self._end_stubborn, task)
+            self.at(CLOCK.monotonic() + _STUBBORN_LOOK_S, self._end_stubborn, task)
         return ()
 
     def cut_short(self, slot: int, task: int, why: CutShort) -> Sequence[Action]:
@@ -248,14 +248,14 @@ class Limits:
         grace_s = record.grace_s
         self._client.end_worker(slot, grace_s, stacks=why is not CutShort.TERMINATED)
         generation = self._dispatcher.generation(slot)
-        self.at(time.monotonic() + grace_s + _OVERDUE_S, self._kill, slot, generation, task)
+        self.at(CLOCK.monotonic() + grace_s + _OVERDUE_S, self._kill, slot, generation, task)
         return self._dispatcher.doomed(slot, others)
 
     def _kill(self, slot: int, generation: int, task: int) -> Sequence[Action]:
         """Event: a worker that should be dead is not, as far as the supervisor says."""
         if self._is_still_in(slot, generation, task):
             self._client.links[slot].signal_tree()
-            self.at(time.monotonic() + _SILENT_LOOK_S, self._await_report, slot, generation, task, 1)
+            self.at(CLOCK.monotonic() + _SILENT_LOOK_S, self._await_report, slot, generation, task, 1)
         return ()
 
     def _await_report(self, slot: int, generation: int, task: int, looks: int) -> Sequence[Action]:
@@ -273,7 +273,7 @@ class Limits:
                 f"it had not reported the death of {who}, and may have been stopped"
             )
             return ()
-        self.at(time.monotonic() + _SILENT_LOOK_S, self._await_report, slot, generation, task, looks + 1)
+        self.at(CLOCK.monotonic() + _SILENT_LOOK_S, self._await_report, slot, generation, task, looks + 1)
         return ()
 
     def _is_still_in(self, slot: int, generation: int, task: int) -> bool:

@@ -10,9 +10,9 @@ from __future__ import annotations
 import logging
 import pickle
 import select
-import time
 
 from . import _messages, wire
+from ._clock import CLOCK
 from ._own_sockets import OwnSocket
 
 _PATIENCE_S = 1.0
@@ -57,9 +57,9 @@ class Forwarder(logging.Handler):
 
     def _send(self, body: bytes, patience_s: float) -> bool:
         header = _messages.pack_header(_messages.LOG, 0, len(body))
-        deadline = time.monotonic() + patience_s
+        deadline = CLOCK.monotonic() + patience_s
         while not wire.try_send(self._inbox, (header, body)):
-            if time.monotonic() >= deadline:
+            if CLOCK.monotonic() >= deadline:
                 return False
             select.select([], [], [], _PAUSE_S)
         return True

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future
@@ -15,6 +14,7 @@ from typing import Any, TypeVar
 from . import payload
 from ._by_value import all_code, names_in
 from ._chunks import Raised, is_plain
+from ._clock import CLOCK
 from ._shared import Shared
 from ._tasks import ChunkFuture
 from .errors import FdpoolError
@@ -83,7 +83,7 @@ def in_order(
             del executor
             # No name here may keep a result while its reader has it (bpo-14406).
             yield _result_or_cancel(
-                pending.popleft(), None if deadline is None else deadline - time.monotonic()
+                pending.popleft(), None if deadline is None else deadline - CLOCK.monotonic()
             )
     finally:
         _cancel(pending)

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 import warnings
 from collections import deque
 
 from . import _leftovers, _messages
+from ._clock import CLOCK
 from ._log import log
 from .stats import LeftStats
 
@@ -79,7 +79,7 @@ class News:
             except BaseException:
                 # Among others, a warning that somebody has made an error; and SystemExit would end the pump.
                 log("fdpool", logging.WARNING, "a worker's news could not be told", exc_info=True)
-            if time.monotonic() >= until:
+            if CLOCK.monotonic() >= until:
                 return
 
     def _tell_dropped(self) -> None:

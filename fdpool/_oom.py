@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import os
 import signal
-import time
+
+from ._clock import CLOCK
 
 _TOGETHER_S = 5.0  # within which those that were killed together have all been asked about
 _RECENT_S = 1.0
@@ -28,7 +29,7 @@ class Witness:
         self._root = root
         self._own = own
         self._known = self._kills()  # None as long as nobody has said
-        self._looked_at = self._since = self._rose_at = time.monotonic()
+        self._looked_at = self._since = self._rose_at = CLOCK.monotonic()
         self._risen = 0  # how many were counted between `_since` and `_rose_at`
         self._unexplained = 0  # of these, whose victim nobody has asked about yet
 
@@ -37,7 +38,7 @@ class Witness:
 
         20 to 80 microseconds.
         """
-        now = time.monotonic()
+        now = CLOCK.monotonic()
         if now - self._rose_at > _TOGETHER_S:
             self._risen = self._unexplained = 0  # others have died, of whom we know nothing
         known, kills = self._known, self._kills()
@@ -55,7 +56,7 @@ class Witness:
 
     def look_at_times(self) -> None:
         """`look`, but for the second after a look: many workers start one after the other."""
-        if time.monotonic() - self._looked_at > _RECENT_S:
+        if CLOCK.monotonic() - self._looked_at > _RECENT_S:
             self.look()
 
     def explain(self, number: int) -> str:
@@ -69,7 +70,7 @@ class Witness:
             kills = "a kill" if self._risen == 1 else f"{self._risen} kills"
             return (
                 f"perhaps by the kernel's out-of-memory killer: its control group counted {kills} for want of memory "
-                f"in the last {_in_words(time.monotonic() - self._since)}"
+                f"in the last {_in_words(CLOCK.monotonic() - self._since)}"
             )
         return "not by the pool, nor for want of memory, as far as its control group counts"
 

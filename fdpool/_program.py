@@ -11,7 +11,6 @@ them is read, and then they are closed.
 import os
 import select
 import signal
-import time
 from collections.abc import Callable, Iterable
 from enum import Enum
 from types import TracebackType
@@ -19,6 +18,7 @@ from typing import Any, NamedTuple
 
 from . import _platform, _progeny, _trees
 from ._capture import Feeder, Sink
+from ._clock import CLOCK
 from ._launch import Launch, start
 from ._progeny import Progeny
 from ._signals import EVERY, sigmask
@@ -95,7 +95,7 @@ class Run:
         alarms: Iterable[int] = (),
         on_alarm: "Callable[[Run], None] | None" = None,
     ) -> None:
-        self._begun = time.monotonic()
+        self._begun = CLOCK.monotonic()
         self._deadline = None if timeout is None else self._begun + timeout
         self._grace_s = grace_s
         self._on_alarm = on_alarm
@@ -132,7 +132,7 @@ class Run:
         # A handler that raises between the start and the note would leave a program that nobody knows.
         before = sigmask(signal.SIG_BLOCK, EVERY)
         try:
-            begins = time.monotonic()  # when it has been started it has run for a while, or has ended
+            begins = CLOCK.monotonic()  # when it has been started it has run for a while, or has ended
             pid = start(launch)
             self._begins[pid] = begins
             self.progeny.add(pid, leads_group=not launch.group)
@@ -187,8 +187,8 @@ class Run:
         """Wait until every program has exited and every pipe is at its end, or all of it has been ended."""
         if self._on_alarm is not None:
             self._on_alarm(self)  # what came before anybody listened
-        while not self._is_over(time.monotonic()):
-            self._turn(self._wait_ms(time.monotonic()))
+        while not self._is_over(CLOCK.monotonic()):
+            self._turn(self._wait_ms(CLOCK.monotonic()))
         return self.why
 
     def end(self, why: Why, grace_s: float | None = None) -> None:
@@ -198,7 +198,7 @@ class Run:
         self.why = why
         if grace_s is None:
             grace_s = self._grace_s
-        self._look_at = time.monotonic()
+        self._look_at = CLOCK.monotonic()
         self._kill_at = self._look_at + grace_s
         if grace_s > 0:
             for number in _trees.TERMINATE:
@@ -245,12 +245,12 @@ class Run:
         for feeder in self._feeders:
             self.forget(feeder.fd)
             feeder.close()
-        while any(sink.open for sink in self._sinks) and self._turn(0) and time.monotonic() < until:
+        while any(sink.open for sink in self._sinks) and self._turn(0) and CLOCK.monotonic() < until:
             continue
 
     def _exited(self, pid: int) -> None:
         pidfd = self._alive.pop(pid)
-        self._walls[pid] = time.monotonic() - self._begins[pid]
+        self._walls[pid] = CLOCK.monotonic() - self._begins[pid]
         if pidfd is not None:
             self.forget(pidfd)
             os.close(pidfd)
@@ -273,7 +273,7 @@ class Run:
         found = []
         for pid in self.progeny.leaders:
             end = self.progeny.reap(pid, wait=pid not in self._alive)
-            wall_s = self._walls.get(pid, time.monotonic() - self._begins[pid])
+            wall_s = self._walls.get(pid, CLOCK.monotonic() - self._begins[pid])
             status, usage = (None, None) if end is None else end
             found.append(Ended(status, usage, wall_s))
         return found
@@ -285,9 +285,9 @@ class Run:
         try:
             if kind is not None and self.progeny.leaders:
                 self.end(Why.TOLD, 0.0)
-                self._kill_at = min(self._kill_at, time.monotonic())
-                while not self._is_over(time.monotonic()):
-                    self._turn(self._wait_ms(time.monotonic()))
+                self._kill_at = min(self._kill_at, CLOCK.monotonic())
+                while not self._is_over(CLOCK.monotonic()):
+                    self._turn(self._wait_ms(CLOCK.monotonic()))
                 self.reap()
         finally:
             self._close()

@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 import selectors
 import threading
-import time
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from . import _messages, _spill, fds
 from ._broken import describe_status
+from ._clock import CLOCK
 from ._critical import block_signals, put_back
 from ._links import Exit, SlotLink, Waker
 from ._receiver import Receiver
@@ -154,14 +154,14 @@ class Pump:
                 self._waker.clear()
             elif not self._receive_reports():
                 return
-        if self._ticks_at is not None and self._ticks_at <= time.monotonic():
-            client.critical.post(client.dispatcher.tick, time.monotonic())
+        if self._ticks_at is not None and self._ticks_at <= CLOCK.monotonic():
+            client.critical.post(client.dispatcher.tick, CLOCK.monotonic())
         looks_at = client.inboxes.looks_at
-        if looks_at is not None and looks_at <= time.monotonic():
+        if looks_at is not None and looks_at <= CLOCK.monotonic():
             client.critical.post(client.inboxes.look_after)
-        if self._limits_at is not None and self._limits_at <= time.monotonic():
+        if self._limits_at is not None and self._limits_at <= CLOCK.monotonic():
             client.critical.post(client.limits.look)
-        _spill.expire(time.monotonic())
+        _spill.expire(CLOCK.monotonic())
         client.critical.drain()
         client.life.mend()
         self.settle(_TURN_S)
@@ -179,7 +179,7 @@ class Pump:
         look = self.receiver.next_look()
         if deadline is None:
             return look
-        remaining_s = min(max(0.0, deadline - time.monotonic()), fds.LONGEST_POLL_S)
+        remaining_s = min(max(0.0, deadline - CLOCK.monotonic()), fds.LONGEST_POLL_S)
         return remaining_s if look is None else min(look, remaining_s)
 
     def _crash(self, error: Exception) -> None:
@@ -198,18 +198,18 @@ class Pump:
     def settle(self, turn_s: float = math.inf) -> None:
         """Runs in: the pump. Settle what is due, call back, and tell the news: each in its order, at least one, and no
         more once `turn_s` seconds are over. Another thread may add to it all the time."""
-        self.receiver.settle(time.monotonic() + turn_s)
+        self.receiver.settle(CLOCK.monotonic() + turn_s)
         news = self._client.news
         if not self._callbacks and not news:
             return
         put_back(self._mask)  # a callback may start programs, which inherit the mask
         try:
-            until = time.monotonic() + turn_s
+            until = CLOCK.monotonic() + turn_s
             while self._callbacks:
                 self._callbacks.popleft().call_back()
-                if time.monotonic() >= until:
+                if CLOCK.monotonic() >= until:
                     break
-            news.tell(time.monotonic() + turn_s)
+            news.tell(CLOCK.monotonic() + turn_s)
         finally:
             block_signals()
 

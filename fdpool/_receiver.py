@@ -24,6 +24,7 @@ from . import _messages, _platform, payload, wire
 from ._answers import Answer, open_answer
 from ._board import SETTLE_S, Board
 from ._chunks import raised
+from ._clock import CLOCK
 from ._critical import block_in_main, put_back
 from ._links import SlotLink, Waker
 from ._messages import HEADER_BYTES, MAX_DATAGRAM, Header
@@ -141,7 +142,7 @@ class Receiver:
                 if future._state in UNDONE:
                     future._condition.wait(timeout)
             return
-        deadline = None if timeout is None else time.monotonic() + timeout
+        deadline = None if timeout is None else CLOCK.monotonic() + timeout
         if self._receive_until(future, deadline):
             return
         # Somebody else receives, and will settle this one too, or leave it to the pump if it sees us here.
@@ -149,7 +150,7 @@ class Receiver:
         self._others.add(token)
         try:
             while not self._receive_until(future, deadline):
-                remaining = None if deadline is None else deadline - time.monotonic()
+                remaining = None if deadline is None else deadline - CLOCK.monotonic()
                 with future._condition:
                     if future._state not in UNDONE or (remaining is not None and remaining <= 0):
                         return
@@ -176,7 +177,7 @@ class Receiver:
                 return False
             try:
                 self._awaited = future
-                began = time.monotonic()
+                began = CLOCK.monotonic()
                 if not self._kept:
                     self._outer.modify(self._inner, 0)
                 try:
@@ -188,7 +189,7 @@ class Receiver:
                                 return False  # a handler has waited for the end, and given up
                             if not events:
                                 break
-                        self._taken_at = time.monotonic()
+                        self._taken_at = CLOCK.monotonic()
                         try:
                             self.take(events)
                             self.settle()
@@ -214,7 +215,7 @@ class Receiver:
 
     def _give_back(self, began: float) -> None:
         """Let the pump see answers again; or not yet, if waits follow each other quickly."""
-        now = time.monotonic()
+        now = CLOCK.monotonic()
         if began - self._left_at < _KEEP_S and now - began < _LONG_S and not self._others:
             if not self._kept:
                 self._kept = True
@@ -234,7 +235,7 @@ class Receiver:
         if not self._kept:
             return None
         is_left_alone = (
-            time.monotonic() - max(self._left_at, self._taken_at) > _LONG_S
+            CLOCK.monotonic() - max(self._left_at, self._taken_at) > _LONG_S
         )  # by a handler that runs long
         return _LONG_S if is_left_alone else _KEEP_S
 
@@ -244,13 +245,13 @@ class Receiver:
             return
         if self._turn.acquire(False):
             try:
-                if time.monotonic() - self._left_at > _KEEP_S / 2:
+                if CLOCK.monotonic() - self._left_at > _KEEP_S / 2:
                     self._show()
             finally:
                 self._turn.release()
         elif (
             self._are_left(self._inner.poll(0, _EVENTS))
-            or time.monotonic() - max(self._left_at, self._taken_at) > _LONG_S
+            or CLOCK.monotonic() - max(self._left_at, self._taken_at) > _LONG_S
         ):
             self._show()
 
@@ -258,7 +259,7 @@ class Receiver:
         """Runs in: the pump. True if who waits was to take some of these, and has taken nothing for a while."""
         if not any(fd in self._links for fd, _ in events):
             return False  # its own waker stays as it is until it looks
-        now = time.monotonic()
+        now = CLOCK.monotonic()
         if self._noticed_at <= self._taken_at:
             self._noticed_at = now
         return now - self._noticed_at > _KEEP_S / 2
@@ -267,7 +268,7 @@ class Receiver:
         """Wait in the kernel, with signals let through; nothing if the time is over."""
         remaining = -1.0  # for ever
         if deadline is not None:
-            remaining = min(deadline - time.monotonic(), LONGEST_POLL_S)
+            remaining = min(deadline - CLOCK.monotonic(), LONGEST_POLL_S)
             if remaining <= 0:
                 return []
         events: list[tuple[int, int]]
@@ -283,7 +284,7 @@ class Receiver:
                 if mask is not None:
                     self._show()
                 if deadline is not None:
-                    remaining = min(max(0.0, deadline - time.monotonic()), LONGEST_POLL_S)
+                    remaining = min(max(0.0, deadline - CLOCK.monotonic()), LONGEST_POLL_S)
                 events = self._inner.poll(remaining, _EVENTS)
         except (OSError, ValueError) as error:
             raised_by = error.__traceback__
@@ -467,7 +468,7 @@ class Receiver:
                     self._settle(task, future, answer, error)
             else:
                 self._settle(task, future, answer, error)
-            if until is not None and time.monotonic() >= until:
+            if until is not None and CLOCK.monotonic() >= until:
                 return
 
     def _open_pieces(self, chunk: ChunkFuture) -> None:

@@ -14,11 +14,11 @@ import os
 import struct
 import sys
 import threading
-import time
 import weakref
 from typing import TYPE_CHECKING
 
 from . import _platform
+from ._clock import CLOCK
 from .fds import above_stdio, mapped
 
 if TYPE_CHECKING:
@@ -262,7 +262,7 @@ def recycle(fd: int, mapping: mmap.mmap | None = None) -> bool:
     if len(_kept) >= _MOST_KEPT or size + sum(entry[0] for entry in _kept) > _LARGEST_KEPT:
         _release(fd)
         return False
-    _kept.append((size, fd, time.monotonic() + KEEP_S, mapping))
+    _kept.append((size, fd, CLOCK.monotonic() + KEEP_S, mapping))
     return True
 
 

@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+from ._clock import CLOCK
+
 T = TypeVar("T")
 
 #: How long to look, in seconds: about what blocking and being woken costs both sides. Round trips on idle processors,
@@ -50,7 +52,7 @@ class Spin:
         found = ready(0)
         if found:
             return found
-        clock = time.monotonic
+        clock = CLOCK.monotonic
         now = clock()
         if self._credit > 0:
             ends = now + SPIN_S
@@ -73,5 +75,5 @@ class Spin:
 
     def waited(self) -> None:
         """What was waited for in the kernel has come: was it soon?"""
-        if self._credit <= 0 and time.monotonic() - self._blocked_at < 2 * SPIN_S:
+        if self._credit <= 0 and CLOCK.monotonic() - self._blocked_at < 2 * SPIN_S:
             self._credit += 1

@@ -4,10 +4,10 @@ All of it runs with the client's lock held. An idle pool that has no more worker
 """
 
 import random
-import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from ._clock import CLOCK
 from ._dispatch import Action
 from ._slots import State
 
@@ -54,7 +54,7 @@ class Staffing:
         if staff.max_age is not None:
             age = staff.max_age * random.uniform(1 - _SPREAD, 1)
             generation = self._dispatcher.generation(slot)
-            moment = time.monotonic() + age
+            moment = CLOCK.monotonic() + age
             self._old_at[slot] = generation, moment
             if slot not in self._timed:
                 self._timed.add(slot)
@@ -66,7 +66,7 @@ class Staffing:
         """Event: the slot's worker takes no more tasks, and is about to end."""
         state, generation = self._dispatcher.state(slot), self._dispatcher.generation(slot)
         if state in (State.READY, State.LEAVING):
-            self._client.limits.at(time.monotonic() + _LEAVE_S, self._end_lingering, slot, generation)
+            self._client.limits.at(CLOCK.monotonic() + _LEAVE_S, self._end_lingering, slot, generation)
         if state is not State.READY:
             return ()
         self._client.recycled += 1
@@ -86,7 +86,7 @@ class Staffing:
         time for any later one, as their ages differ by less than the spread.
         """
         generation, moment = self._old_at[slot]
-        if moment > time.monotonic():
+        if moment > CLOCK.monotonic():
             self._client.limits.at(moment, self._look_at_age, slot)
             return ()
         self._timed.discard(slot)
@@ -101,13 +101,13 @@ class Staffing:
 
     def _look_later(self, idle_timeout: float) -> None:
         self._looking = True
-        self._client.limits.at(time.monotonic() + idle_timeout / _LOOKS, self._look)
+        self._client.limits.at(CLOCK.monotonic() + idle_timeout / _LOOKS, self._look)
 
     def _look(self) -> Sequence[Action]:
         """Event: see who has had nothing to do, and let those go that are too many."""
         idle_timeout = self._staff.idle_timeout
         assert idle_timeout is not None
-        now = time.monotonic()
+        now = CLOCK.monotonic()
         before, self._idle_since = self._idle_since, {}
         actions: list[Action] = []
         count = self._dispatcher.live

@@ -4,11 +4,11 @@ it was killed; buried.
 Nothing here waits, save `bury`. With the client's lock held, where it does not say otherwise.
 """
 
-import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from . import _control, _lending, _messages, _process, _trees
+from ._clock import CLOCK
 from ._dispatch import Action
 from .fds import OwnedFds
 from .payload import Payload
@@ -96,7 +96,7 @@ class Supervision:
         assert board is not None
         assert setup is not None
         assert self.control is not None
-        now = time.monotonic()
+        now = CLOCK.monotonic()
         nothing_lives = _trees.kill_marked(self.control.mark, board.fd)
         soon = now - self._restarted_at < _RESTARTS_AFTER_S
         if not wanted or setup.fork or not nothing_lives or soon:

@@ -11,11 +11,11 @@ import os
 import select
 import signal
 import sys
-import time
 from typing import NoReturn
 
 from . import _forensics, _lending, _messages, _oom, _platform, _spawn, _trees, _worker, fds
 from ._board import AREA_BYTES, Page
+from ._clock import CLOCK
 from ._ending import Ending
 from ._messages import Configure, EndWorker, Lend, Quit, StartWorker
 from ._reserve import Reserve
@@ -136,13 +136,13 @@ class Supervisor:
         unswept, self._unswept = self._unswept, []
         for child in unswept:
             self._sweep(child)
-        self._move_endings_on(time.monotonic())
+        self._move_endings_on(CLOCK.monotonic())
         return self._control.fileno() not in ready or self._serve_frame()
 
     def _poll_ms(self) -> float | None:
         if self._children and not self._warm:
             return _IDLE_MS
-        now = time.monotonic()
+        now = CLOCK.monotonic()
         moments = [due for child in self._endings if (due := _due(child)) is not None]
         if self._unswept:
             moments.append(now + _LOOK_AGAIN_S)
@@ -314,7 +314,7 @@ class Supervisor:
         if not _trees.is_ours(child.pid):
             self._report_death(child, None)
             return
-        now = time.monotonic()
+        now = CLOCK.monotonic()
         if child.ending is not None:
             child.ending.hasten(message.grace_s, now)
         else:

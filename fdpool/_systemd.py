@@ -10,10 +10,10 @@ import fcntl
 import os
 import socket
 import stat
-import time
 from collections.abc import Mapping, MutableMapping
 
 from . import _own_sockets
+from ._clock import CLOCK
 from .errors import BindFailed
 
 _FIRST = 3  # SD_LISTEN_FDS_START
@@ -140,7 +140,7 @@ class Notifier:
 
     def reloading(self) -> bool:
         """A reload begins; `ready` says that it is over. With the time that Type=notify-reload asks for."""
-        return self._send("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        return self._send("RELOADING=1", f"MONOTONIC_USEC={CLOCK.monotonic_ns() // 1000}")
 
     def stopping(self) -> bool:
         """The service begins to end."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import _thread
 import logging
 import threading
-import time
 from collections import deque
 from concurrent.futures import Future
 from concurrent.futures._base import CANCELLED, CANCELLED_AND_NOTIFIED, FINISHED, PENDING, RUNNING
@@ -15,6 +14,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ._broken import WorkerLost
+from ._clock import CLOCK
 from ._critical import block_in_main, put_back
 from ._log import log
 from ._options import check_seconds
@@ -324,9 +324,9 @@ def _wait(client: Client, future: TaskFuture[Any], timeout: float | None) -> flo
     if timeout is None:
         client.wait_for(future, None)
         return None
-    deadline = time.monotonic() + timeout
+    deadline = CLOCK.monotonic() + timeout
     client.wait_for(future, timeout)
-    return max(0.0, deadline - time.monotonic())
+    return max(0.0, deadline - CLOCK.monotonic())
 
 
 class ChunkFuture(TaskFuture[None]):

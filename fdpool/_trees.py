@@ -17,6 +17,7 @@ from collections.abc import Set
 from typing import TYPE_CHECKING
 
 from . import _platform, _signals
+from ._clock import CLOCK
 
 if TYPE_CHECKING:
     import psutil
@@ -91,7 +92,7 @@ def kill_descendants(limit_s: float = _SWEEP_S, sparing: Set[int] = frozenset())
     Args:
         sparing: children of this process that are left alone, with all that descends from them.
     """
-    deadline = time.monotonic() + limit_s
+    deadline = CLOCK.monotonic() + limit_s
     while children_exist():
         try:
             if sparing and direct_children() <= sparing:
@@ -106,7 +107,7 @@ def kill_descendants(limit_s: float = _SWEEP_S, sparing: Set[int] = frozenset())
         else:
             for process in found:
                 _reap_if_child(process.pid, deadline)
-        if time.monotonic() > deadline:
+        if CLOCK.monotonic() > deadline:
             return False
     return True
 
@@ -224,7 +225,7 @@ def kill_marked(supervisor: str, board_fd: int, limit_s: float = _SWEEP_S) -> bo
         board_fd: of that board; borrowed.
     """
     board = os.fstat(board_fd).st_ino
-    deadline = time.monotonic() + limit_s
+    deadline = CLOCK.monotonic() + limit_s
     while True:
         try:
             found = _marked(supervisor, board)
@@ -236,7 +237,7 @@ def kill_marked(supervisor: str, board_fd: int, limit_s: float = _SWEEP_S) -> bo
             psutil.wait_procs(found, timeout=0.05)
         except CANNOT_LOOK:
             time.sleep(_LOOK_AGAIN_S)
-        if time.monotonic() > deadline:
+        if CLOCK.monotonic() > deadline:
             return False
 
 
@@ -309,7 +310,7 @@ def end_with_parent(parent: int) -> None:
 
 def _reap_if_child(pid: int, deadline: float) -> None:
     """Wait for `pid` if it is a child of ours that was sent SIGKILL; a descendant further down is not."""
-    while time.monotonic() < deadline:
+    while CLOCK.monotonic() < deadline:
         try:
             reaped, _ = os.waitpid(pid, os.WNOHANG)
         except OSError as error:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import resource
 import sys
-import time
 
+from ._clock import CLOCK
 from ._leftovers import Leftovers, Watch
 from ._messages import Recycling
 from ._surroundings import Surroundings
@@ -39,7 +39,7 @@ class Upkeep:
         self._tasks_left = rules.max_tasks
         self._name = ""
         self._unseen = 0  # tasks since the last closer look
-        self._looked_at = time.monotonic()
+        self._looked_at = CLOCK.monotonic()
 
     @property
     def has_unseen(self) -> bool:
@@ -56,7 +56,7 @@ class Upkeep:
                 self.over = True
                 return None  # whatever was changed or left goes with it
         reason = self._surroundings.put_back()
-        if reason or busy_s >= _CLOSE_LOOK_S or time.monotonic() - self._looked_at > _LOOK_EVERY_S:
+        if reason or busy_s >= _CLOSE_LOOK_S or CLOCK.monotonic() - self._looked_at > _LOOK_EVERY_S:
             return self.look_closely(reason)
         return None
 
@@ -74,7 +74,7 @@ class Upkeep:
             left = (left or Leftovers(self._name, self._unseen))._replace(reason=reason)
         self.over = self.over or bool(reason) or self._is_too_large()
         self._unseen = 0
-        self._looked_at = time.monotonic()
+        self._looked_at = CLOCK.monotonic()
         return left
 
     def _is_too_large(self) -> bool:

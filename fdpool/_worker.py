@@ -29,6 +29,7 @@ from . import (
     wire,
 )
 from ._board import Page
+from ._clock import CLOCK
 from ._leftovers import Leftovers, encode
 from ._messages import HEADER_BYTES, MAX_DATAGRAM, Header, Recycling
 from ._naming import name_of
@@ -70,13 +71,13 @@ class _Clock:
     __slots__ = ("_ran", "began")
 
     def start(self) -> None:
-        self.began = time.monotonic()
+        self.began = CLOCK.monotonic()
         self._ran = time.thread_time()
 
     def read(self) -> tuple[float, bool]:
         """Seconds since the start, and whether this thread ran for less than half of them: it waited for something, or
         others had the processor."""
-        busy_s = time.monotonic() - self.began
+        busy_s = CLOCK.monotonic() - self.began
         # To ask for the processor's time is a system call, of 0.3 us: not after what was too short anyway.
         waited = busy_s > _SHORT_WAIT_S and busy_s > 2 * (time.thread_time() - self._ran) + _SHORT_WAIT_S
         return busy_s, waited
@@ -215,12 +216,12 @@ class Worker:
                 clock.start()
                 continue
             answers.append(record)
-            if calls and time.monotonic() - clock.began > FLUSH_S:
+            if calls and CLOCK.monotonic() - clock.began > FLUSH_S:
                 self._send_answers(answers)
                 clock.start()
         self._previous = previous
         self._send_answers(answers)
-        self._tell_left(self._upkeep.ran(self._name, count - len(calls), time.monotonic() - first))
+        self._tell_left(self._upkeep.ran(self._name, count - len(calls), CLOCK.monotonic() - first))
 
     def _run_chunk(self, header: Header, received: wire.Received) -> None:
         """Run items of a map as far as time allows, and answer with their results."""
@@ -239,7 +240,7 @@ class Worker:
             take_and_close(received.fds)
             self._send(_messages.FAILED, task, payload.dumps_failure(error))
             return
-        began = time.monotonic()
+        began = CLOCK.monotonic()
 
         def flush(results: list[object], mixed: bool) -> None:
             for count, piece in _chunks.answers(results, mixed):
@@ -250,7 +251,7 @@ class Worker:
         page.end()
         self._send(_messages.DONE if reached == stop else _messages.CUT, task, payload.dumps_result([]))
         name = f"items of a map of {name_of(fn)}"
-        self._tell_left(self._upkeep.ran(name, reached - start, time.monotonic() - began))
+        self._tell_left(self._upkeep.ran(name, reached - start, CLOCK.monotonic() - began))
 
     def _send_answers(self, answers: list[bytes]) -> None:
         """Send what `answers` holds, if anything, and forget it. They have taken since the clock was started."""

@@ -20,7 +20,6 @@ import selectors
 import signal
 import subprocess
 import threading
-import time
 import traceback
 import weakref
 from collections import deque
@@ -30,6 +29,7 @@ from types import TracebackType
 from typing import Any, TypeVar, Union
 
 from . import _exec_session
+from ._clock import CLOCK
 from ._completed import SpawnError
 from ._exec_session import Decided, Decision, Deny, Escalate, Finished, Gone, Overdue, Received, Request, Run
 from ._frames import encode_json
@@ -201,7 +201,7 @@ class ExecServer:
         while self._posted:
             session, event = self._posted.popleft()
             self._have(session, session.handle, event)
-        now = time.monotonic()
+        now = CLOCK.monotonic()
         for session in list(self._sessions):
             if session.expires_at is not None and session.expires_at <= now:
                 self._have(session, session.handle, Overdue())
@@ -216,7 +216,7 @@ class ExecServer:
 
     def _timeout_s(self) -> float | None:
         moments = [session.expires_at for session in self._sessions if session.expires_at is not None]
-        return min(max(0.0, min(moments) - time.monotonic()), LONGEST_POLL_S) if moments else None
+        return min(max(0.0, min(moments) - CLOCK.monotonic()), LONGEST_POLL_S) if moments else None
 
     def _receive_handshakes(self) -> None:
         for _ in range(_BATCH):
@@ -334,7 +334,7 @@ class _Served:
 
     def __init__(self, server: ExecServer, stream: StreamSocket) -> None:
         self.stream = stream
-        self.expires_at: float | None = time.monotonic() + server.patience_s
+        self.expires_at: float | None = CLOCK.monotonic() + server.patience_s
         self._server = server
         self._session = _exec_session.Session()
         self._command: RunningCommand | None = None
@@ -378,7 +378,7 @@ class _Served:
         if not (
             waits and left_before
         ):  # who is told the end, and talks on instead of reading, gains no time by it
-            self.expires_at = time.monotonic() + self._server.patience_s if waits else None
+            self.expires_at = CLOCK.monotonic() + self._server.patience_s if waits else None
         if self.stream.closed and self._command is None:
             self.expires_at = None
             self._server.forget(self)

@@ -31,6 +31,7 @@ from . import _process, payload
 from ._budget import FULL, exhausted, near_limit
 from ._chunks import is_plain, run_together
 from ._client import Client
+from ._clock import CLOCK
 from ._cpus import usable_cpus
 from ._map import Results, dumped_chunk, flatten, in_order, in_parts, keeps_nothing
 from ._messages import Recycling
@@ -271,7 +272,7 @@ class Pool(Executor):
                     give_up_at = None
                     continue
                 # No task holds any now; but the last ones may just be closed, by a thread that waits for its turn.
-                now = time.monotonic()
+                now = CLOCK.monotonic()
                 give_up_at = give_up_at or now + _LET_GO_S
                 if now >= give_up_at:
                     raise exhausted(label, 0, 0.0) from error
@@ -383,7 +384,7 @@ class Pool(Executor):
             raise TypeError(f"buffersize must be an integer or None, not {buffersize!r}")
         if buffersize is not None and buffersize < 1:
             raise ValueError(f"buffersize must be None or > 0, not {buffersize}")
-        deadline = None if timeout is None else time.monotonic() + timeout
+        deadline = None if timeout is None else CLOCK.monotonic() + timeout
         if chunksize is None:
             together = buffersize is None and timeout is None and self._chunking and self._options is None
             # A subclass that has a `submit` of its own sees every item.

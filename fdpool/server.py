@@ -8,7 +8,6 @@ It is a client of `Pool`, and nothing here forks, reaps or kills: each server wo
 import contextlib
 import logging
 import threading
-import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from functools import partial
@@ -16,6 +15,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from . import _bind, _systemd, payload
+from ._clock import CLOCK
 from ._cpus import usable_cpus
 from ._server import apps, checks, upgrade
 from ._server.context import Order, ServerWorker, current_worker
@@ -428,7 +428,7 @@ class Server:
     def stats(self) -> ServerStats:
         """What the server and its workers are doing just now."""
         loop = self._running()
-        now = time.monotonic()
+        now = CLOCK.monotonic()
         workers = []
         for link in sorted(loop.crew.links.copy().values(), key=lambda each: (each.slot, each.number)):
             try:

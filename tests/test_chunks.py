@@ -26,7 +26,7 @@ def test_a_chunk_is_cut_when_its_time_is_over_and_later_while_there_is_more_to_d
     monkeypatch: pytest.MonkeyPatch, more: list[bool], reached: int
 ) -> None:
     now = [0.0]
-    monkeypatch.setattr(_chunks, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(_chunks, "CLOCK", SimpleNamespace(monotonic=lambda: now[0]))
     sent: list[Any] = []
 
     def take_a_millisecond(item: int) -> int:

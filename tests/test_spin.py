@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,7 +17,7 @@ class Clock:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, step_s: float) -> None:
         self.now = 100.0
         self.step_s = step_s
-        monkeypatch.setattr(_spin.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(_spin, "CLOCK", SimpleNamespace(monotonic=lambda: self.now))
         monkeypatch.setattr(_spin, "_yield", self.give_way)
 
     def give_way(self) -> None:

@@ -7,6 +7,7 @@ import gc
 import time
 from collections.abc import Iterable
 
+from .._clock import CLOCK
 from . import census, trace
 from .census import Census, Leak
 
@@ -53,10 +54,10 @@ class LeakCheck:
 
     def settled(self, patience_s: float = PATIENCE_S) -> list[Leak]:
         """What is left though garbage was collected and `patience_s` seconds have passed; at once if nothing is."""
-        deadline = time.monotonic() + patience_s
+        deadline = CLOCK.monotonic() + patience_s
         pause_s = 0.001
         while found := self.now():
-            if time.monotonic() > deadline:
+            if CLOCK.monotonic() > deadline:
                 break
             gc.collect()
             time.sleep(pause_s)

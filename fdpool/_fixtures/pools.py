@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from .._clock import CLOCK
 from .._lifetime import Phase
 from ..pool import Pool
 from . import census, coverage
@@ -101,10 +102,10 @@ class SharedPool:
         """Tasks that are not done: those that wait are cancelled, the workers of those that run are killed."""
         if not pool._client.tasks:
             return []
-        deadline = time.monotonic() + GRACE_S
+        deadline = CLOCK.monotonic() + GRACE_S
         for future in list(pool._client.tasks.values()):
             future.cancel()
-        while pool._client.tasks and time.monotonic() < deadline:
+        while pool._client.tasks and CLOCK.monotonic() < deadline:
             time.sleep(0.001)
         labels = [future.label for future in list(pool._client.tasks.values())]
         if not labels:
@@ -114,8 +115,8 @@ class SharedPool:
 
     def _changed(self, pid: int) -> list[str]:
         """What a worker has for good that it had not; it may be tidying up just now, and open something for that."""
-        deadline = time.monotonic() + _TIDY_S
-        while (changed := self._changed_now(pid)) and time.monotonic() < deadline:
+        deadline = CLOCK.monotonic() + _TIDY_S
+        while (changed := self._changed_now(pid)) and CLOCK.monotonic() < deadline:
             time.sleep(0.005)
         return changed
 
@@ -179,7 +180,7 @@ def _kill(pool: Pool, pid: int) -> bool:
         signal.pidfd_send_signal(pidfd, signal.SIGKILL)
     finally:
         os.close(pidfd)
-    deadline = time.monotonic() + _GONE_S
-    while pid in pool.worker_pids() and time.monotonic() < deadline:
+    deadline = CLOCK.monotonic() + _GONE_S
+    while pid in pool.worker_pids() and CLOCK.monotonic() < deadline:
         time.sleep(0.001)
     return True

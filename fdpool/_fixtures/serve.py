@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, Union
 
+from .._clock import CLOCK
 from .._options import check_seconds
 from .._server.apps import Interface as AppInterface
 from ..fds import HasFileno
@@ -176,9 +177,9 @@ class Serve:
         Args:
             patience_s: how long to wait for the first that fails, as long as any runs.
         """
-        deadline = time.monotonic() + patience_s
+        deadline = CLOCK.monotonic() + patience_s
         while not any(served.died for served in self._served):
-            if time.monotonic() >= deadline or not any(served.running for served in self._served):
+            if CLOCK.monotonic() >= deadline or not any(served.running for served in self._served):
                 break
             time.sleep(0.002)
         return [served for served in self._served if served.died]

@@ -12,6 +12,7 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import NoReturn
 
 from .. import _platform
+from .._clock import CLOCK
 from ..fds import is_readable
 from .errors import ServerDied
 from .listener import Listener, Reachable
@@ -165,7 +166,7 @@ class Served(Reachable):
         self.listener.revive()
         run = self._run = self._start(self._log_fd)
         run.future.add_done_callback(lambda _: self._on_end(run))
-        deadline = time.monotonic() + ready_timeout
+        deadline = CLOCK.monotonic() + ready_timeout
         try:
             if isinstance(run, FunctionRun) and run.tells_ready:
                 ready = _await_word(run, deadline)
@@ -196,7 +197,7 @@ class Served(Reachable):
     def _await_true(self, is_ready: IsReady, deadline: float) -> bool:
         pause_s = 0.001
         while not is_ready(self):
-            if not self.running or time.monotonic() > deadline:
+            if not self.running or CLOCK.monotonic() > deadline:
                 return False
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, 0.02)
@@ -228,7 +229,7 @@ class Served(Reachable):
 
 def _await_word(run: FunctionRun, deadline: float) -> bool:
     try:
-        if not is_readable(run.link_fd(), max(0.0, deadline - time.monotonic())):
+        if not is_readable(run.link_fd(), max(0.0, deadline - CLOCK.monotonic())):
             return False
         if run.said_ready():
             return True

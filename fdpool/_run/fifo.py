@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 
 from .. import commands
+from .._clock import CLOCK
 from ..fds import is_readable
 
 
@@ -36,11 +36,11 @@ def run_once_written(command: commands.Command) -> commands.CompletedCommand:
         os.close(end)
     if os.fstat(fd).st_dev == anonymous:
         return commands.run(command)
-    begun = time.monotonic()
+    begun = CLOCK.monotonic()
     came = is_readable(fd, command.timeout)
     if command.timeout is None:
         return commands.run(command)
-    waited_s = time.monotonic() - begun
+    waited_s = CLOCK.monotonic() - begun
     if came:
         return commands.run(command._replace(timeout=max(0.0, command.timeout - waited_s)))
     for stream in command.streams():

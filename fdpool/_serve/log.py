@@ -14,6 +14,8 @@ import stat
 import time
 from typing import Any
 
+from .._clock import CLOCK
+
 _LOGGER = "fdpool"
 _PATIENCE_S = 5.0  # for another process that writes, and for a reader in the middle of a line
 _LOOK_S = 0.002
@@ -79,14 +81,14 @@ class _Stderr(logging.Handler):
         mode = os.fstat(2).st_mode
         if not (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)):
             return False  # each write(2) to a file is in one piece
-        deadline = time.monotonic() + self._patience_s
+        deadline = CLOCK.monotonic() + self._patience_s
         while True:
             try:
                 # Kernel: pipes and sockets take POSIX locks (test_kernel_facts), which tell apart the processes that
                 # hold the same description, and go with one that is killed.
                 fcntl.lockf(2, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except (BlockingIOError, PermissionError):
-                if time.monotonic() >= deadline:
+                if CLOCK.monotonic() >= deadline:
                     self._patience_s = 0.0  # who has it is stopped, say; no more records are to wait for that
                     return False
                 time.sleep(_LOOK_S)

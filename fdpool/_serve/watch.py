@@ -11,11 +11,11 @@ import contextlib
 import importlib
 import os
 import threading
-import time
 from collections.abc import Callable, Iterable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
+from .._clock import CLOCK
 from ..fds import OwnedFds, above_stdio
 
 Snapshot = dict[str, tuple[int, int, int]]
@@ -88,8 +88,8 @@ class Watcher:
 
     def _settled(self, now: Snapshot) -> Snapshot:
         """What is there once nothing changes any more."""
-        deadline = time.monotonic() + _RESTLESS_S
-        while not self._closed.wait(_QUIET_S) and time.monotonic() < deadline:
+        deadline = CLOCK.monotonic() + _RESTLESS_S
+        while not self._closed.wait(_QUIET_S) and CLOCK.monotonic() < deadline:
             earlier, now = now, snapshot(self._folders)
             if now == earlier:
                 break

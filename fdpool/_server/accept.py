@@ -15,6 +15,7 @@ import os
 import socket
 import time
 
+from .._clock import CLOCK
 from .._log import log
 from .._reserve import Reserve
 from ..fds import duplicate, is_readable
@@ -90,7 +91,7 @@ class Acceptor:
 
     def _pause(self) -> None:
         self._reserve.fill()
-        self.paused_until = time.monotonic() + self._pause_s
+        self.paused_until = CLOCK.monotonic() + self._pause_s
         self._pause_s = min(self._pause_s * 2, _LONGEST_PAUSE_S)
 
     def _tell(self, error: OSError) -> None:

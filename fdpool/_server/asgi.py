@@ -20,7 +20,6 @@ import math
 import os
 import socket
 import sys
-import time
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping, Sequence
 from typing import Any
 
@@ -28,6 +27,7 @@ import uvicorn
 from uvicorn.middleware import proxy_headers
 
 from .. import _own_sockets
+from .._clock import CLOCK
 from .._log import log
 from ..fds import duplicate
 from . import room
@@ -99,7 +99,7 @@ class AsgiFace:
             raise RuntimeError(self._app.failure)
 
     def drain(self, grace_s: float, leaving: bool) -> None:
-        self._server.drain(time.monotonic() + grace_s, leaving)
+        self._server.drain(CLOCK.monotonic() + grace_s, leaving)
 
     def close(self) -> None:
         pass  # nothing is open before it serves
@@ -202,7 +202,7 @@ class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may no
             if leaving or not hasattr(connection, "timeout_keep_alive_task"):  # all but HTTP: WebSockets
                 connection.shutdown()
         if self._idle_at == math.inf:
-            self._idle_at = time.monotonic() + self.config.timeout_keep_alive
+            self._idle_at = CLOCK.monotonic() + self.config.timeout_keep_alive
 
     def _stop_accepting(self) -> None:
         loop = self._serving_loop
@@ -249,7 +249,7 @@ class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may no
         if self._loop_accepts and counter % 10 == 0:  # once a second: others have had time to open something
             self._connections.unseen = 0
         if self._order is not None:
-            now = time.monotonic()
+            now = CLOCK.monotonic()
             until, _ = self._order
             drained = self._has_all and not (self._connections or self._adopting)
             if drained or now >= until:
@@ -321,7 +321,7 @@ class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may no
                 return
             self._adopting[connection] = self._serving_loop.create_task(self._adopt(connection))
             self._count_open()
-        self._pace.left_some(time.monotonic(), self._app.begun)
+        self._pace.left_some(CLOCK.monotonic(), self._app.begun)
 
     def _look_again(self) -> None:
         assert self._serving_loop is not None

@@ -1,13 +1,13 @@
 """The workers of a server, as its thread deals with them: starts, hears, drains and ends each. Decides nothing."""
 
 import logging
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from .. import _process
 from .._broken import PoolBroken
+from .._clock import CLOCK
 from .._own_sockets import OwnSocket
 from ..errors import FdpoolError, PoolShutDown
 from ..payload import Payload
@@ -170,7 +170,7 @@ class Crew:
         if said == "ready":
             if link.stuck or link.killed:
                 return  # too late: its end is under way
-            link.ready_at = time.monotonic()
+            link.ready_at = CLOCK.monotonic()
             news.say_of(
                 link,
                 "worker_ready",

@@ -8,11 +8,11 @@ from __future__ import annotations
 import logging
 import os
 import socket
-import time
 from collections.abc import Sequence
 from typing import Protocol
 
 from .. import _own_sockets, wire
+from .._clock import CLOCK
 from .._log import log
 from .._reserve import Reserve
 from ..fds import close_all
@@ -62,7 +62,7 @@ class Listening:
         return None if listener is None else self._acceptor.accept(listener)
 
     def pause_s(self) -> float:
-        return max(0.0, self._acceptor.paused_until - time.monotonic())
+        return max(0.0, self._acceptor.paused_until - CLOCK.monotonic())
 
     def ended(self) -> None:
         self._acceptor.replenish()
@@ -94,7 +94,7 @@ class HandedOver:
             return None
         # Kernel: a descriptor for which there is no room is lost on receipt (hazard M5). So room is made first.
         if not (self._reserve.give() or (self._reserve.fill() and self._reserve.give())):
-            self._paused_until = time.monotonic() + _PAUSE_S
+            self._paused_until = CLOCK.monotonic() + _PAUSE_S
             return None
         received = wire.try_receive(self._inbox, 64, 1)
         if not received or not received.fds:
@@ -116,7 +116,7 @@ class HandedOver:
         return socket.socket(fileno=received.fds[0])
 
     def pause_s(self) -> float:
-        return max(0.0, self._paused_until - time.monotonic())
+        return max(0.0, self._paused_until - CLOCK.monotonic())
 
     def ended(self) -> None:
         if self._reserve.fill():

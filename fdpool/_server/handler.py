@@ -13,10 +13,10 @@ import signal
 import socket
 import socketserver
 import threading
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from .._clock import CLOCK
 from .._links import Waker
 from .._log import log
 from . import apps
@@ -60,12 +60,12 @@ class HandlerFace:
         for _ in threads:
             self._accepted.put(None)
         for thread in threads:
-            left_s = None if self._cut_at is None else max(0.0, self._cut_at - time.monotonic())
+            left_s = None if self._cut_at is None else max(0.0, self._cut_at - CLOCK.monotonic())
             thread.join(left_s)
         self._waker.close()
 
     def drain(self, grace_s: float, leaving: bool) -> None:
-        self._cut_at = time.monotonic() + grace_s
+        self._cut_at = CLOCK.monotonic() + grace_s
         with self._taking:  # so nobody is about to accept
             self._draining = True
         self._worker.closed()

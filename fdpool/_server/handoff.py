@@ -10,13 +10,13 @@ done where a worker takes nothing for a while (it is busy, or stopped) and anoth
 """
 
 import socket
-import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from .. import _messages, _own_sockets, wire
+from .._clock import CLOCK
 from .._reserve import Reserve
 from ..fds import close_all
 from .accept import Acceptor, off_stdio
@@ -107,7 +107,7 @@ class _Seat:
     @property
     def is_slow(self) -> bool:
         """True if it is passed over for now: until its time is over, or a thread is free that it had to wait for."""
-        if self.slow_until and (time.monotonic() >= self.slow_until or (self.was_busy and not self.is_busy)):
+        if self.slow_until and (CLOCK.monotonic() >= self.slow_until or (self.was_busy and not self.is_busy)):
             self.slow_until = 0.0
         return self.slow_until > 0.0
 
@@ -312,7 +312,7 @@ class Handoff:
                 break
             connection = self._acceptor.accept(listener)
             if connection is None:
-                pause_s = self._acceptor.paused_until - time.monotonic()
+                pause_s = self._acceptor.paused_until - CLOCK.monotonic()
                 if pause_s > 0:
                     self._watch(False)
                     self._turns.later(pause_s, self._pump)
@@ -354,7 +354,7 @@ class Handoff:
     def _look(self) -> None:
         """Take connections from those who leave them alone, if somebody else could have them."""
         self._looking = False
-        now = time.monotonic()
+        now = CLOCK.monotonic()
         for seat in list(self._seats.values()):
             taken, _ = seat.link.load()
             stuck = seat.serves and seat.sent > taken == seat.taken_before

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import select
 import signal
-import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from waitress.channel import HTTPChannel
 from waitress.task import WSGITask
 from waitress.utilities import logger
 
+from .._clock import CLOCK
 from ..fds import is_readable
 from ..wire import wait_for
 
@@ -164,7 +164,7 @@ class InlineTasks:
         in another round, so that a client that sends many ahead keeps nobody else waiting; and after the moment
         comes a turn of the loop, so that answers that wait for their clients are sent on meanwhile.
         """
-        until = time.monotonic() + _MOMENT_S
+        until = CLOCK.monotonic() + _MOMENT_S
         self._left = self._left or len(self._waiting)
         while self._left and not self._interrupted:
             self._left -= 1
@@ -174,7 +174,7 @@ class InlineTasks:
             except BaseException:  # as waitress's threads do
                 logger.exception("Exception when servicing %r", channel)
             channel.send_now()
-            if time.monotonic() >= until:
+            if CLOCK.monotonic() >= until:
                 break
 
     def shutdown(self, cancel_pending: bool = True, timeout: float = 5.0) -> bool:

@@ -4,13 +4,13 @@ import os
 import re
 import signal
 import socket
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, NamedTuple
 
 from .. import _forensics
 from .._broken import WorkerLost
+from .._clock import CLOCK
 from .._frames import encode_json
 from .._own_sockets import OwnSocket
 from ..errors import FdTransferError, RemoteTraceback, WireError
@@ -64,7 +64,7 @@ class WorkerLink:
         self.slot = slot
         self.generation = generation
         self.pid: int | None = None
-        self.began_at = time.monotonic()
+        self.began_at = CLOCK.monotonic()
         self.ready_at: float | None = None
         self.interface = ""
         self.why = ""

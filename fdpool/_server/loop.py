@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from .. import _process
+from .._clock import CLOCK
 from ..errors import FdpoolError, ReloadFailed, ServerFailed
 from .checks import check_descriptors
 from .crew import Crew, Task
@@ -224,10 +224,10 @@ class Loop:
 
     def _run(self) -> None:
         try:
-            self._perform(self._plan.begin(time.monotonic()))
+            self._perform(self._plan.begin(CLOCK.monotonic()))
             while not self._over:
                 self.turns.take(self._wanted_at())
-                now = time.monotonic()
+                now = CLOCK.monotonic()
                 for finding in self._watch.look(list(self.crew.links.values()), now):
                     self._heed(finding, now)
                 if not self._settled or self._is_due(now):
@@ -293,10 +293,10 @@ class Loop:
         """Reload now; or a moment later, with all who want it meanwhile: each begins with a new supervisor."""
         self._joined.append(future)
         if len(self._joined) == 1:
-            self.turns.later(max(0.0, self._next_reload_at - time.monotonic()), self._begin_reload)
+            self.turns.later(max(0.0, self._next_reload_at - CLOCK.monotonic()), self._begin_reload)
 
     def _begin_reload(self) -> None:
-        self._next_reload_at = time.monotonic() + _RELOAD_PAUSE_S
+        self._next_reload_at = CLOCK.monotonic() + _RELOAD_PAUSE_S
         (future, *others), self._joined = self._joined, []
         for other in others:
             future.add_done_callback(partial(_pass_on, other))
@@ -317,7 +317,7 @@ class Loop:
             # The last wins: whoever waits for an earlier one gets what comes of this one.
             future.add_done_callback(partial(_pass_on, older))
         self._reloads.clear()
-        actions = self._plan.reload(time.monotonic())
+        actions = self._plan.reload(CLOCK.monotonic())
         self._reloads[self._plan.target] = future
         say("reloading", "generation %d is coming", self._plan.target, generation=self._plan.target)
         self._perform(actions)
@@ -344,7 +344,7 @@ class Loop:
             pause_s = _HANDSHAKE_S if self._listeners.are_apart else 0.0
             self.turns.later(pause_s, partial(self._scale_down, self._scalings, _SCALE_LOOKS))
         else:
-            self._perform(self._plan.scale(wanted, time.monotonic()))
+            self._perform(self._plan.scale(wanted, CLOCK.monotonic()))
         self._widen()
 
     def _narrow(self, wanted: int) -> bool:
@@ -371,7 +371,7 @@ class Loop:
         if looks and self._listeners.queued_above(self._wanted):
             self.turns.later(_STEP_S, partial(self._scale_down, scaling, looks - 1))
             return
-        self._perform(self._plan.scale(self._wanted, time.monotonic()))
+        self._perform(self._plan.scale(self._wanted, CLOCK.monotonic()))
 
     def _widen(self) -> None:
         """Have the listeners of slots get connections that are served now, and were not before."""
@@ -414,7 +414,7 @@ class Loop:
             if self.handoff is not None:
                 self.handoff.stop()
         self.succession.dismiss(grace_s)  # or it would serve on, while what has begun here is finished
-        self._stop_by(time.monotonic() + grace_s, grace_s <= 0)
+        self._stop_by(CLOCK.monotonic() + grace_s, grace_s <= 0)
 
     def _give_up(self, why: str) -> None:
         self._note_gave_up(GaveUp(why))
@@ -422,12 +422,12 @@ class Loop:
 
     def _stop_by(self, until: float, at_once: bool) -> None:
         """Dismiss the workers; but first those are to take what has been accepted for them."""
-        grace_s = 0.0 if at_once else max(0.01, until - time.monotonic())
+        grace_s = 0.0 if at_once else max(0.01, until - CLOCK.monotonic())
         waits = self.handoff is not None and not self.handoff.is_empty and grace_s > _LAST_S
         if waits and not self._plan.stopping:
             self.turns.later(_STEP_S, partial(self._stop_by, until, False))
         else:
-            self._perform(self._plan.stop(grace_s, time.monotonic(), self.handed_over))
+            self._perform(self._plan.stop(grace_s, CLOCK.monotonic(), self.handed_over))
 
     def _reopen_logs(self) -> None:
         reopen_logs()
@@ -441,18 +441,18 @@ class Loop:
         return self._plan.stopping
 
     def worker_ready(self, number: int) -> None:
-        self._perform(self._plan.readied(number, time.monotonic()))
+        self._perform(self._plan.readied(number, CLOCK.monotonic()))
         self._widen()
 
     def worker_retires(self, number: int, why: str) -> None:
-        self._perform(self._plan.retire(number, time.monotonic(), why))
+        self._perform(self._plan.retire(number, CLOCK.monotonic(), why))
 
     def worker_closed(self, number: int) -> None:
-        self._perform(self._plan.closed(number, time.monotonic()))
+        self._perform(self._plan.closed(number, CLOCK.monotonic()))
 
     def worker_ended(self, number: int, why: str) -> None:
         self._watch.forget(number)
-        self._perform(self._plan.exited(number, time.monotonic(), why))
+        self._perform(self._plan.exited(number, CLOCK.monotonic(), why))
 
     # -- news ----------------------------------------------------------------------------------------------
 

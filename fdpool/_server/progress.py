@@ -14,10 +14,10 @@ A file of one page, and behind it whatever faulthandler writes: at a fault, or w
 import mmap
 import os
 import threading
-import time
 from typing import NamedTuple
 
 from .. import _platform
+from .._clock import CLOCK
 from ..fds import above_stdio, mapped
 
 STACKS_AT = mmap.PAGESIZE  # where in the file the stacks begin
@@ -169,7 +169,7 @@ class Progress(_Page):
         with self._lock:
             self.begun += 1
             token = self.begun
-            self._running[token] = time.monotonic_ns()
+            self._running[token] = CLOCK.monotonic_ns()
             self._words[BEGUN] = token
             self._tell_oldest()
         return token
@@ -178,7 +178,7 @@ class Progress(_Page):
         """The request has moved on (a part of its answer has gone, say): its time begins anew."""
         with self._lock:
             if self._running.pop(token, None) is not None:
-                self._running[token] = time.monotonic_ns()
+                self._running[token] = CLOCK.monotonic_ns()
                 self._tell_oldest()
 
     def end(self, token: int) -> int:
@@ -192,7 +192,7 @@ class Progress(_Page):
 
     def beat(self) -> None:
         """The event loop has turned."""
-        self._words[_BEAT] = time.monotonic_ns()
+        self._words[_BEAT] = CLOCK.monotonic_ns()
 
     def beats_no_more(self) -> None:
         """There is no event loop any more: what comes after it is not to be taken for one that stands still."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
 from .._broken import describe_status
+from .._clock import CLOCK
 from .news import say
 from .upgrade import Successor
 
@@ -116,7 +116,7 @@ class Succession:
 
     def _dismiss(self, coming: Successor, grace_s: float) -> None:
         """Have it end within its grace: as soon as one of its workers was ready, that had requests."""
-        kills_at = time.monotonic() + grace_s + _MARGIN_S
+        kills_at = CLOCK.monotonic() + grace_s + _MARGIN_S
         if grace_s <= 0:
             coming.kill()
             self._leaving.pop(coming, None)
@@ -131,7 +131,7 @@ class Succession:
         kills_at = self._leaving.get(coming)
         if kills_at is None:
             return  # it was killed
-        if time.monotonic() >= kills_at:
+        if CLOCK.monotonic() >= kills_at:
             coming.kill()
         coming.reap()
         if coming.is_gone:

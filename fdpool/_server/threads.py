@@ -9,13 +9,14 @@ from __future__ import annotations
 import logging
 import math
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from waitress.channel import HTTPChannel
 from waitress.task import ThreadedTaskDispatcher, WSGITask
+
+from .._clock import CLOCK
 
 _NO_LOG = logging.Logger("fdpool.server.queue", logging.CRITICAL)
 
@@ -123,10 +124,10 @@ class Threads(ThreadedTaskDispatcher):  # type: ignore[misc]
 
     def shutdown(self, cancel_pending: bool = True, timeout: float = 5.0) -> bool:
         """As waitress does, but that `timeout` is not of the wall clock, which may be set meanwhile."""
-        until = time.monotonic() + timeout
+        until = CLOCK.monotonic() + timeout
         self.set_thread_count(0)
         with self.lock:
-            while self.threads and (left_s := until - time.monotonic()) > 0:
+            while self.threads and (left_s := until - CLOCK.monotonic()) > 0:
                 self.thread_exit_cv.wait(left_s)
         return bool(super().shutdown(cancel_pending, timeout=-math.inf))  # no more waiting
 

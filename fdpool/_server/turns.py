@@ -6,10 +6,10 @@
 from __future__ import annotations
 
 import selectors
-import time
 from collections import deque
 from collections.abc import Callable
 
+from .._clock import CLOCK
 from .._links import Waker
 from ..fds import HasFileno, made_above_stdio
 
@@ -41,7 +41,7 @@ class Turns:
 
     def later(self, pause_s: float, action: Action) -> None:
         """Have `action` called in a turn after so many seconds."""
-        self._timers.append((time.monotonic() + pause_s, action))
+        self._timers.append((CLOCK.monotonic() + pause_s, action))
 
     def every(self, pause_s: float, action: Action) -> None:
         """Have `action` called now, and every so many seconds."""
@@ -62,7 +62,7 @@ class Turns:
             key.data()
         while self._posted:
             self._posted.popleft()()
-        now = time.monotonic()
+        now = CLOCK.monotonic()
         for timer in [timer for timer in self._timers if timer[0] <= now]:
             self._timers.remove(timer)
             timer[1]()
@@ -71,7 +71,7 @@ class Turns:
         if self._posted:
             return 0.0
         moments = [moment for moment, _ in self._timers] + ([] if until is None else [until])
-        return max(0.0, min(moments) - time.monotonic()) if moments else None
+        return max(0.0, min(moments) - CLOCK.monotonic()) if moments else None
 
     def close(self) -> None:
         """No more turns are taken; what was posted too late is not done."""

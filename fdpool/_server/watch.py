@@ -7,11 +7,11 @@ A look costs a read of the page that a worker writes, and where memory is limite
 import math
 import os
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from enum import Enum
 from typing import TYPE_CHECKING, NamedTuple
 
+from .._clock import CLOCK
 from .progress import Seen
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class Watch:
         self._told: dict[
             int, float
         ] = {}  # of slow workers, the moment since which they were when the log was told
-        self.next_look: float | None = time.monotonic() + self._pause_s
+        self.next_look: float | None = CLOCK.monotonic() + self._pause_s
 
     def look(self, links: "Sequence[WorkerLink]", now: float) -> Iterator[Finding]:
         """If it is time, the workers with which something is wrong."""

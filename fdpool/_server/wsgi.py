@@ -14,7 +14,6 @@ import math
 import os
 import socket
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -23,6 +22,7 @@ from typing import Any, Protocol
 from waitress import wasyncore
 from waitress.server import BaseWSGIServer, create_server
 
+from .._clock import CLOCK
 from .._log import log
 from ..fds import is_readable
 from .context import Order, ServerWorker
@@ -124,7 +124,7 @@ class WsgiFace:
                         self._begin_drains()
                 self._close_idle()
                 self._tasks.after_turn(self._servers)
-            left_s = max(0.0, self._until - time.monotonic())
+            left_s = max(0.0, self._until - CLOCK.monotonic())
             self._tasks.shutdown(timeout=left_s)
             self.close()
 
@@ -139,7 +139,7 @@ class WsgiFace:
             server.close()
 
     def drain(self, grace_s: float, leaving: bool) -> None:
-        now = time.monotonic()
+        now = CLOCK.monotonic()
 
         def begin() -> None:
             self._idle_at = now if leaving else now + _IDLE_S
@@ -186,7 +186,7 @@ class WsgiFace:
         waitress does it before a turn, which with one thread is after requests: all that a client had sent or taken
         while they ran would count as nothing, and the time as its own. And it looks at a clock that may be set.
         """
-        now = time.monotonic()
+        now = CLOCK.monotonic()
         if now < self._cleanup_at:
             return
         self._cleanup_at = now + self._servers[0].adj.cleanup_interval
@@ -208,7 +208,7 @@ class WsgiFace:
         return max(0.001, min(timeout_s, self._door.pause_s() or timeout_s))
 
     def _has_drained(self, until: float) -> bool:
-        now = time.monotonic()
+        now = CLOCK.monotonic()
         channels = [each for server in self._servers for each in list(server.active_channels.values())]
         if now >= self._idle_at:
             for channel in channels:
@@ -338,7 +338,7 @@ def _channel_class(worker: ServerWorker, door: Door, tasks: Tasks) -> type[Any]:
 
         @last_activity.setter
         def last_activity(self, _moment: float) -> None:
-            self._active_at = time.monotonic()
+            self._active_at = CLOCK.monotonic()
 
         def read_at_once(self) -> None:
             """Most clients send with the connection: that is read here, a turn of the loop earlier."""

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -181,7 +182,7 @@ def test_several_that_are_killed_together_are_all_named_and_nobody_much_later(
     own, events = group(tmp_path, "0::/app\n", "app/memory.events")
     events.write_text("oom_kill 0\n")
     now = 100.0
-    monkeypatch.setattr("fdpool._oom.time.monotonic", lambda: now)
+    monkeypatch.setattr("fdpool._oom.CLOCK", SimpleNamespace(monotonic=lambda: now))
     witness = Witness(str(tmp_path), own)
     events.write_text("oom_kill 4\n")
     assert "out-of-memory killer" in witness.explain(signal.SIGKILL)
@@ -197,7 +198,7 @@ def test_what_is_said_of_a_kill_for_want_of_memory_is_how_many_there_were_and_si
     own, events = group(tmp_path, "0::/app\n", "app/memory.events")
     events.write_text("oom_kill 0\n")
     now = 100.0
-    monkeypatch.setattr("fdpool._oom.time.monotonic", lambda: now)
+    monkeypatch.setattr("fdpool._oom.CLOCK", SimpleNamespace(monotonic=lambda: now))
     witness = Witness(str(tmp_path), own)
     events.write_text("oom_kill 1\n")
     now += 0.25
@@ -216,7 +217,7 @@ def test_a_kill_for_want_of_memory_is_not_put_down_to_a_worker_that_dies_later(
     own, events = group(tmp_path, "0::/app\n", "app/memory.events")
     events.write_text("oom_kill 0\n")
     now = 100.0
-    monkeypatch.setattr("fdpool._oom.time.monotonic", lambda: now)
+    monkeypatch.setattr("fdpool._oom.CLOCK", SimpleNamespace(monotonic=lambda: now))
     witness = Witness(str(tmp_path), own)
     events.write_text("oom_kill 1\n")
     now += 2.0

@@ -181,7 +181,7 @@ def test_where_nothing_is_left_it_pauses_ever_longer_and_recovers(
     acceptor = Acceptor()
     moody.moods = [number] * 6
     now = time.monotonic()
-    monkeypatch.setattr("fdpool._server.accept.time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr("fdpool._server.accept.CLOCK", SimpleNamespace(monotonic=lambda: now))
     with socket.create_connection(moody.getsockname()):
         wait_until(lambda: queued(moody) == 1)
         pauses = []
