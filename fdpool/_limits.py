@@ -197,7 +197,8 @@ class Limits:
         return ()
 
     def _leave_word(self, slot: int, task: int) -> bool:
-        """Tell the slot's worker to stop the task; False if that is to be done again, as it has not begun.
+        """Tell the slot's worker to stop the task; False if that is to be done again, as it has not begun, or nobody
+        has said yet which worker it is.
 
         There is one word for that. The task that runs takes it; one that has not begun waits until no other needs it.
         """
@@ -205,8 +206,7 @@ class Limits:
         assert board is not None
         if board.begun(slot) == task:
             board.ask_to_stop(slot, task)
-            self._client.links[slot].wake_worker()
-            return True
+            return self._client.links[slot].wake_worker()
         if self._client.is_begun(task):
             return True  # it has ended, and the one that runs may need the word
         if board.asked_to_stop(slot) not in self._dispatcher.given(slot):

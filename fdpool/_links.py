@@ -137,8 +137,9 @@ class SlotLink:
                 continue  # it has died meanwhile, or is another user's: the others count all the same
         return total
 
-    def wake_worker(self) -> None:
-        """Make the worker's poll(2) return, if its task waits for that; SIGURG does nothing to any other."""
+    def wake_worker(self) -> bool:
+        """Make the worker's poll(2) return, if its task waits for that; SIGURG does nothing to any other. False if it
+        cannot be told yet who that is: what a worker has begun may be known before its report has come."""
         pidfd, pid = self._pidfd, self.pid  # another thread may just learn of its death
         try:
             if pidfd is not None:
@@ -147,6 +148,7 @@ class SlotLink:
                 os.kill(pid, signal.SIGURG)
         except OSError:
             pass  # it has died
+        return pidfd is not None or pid is not None
 
     def close(self) -> None:
         """Close every descriptor held for the slot."""

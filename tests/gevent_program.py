@@ -34,8 +34,8 @@ def use_a_pool() -> None:
             print("timed out")
         print(pool.run(["echo", "a program"], capture_output=True, text=True).result().stdout.strip())
         print("SIGINT blocked:", signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ()))
-        pool.submit(os.kill, os.getpid(), signal.SIGINT)
         try:
+            pool.submit(os.kill, os.getpid(), signal.SIGINT)
             pool.submit(time.sleep, 60).result()
         except KeyboardInterrupt:
             print("interrupted")

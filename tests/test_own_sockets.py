@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -98,7 +97,7 @@ def test_a_connection_has_the_default_timeout_of_its_worker_not_of_the_server(
 def test_a_pool_works_in_a_program_that_gevent_has_patched() -> None:
     pytest.importorskip("gevent")
     # Its own warnings are not ours.
-    program = [sys.executable, "-W", "default", str(Path(__file__).with_name("gevent_program.py"))]
+    program = [sys.executable, "-W", "default", "-m", "tests.gevent_program"]
     done = subprocess.run(program, check=False, capture_output=True, text=True, timeout=60)
     assert done.stdout.splitlines() == [
         "said meanwhile",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+import threading
 import time
 from concurrent.futures import CancelledError, as_completed, wait
 from pathlib import Path
@@ -14,6 +15,7 @@ import psutil
 import pytest
 
 from fdpool import Pool
+from fdpool._control import ControlLink
 from tests.contract import helpers
 from tests.process_state import seconds_until_gone, wait_until
 
@@ -170,6 +172,21 @@ def test_a_program_is_ended_too(tmp_path: Path) -> None:
         wait_until(future.running)
         assert future.terminate()
         assert future.cancelled()
+
+
+@pytest.mark.timeout(30)
+def test_a_program_is_ended_whose_worker_has_yet_to_be_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on = threading.Event()
+    receive = ControlLink.try_receive
+    monkeypatch.setattr(ControlLink, "try_receive", lambda link: receive(link) if go_on.is_set() else None)
+    with Pool(1) as pool:
+        future = pool.run(["sh", "-c", f"echo > {tmp_path}/begun; exec sleep 1000"])
+        wait_until((tmp_path / "begun").exists)
+        wait_until(future.running)
+        assert future.terminate()
+        go_on.set()
 
 
 def test_who_waits_by_other_means_learns_of_it(tmp_path: Path) -> None:

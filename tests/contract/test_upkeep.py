@@ -304,7 +304,9 @@ def test_a_look_for_which_no_descriptor_was_left_blames_nobody() -> None:
                     for each in (watch, blind):
                         found = each.look("task", 1)
                         assert found is not None
-                        assert [text.partition(", ")[2] for text in found.children] == [f"pid {second.pid}"]
+                        assert [text.partition(", ")[2] for text in found.children.texts] == [
+                            f"pid {second.pid}"
+                        ]
                 finally:
                     second.kill()
         finally:
@@ -329,7 +331,7 @@ def test_a_child_stays_known_as_the_thread_that_has_started_it_ends() -> None:
             found = watch.look("task", 1)
             assert found is not None
             # Just after execve(2) it may have its parent's name still.
-            assert [text.partition(", ")[2] for text in found.children] == [f"pid {child.pid}"]
+            assert [text.partition(", ")[2] for text in found.children.texts] == [f"pid {child.pid}"]
             go_on.set()
             thread.join()
             assert watch.look("task", 1) is None
