@@ -23,9 +23,8 @@ from .errors import BindFailed
 _Address = tuple[Any, ...]  # as getaddrinfo gives it, and bind takes it
 
 _PORTS_TRIED = 20
-_BEGINNING_S = (
-    5.0  # how long a folder's lock is waited for; servers of ours have it for less than a millisecond
-)
+# How long a folder's lock is waited for; servers of ours have it for less than a millisecond.
+_BEGINNING_S = 5.0
 _END_S = 1.0
 _LOOK_S = 0.005
 _ABSENT = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)  # this machine has no such address, or no IPv6 at all

@@ -7,14 +7,13 @@ edge whoever submits waits until a task has let go of some; so the rest of the p
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import resource
 import sys
 from collections.abc import Sequence
 
 from .errors import DescriptorsExhausted
-from .fds import close_all
+from .fds import close_all, is_open
 
 #: Numbers that are left to the rest of the program, if the limit is not much smaller than usual.
 _RESERVED = 64
@@ -67,12 +66,4 @@ def exhausted(label: str, held: int, waited_s: float, near: bool = False) -> Des
 def _free_from(number: int) -> int:
     """How many descriptors are free, from this number up to the limit; opens none."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return sum(not _is_open(fd) for fd in range(number, soft))
-
-
-def _is_open(fd: int) -> bool:
-    try:
-        fcntl.fcntl(fd, fcntl.F_GETFD)
-    except OSError:
-        return False
-    return True
+    return sum(not is_open(fd) for fd in range(number, soft))

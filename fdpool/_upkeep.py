@@ -14,6 +14,7 @@ from ._clock import CLOCK
 from ._leftovers import Leftovers, Watch
 from ._messages import Recycling
 from ._surroundings import Surroundings
+from ._trees import CANNOT_LOOK
 
 #: A message that took so long is followed by a closer look: 6 to 10 % of its time at most.
 _CLOSE_LOOK_S = 0.001
@@ -85,8 +86,5 @@ class Upkeep:
             import psutil
 
             return bool(psutil.Process().memory_info().rss > most)
-        except (
-            OSError,
-            ImportError,
-        ):  # a task has left no descriptor to look with: the next look may find one
+        except CANNOT_LOOK:  # a task has left no descriptor to look with: the next look may find one
             return False

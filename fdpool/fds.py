@@ -174,6 +174,15 @@ def is_readable(fd: int | HasFileno, timeout_s: float | None = 0.0) -> bool:
     return bool(poll.poll(None if timeout_s is None else timeout_s * 1000))
 
 
+def is_open(fd: int) -> bool:
+    """True if there is a descriptor of this number now; opens none."""
+    try:
+        fcntl.fcntl(fd, fcntl.F_GETFD)
+    except OSError:
+        return False
+    return True
+
+
 def duplicate(fd: int) -> int:
     """A close-on-exec duplicate of `fd`, never one of 0 to 2; the caller's to close.
 
@@ -224,11 +233,8 @@ def standard_numbers_taken() -> Iterator[None]:
     """
     taken: list[int] = []
     try:
-        for number in range(3):
-            try:
-                fcntl.fcntl(number, fcntl.F_GETFD)
-            except OSError:
-                taken.append(os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC))
+        while not all(map(is_open, range(3))):
+            taken.append(os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC))
         yield
     finally:
         close_all(taken)

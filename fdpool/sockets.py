@@ -21,7 +21,7 @@ from ._frames import (
     decode_json,
     encode_json,
 )
-from ._own_sockets import OwnSocket, pair
+from ._own_sockets import OwnSocket, own, pair
 from .errors import PayloadTooLarge, WireError
 from .fds import SCM_MAX_FD, HasFileno, OwnedFds, close_all, descriptor_number
 from .wire import (
@@ -52,12 +52,9 @@ def _adopt(fd: int, kind: int, max_bytes: int | None, max_fds: int) -> OwnSocket
         raise ValueError(f"max_fds must be in 0..{SCM_MAX_FD}, not {max_fds}")
     if max_bytes is not None and not 0 <= max_bytes < 2**32:
         raise ValueError(f"max_bytes must be in 0..{2**32 - 1}, not {max_bytes}")
-    # Said to be SOCK_NONBLOCK, so that the socket module does not look at its default timeout, and with one
-    # set O_NONBLOCK on what others may share. Nothing is changed by saying so.
-    hands_off = getattr(socket, "SOCK_NONBLOCK", 0)
     number = descriptor_number(fd)
     try:
-        sock = OwnSocket(socket.AF_UNIX, kind | hands_off, 0, fileno=number)
+        sock = own(number)
     except OSError as error:
         if error.errno != errno.ENOTSOCK:
             raise

@@ -144,9 +144,8 @@ class Worker:
         self.deadline: float | None = deadline  # of booting or draining
         self.retire_at: float | None = None
         self.retiring = False
-        self.retires_early: str | None = (
-            None  # why it asked to as it booted: heeded once it has taken its place
-        )
+        # Why it asked to as it booted: heeded once it has taken its place.
+        self.retires_early: str | None = None
         self.closed = False  # it accepts nothing any more
         self.young_until = 0.0
 

@@ -18,9 +18,8 @@ if TYPE_CHECKING:
     from .turns import Turns
 
 _LOOKS, _LOOK_S = 100, 0.05  # until one that will not serve is not waited for any more
-_MARGIN_S = (
-    2.0  # a server kills what is not done a second after its grace; a second more, and it is killed itself
-)
+# A server kills what is not done a second after its grace; a second more, and it is killed itself.
+_MARGIN_S = 2.0
 _IS_PROCESS_1 = (
     "no upgrade: this is process 1, whose end would be its container's and the successor's. "
     "Replace the container, or have an init in it (docker run --init)"
