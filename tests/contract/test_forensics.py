@@ -175,59 +175,62 @@ def test_without_control_groups_it_may_have_been_anybody(tmp_path: Path) -> None
     assert "perhaps by the kernel" in witness.explain(signal.SIGKILL)
 
 
-def test_several_that_are_killed_together_are_all_named_and_nobody_much_later(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+class Counted:
+    """A witness of a group that counts no kills yet, in a time that passes only as it is told to."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        own, self.events = group(folder, "0::/app\n", "app/memory.events")
+        self.count(0)
+        self.now = 100.0
+        monkeypatch.setattr("fdpool._oom.CLOCK", SimpleNamespace(monotonic=lambda: self.now))
+        self.witness = Witness(str(folder), own)
+
+    def count(self, kills: int) -> None:
+        self.events.write_text(f"oom_kill {kills}\n")
+
+
+@pytest.fixture
+def counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Counted:
+    return Counted(tmp_path, monkeypatch)
+
+
+def test_several_that_are_killed_together_are_all_named_and_nobody_much_later(counted: Counted) -> None:
     """W3: the count has risen for all of them before the first is looked at."""
-    own, events = group(tmp_path, "0::/app\n", "app/memory.events")
-    events.write_text("oom_kill 0\n")
-    now = 100.0
-    monkeypatch.setattr("fdpool._oom.CLOCK", SimpleNamespace(monotonic=lambda: now))
-    witness = Witness(str(tmp_path), own)
-    events.write_text("oom_kill 4\n")
+    witness = counted.witness
+    counted.count(4)
     assert "out-of-memory killer" in witness.explain(signal.SIGKILL)
     assert "out-of-memory killer" in witness.explain(signal.SIGKILL)
-    now += 60.0
+    counted.now += 60.0
     assert "nor for want of memory" in witness.explain(signal.SIGKILL)
 
 
 def test_what_is_said_of_a_kill_for_want_of_memory_is_how_many_there_were_and_since_when(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    counted: Counted,
 ) -> None:
     """W3: of a program of a task, or of anything else in the group, nobody else tells."""
-    own, events = group(tmp_path, "0::/app\n", "app/memory.events")
-    events.write_text("oom_kill 0\n")
-    now = 100.0
-    monkeypatch.setattr("fdpool._oom.CLOCK", SimpleNamespace(monotonic=lambda: now))
-    witness = Witness(str(tmp_path), own)
-    events.write_text("oom_kill 1\n")
-    now += 0.25
+    witness = counted.witness
+    counted.count(1)
+    counted.now += 0.25
     hint = witness.explain(signal.SIGKILL)
     assert hint.startswith("perhaps by the kernel's out-of-memory killer")
     assert hint.endswith("its control group counted a kill for want of memory in the last 0.2 seconds")
-    events.write_text("oom_kill 3\n")
-    now += 4 * 3600
+    counted.count(3)
+    counted.now += 4 * 3600
     assert witness.explain(signal.SIGKILL).endswith("counted 2 kills for want of memory in the last 4 hours")
 
 
-def test_a_kill_for_want_of_memory_is_not_put_down_to_a_worker_that_dies_later(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_kill_for_want_of_memory_is_not_put_down_to_a_worker_that_dies_later(counted: Counted) -> None:
     """W3: it was counted, and somebody has looked since."""
-    own, events = group(tmp_path, "0::/app\n", "app/memory.events")
-    events.write_text("oom_kill 0\n")
-    now = 100.0
-    monkeypatch.setattr("fdpool._oom.CLOCK", SimpleNamespace(monotonic=lambda: now))
-    witness = Witness(str(tmp_path), own)
-    events.write_text("oom_kill 1\n")
-    now += 2.0
+    witness = counted.witness
+    counted.count(1)
+    counted.now += 2.0
     witness.look_at_times()
-    now += 60.0
+    counted.now += 60.0
     assert "nor for want of memory" in witness.explain(signal.SIGKILL)
-    events.unlink()  # or nobody can look now
+    counted.events.unlink()  # or nobody can look now
     assert not witness.look()
     assert "perhaps by the kernel for want" in witness.explain(signal.SIGKILL)
-    events.write_text("oom_kill 2\n")
+    counted.count(2)
     assert "counted a kill" in witness.explain(signal.SIGKILL)
 
 

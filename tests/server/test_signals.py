@@ -637,14 +637,24 @@ def upgrade_half(server: Program, folder: Path) -> int:
     return successor
 
 
+def upgrade_half_with_requests(
+    server: Program, port: int, folder: Path, clients: contextlib.ExitStack
+) -> tuple[psutil.Process, list[socket.socket]]:
+    """`upgrade_half` a server of two workers; the successor, and a client for each of the three that serve."""
+    held = [clients.enter_context(begin_holding(port)) for _ in range(2)]
+    successor = psutil.Process(upgrade_half(server, folder))
+    held.append(clients.enter_context(begin_holding(port)))
+    return successor, held
+
+
+TWO_THAT_HOLD = 'sys.exit(fdpool.Server(hold, "127.0.0.1:0", workers=2, on_worker_start=boot_for_long).run())'
+
+
 def test_a_stop_leaves_what_runs_in_a_successor_that_is_to_serve_its_grace(tmp_path: Path) -> None:
     """W1: also where not all of its workers serve."""
-    body = 'sys.exit(fdpool.Server(hold, "127.0.0.1:0", workers=2, on_worker_start=boot_for_long).run())'
-    with program(tmp_path, HOLD + body) as server, contextlib.ExitStack() as clients:
+    with program(tmp_path, HOLD + TWO_THAT_HOLD) as server, contextlib.ExitStack() as clients:
         port = port_in(server.expect("started"))
-        held = [clients.enter_context(begin_holding(port)) for _ in range(2)]
-        successor = psutil.Process(upgrade_half(server, tmp_path))
-        held.append(clients.enter_context(begin_holding(port)))
+        successor, held = upgrade_half_with_requests(server, port, tmp_path, clients)
         server.signal(signal.SIGTERM)
         assert {server.expect("stopping")["at"] for _ in range(2)} == {server.pid, successor.pid}
         (tmp_path / "go").touch()
@@ -656,12 +666,9 @@ def test_a_stop_leaves_what_runs_in_a_successor_that_is_to_serve_its_grace(tmp_p
 
 def test_a_second_stop_ends_a_successor_that_finishes_what_runs_at_once(tmp_path: Path) -> None:
     """W1."""
-    body = 'sys.exit(fdpool.Server(hold, "127.0.0.1:0", workers=2, on_worker_start=boot_for_long).run())'
-    with program(tmp_path, HOLD + body) as server, contextlib.ExitStack() as clients:
+    with program(tmp_path, HOLD + TWO_THAT_HOLD) as server, contextlib.ExitStack() as clients:
         port = port_in(server.expect("started"))
-        held = [clients.enter_context(begin_holding(port)) for _ in range(2)]
-        successor = psutil.Process(upgrade_half(server, tmp_path))
-        held.append(clients.enter_context(begin_holding(port)))
+        successor, _ = upgrade_half_with_requests(server, port, tmp_path, clients)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGINT):
             server.signal(number)
             wait_until(lambda: server.expect("stopping")["at"] == server.pid)
@@ -686,9 +693,7 @@ def test_a_successor_whose_time_is_over_finishes_what_runs(tmp_path: Path) -> No
     """
     with program(tmp_path, HOLD + textwrap.dedent(body)) as server, contextlib.ExitStack() as clients:
         port = port_in(server.expect("started"))
-        held = [clients.enter_context(begin_holding(port)) for _ in range(2)]
-        successor = psutil.Process(upgrade_half(server, tmp_path))
-        held.append(clients.enter_context(begin_holding(port)))
+        successor, held = upgrade_half_with_requests(server, port, tmp_path, clients)
         (tmp_path / "over").touch()
         assert "did not serve after" in server.expect("upgrade_failed")["reason"]
         assert server.expect("stopping")["at"] == successor.pid
