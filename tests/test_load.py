@@ -246,7 +246,7 @@ def test_a_killed_worker_costs_what_had_begun_there_and_nothing_that_waits(
                 keep_alive=0.0,
                 work_ms=20,
                 ledger=None if form == "handler" else ledger,
-                taken=taken_by(form, threads),
+                taken=taken_by(form, threads, dispatch),
             )
             if set(verdict.tally.lost) & set(ledger.read_text().split()):
                 return

@@ -33,7 +33,7 @@ from ..fds import duplicate
 from . import room
 from .context import Order, ServerWorker
 from .doors import Door, HandedOver
-from .pace import Pace
+from .intake import Connections, Intake
 from .progress import BEGUN, FINISHED
 
 # uvicorn imports these, and what they stand for (httptools, websockets, uvloop), as it first needs them: in each worker
@@ -127,11 +127,8 @@ class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may no
         self._order: tuple[float, bool] | None = None  # a drain's end, and whether everybody leaves
         self._beat_s = min(_BEAT_S, (request_timeout_s or math.inf) / 4)
         self._next_beat: asyncio.TimerHandle | None = None
-        self._connections = _Connections()
-        self._open = 0
-        self._pace = Pace()
-        self._paused: set[int] = set()  # where nothing is taken for a while, as no descriptor is left
-        self._adopting: dict[socket.socket, asyncio.Task[None]] = {}  # until TLS has shaken hands
+        self._connections = Connections()
+        self._intake = Intake(door, worker.progress, self._connections, lambda: app.begun)
         self._has_all = False  # uvicorn knows every connection that was accepted before the drain
         self._idle_at = math.inf  # when idle connections are closed
 
@@ -174,14 +171,14 @@ class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may no
         _fix_log_level()
         self._beat()
         if not self._loop_accepts:
-            self._open_door()
+            self._open_intake()
         self.on_started()
         if self._order is not None:
             self._begin_draining()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         # Where uvicorn ends by itself (`limit_max_requests`) nobody has told us to drain. The door closes its own.
-        self._close_door(asyncio.get_running_loop())
+        self._intake.close(asyncio.get_running_loop())
         await super().shutdown(sockets=[])
 
     def drain(self, until: float, leaving: bool) -> None:
@@ -207,7 +204,7 @@ class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may no
     def _stop_accepting(self) -> None:
         loop = self._serving_loop
         assert loop is not None
-        self._close_door(loop)
+        self._intake.close(loop)
         for server in self.servers:
             server.close()
         self._worker.closed()
@@ -218,12 +215,7 @@ class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may no
         assert self._order is not None
         _, leaving = self._order
         if leaving and self.config.ssl is not None:  # else they are uvicorn's in a moment
-            self._stop_adopting()
-
-    def _stop_adopting(self) -> None:
-        """Close connections whose clients have not finished the handshake: uvicorn has yet to hear of those."""
-        for task in self._adopting.values():
-            task.cancel()
+            self._intake.cut_off()
 
     def _mark_answers(self) -> None:
         """Have every answer that has not begun end its connection, and say so: uvicorn heeds that header."""
@@ -251,7 +243,7 @@ class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may no
         if self._order is not None:
             now = CLOCK.monotonic()
             until, _ = self._order
-            drained = self._has_all and not (self._connections or self._adopting)
+            drained = self._has_all and not (self._connections or self._intake)
             if drained or now >= until:
                 self.config.timeout_graceful_shutdown = max(0.0, until - now)  # type: ignore[assignment, unused-ignore]
                 self.should_exit = True
@@ -259,7 +251,7 @@ class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may no
                 self._idle_at = math.inf
                 for connection in list(self._connections):
                     connection.shutdown()  # what is idle is closed; what runs is not kept alive
-                self._stop_adopting()
+                self._intake.cut_off()
         return bool(await super().on_tick(counter))
 
     def _forget_in_child(self) -> None:
@@ -278,10 +270,10 @@ class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may no
         unseen = room.unseen(self._margin)
         if unseen >= 0 or self._serving_loop is None or self._order is not None:
             return unseen
-        self._accept_by_door()
+        self._accept_by_intake()
         return math.inf
 
-    def _accept_by_door(self) -> None:
+    def _accept_by_intake(self) -> None:
         """Take connections by the door from now on: at the limit of descriptors, libuv accepts and closes.
 
         What the loop has accepted until now stays uvicorn's, which hears of it in its own time.
@@ -289,121 +281,16 @@ class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may no
         self._loop_accepts = False
         for server in self.servers:
             server.close()
-        self._open_door()
+        self._open_intake()
 
-    # -- connections that come by the door ----------------------------------------------------------------
-
-    def _open_door(self) -> None:
+    def _open_intake(self) -> None:
         assert self._serving_loop is not None
-        self._open = len(self._connections)
-        # As one goes, the server hands more by what is counted, and the door has a descriptor in reserve again.
-        self._connections.tell(self._one_has_gone)
-        for fileno in self._door.filenos():
-            self._serving_loop.add_reader(fileno, self._take, fileno)
-
-    def _close_door(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Take no more by the door; safe to call again. What is polled is not to be closed (hazard M27)."""
-        for fileno in self._door.filenos():
-            loop.remove_reader(fileno)
-        self._door.close()
-
-    def _take(self, fileno: int) -> None:
-        assert self._serving_loop is not None
-        if (pause_s := self._door.pause_s()) > 0:
-            self._serving_loop.remove_reader(fileno)
-            self._paused.add(fileno)
-            self._serving_loop.call_later(pause_s, self._look_again)
-            return
-        for _ in range(self._pace.at_once):
-            connection = self._door.take(fileno)
-            if connection is None:
-                self._pace.took_all()
-                return
-            self._adopting[connection] = self._serving_loop.create_task(self._adopt(connection))
-            self._count_open()
-        self._pace.left_some(CLOCK.monotonic(), self._app.begun)
-
-    def _look_again(self) -> None:
-        assert self._serving_loop is not None
-        for fileno in self._paused.intersection(self._door.filenos()):
-            self._serving_loop.add_reader(fileno, self._take, fileno)
-        self._paused.clear()
-
-    async def _adopt(self, connection: socket.socket) -> None:
-        assert self._serving_loop is not None
-        try:
-            # asyncio sees to that only where a socket says that it is of TCP, and one that was accepted says what its
-            # listener was made with: usually nothing, 0. uvloop does in any case.
-            if connection.family != socket.AF_UNIX and connection.proto != socket.IPPROTO_TCP:
-                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            await self._serving_loop.connect_accepted_socket(self._protocol, connection, ssl=self.config.ssl)
-        except OSError:
-            connection.close()  # the client has gone
-        except Exception:
-            connection.close()
-            log(
-                _LOGGER,
-                logging.ERROR,
-                "a connection could not be taken",
-                extra={"event": "adopt_failed"},
-                exc_info=True,
-            )
-        finally:
-            del self._adopting[connection]
-            self._count_open()
-
-    def _protocol(self) -> Any:
         make: Any = self.config.http_protocol_class
-        return make(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
-
-    def _one_has_gone(self) -> None:
-        # After this turn: one that becomes a WebSocket goes, and comes again at once.
-        assert self._serving_loop is not None
-        self._serving_loop.call_soon(self._count_open)
-
-    def _count_open(self) -> None:
-        before = self._open
-        self._open = len(self._connections) + len(self._adopting)
-        self._worker.progress.has_open(self._open)
-        if self._open < before:
-            self._door.ended()
-            if self._paused and not self._door.pause_s():
-                self._look_again()
-
-
-class _Connections(set[Any]):
-    """uvicorn's connections. As one goes, its protocol calls `discard` or `remove`: a set's, as long as nobody wants to
-    know (to be told costs a connection 1 %).
-
-    Attributes:
-        unseen: so many more may come before `look` is called, which says anew how many.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.unseen: float = math.inf
-        self.look: Callable[[], float] = lambda: math.inf
-
-    def add(self, connection: Any) -> None:
-        # The loop has just accepted it, and no other since (libuv accepts one in a turn). It is the place that costs a
-        # connection the least: to have its protocol made by a function of ours, within the call of accept(2), was 2 %.
-        set.add(self, connection)
-        self.unseen -= 1
-        if self.unseen < 0:
-            self.unseen = self.look()
-
-    def tell(self, gone: Callable[[], None]) -> None:
-        """Call `gone()` as one goes, from now on."""
-
-        def discard(connection: Any) -> None:
-            set.discard(self, connection)
-            gone()
-
-        def remove(connection: Any) -> None:
-            set.remove(self, connection)
-            gone()
-
-        self.discard, self.remove = discard, remove  # type: ignore[method-assign]
+        self._intake.open(
+            self._serving_loop,
+            lambda: make(config=self.config, server_state=self.server_state, app_state=self.lifespan.state),
+            self.config.ssl,
+        )
 
 
 def _accepts_well(loop: asyncio.AbstractEventLoop) -> bool:

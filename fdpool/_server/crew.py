@@ -182,7 +182,7 @@ class Crew:
             self._pools.interface = link.interface = str(message["interface"])
             if self._handoff is not None:
                 most = checks.handed_at_most(link.interface, self._task.order.threads)
-                self._handoff.opened(link.number, most)
+                self._handoff.opened(link.number, most, link.interface in ("asgi", "wsgi"))
             self._boss.worker_ready(link.number)
         elif said == "retire":
             self._boss.worker_retires(link.number, str(message["why"]))

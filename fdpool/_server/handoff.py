@@ -4,9 +4,9 @@ A worker's inbox is a datagram pair of which the server keeps both ends, as a po
 has not taken is never lost with it: it is received here again, unread request and all, and goes to another. The same is
 done where a worker takes nothing for a while (it is busy, or stopped) and another could.
 
-    kernel's queue ──accept──► held ──send──► a worker's inbox ──► the worker
-                                ▲                   │ it dies, drains, or takes nothing for a while
-                                └──── taken back ───┘
+    kernel's queue ──accept──► silent ──the client speaks──► held ──send──► a worker's inbox ──► the worker
+                                                              ▲                   │ it dies, drains, or takes
+                                                              └──── taken back ───┘ nothing for a while
 """
 
 import socket
@@ -21,6 +21,7 @@ from .._reserve import Reserve
 from ..fds import close_all
 from .accept import Acceptor, off_stdio
 from .doors import HANDED
+from .silence import Silent
 
 if TYPE_CHECKING:
     from .link import WorkerLink
@@ -169,6 +170,8 @@ class Handoff:
         self._listeners = list(listeners)
         self._seats: dict[int, _Seat] = {}
         self._left: set[_Seat] = set()  # of workers that are gone, and in whose inbox there may be more
+        self._silent = Silent(turns, self._spoke)
+        self._clients_speak_first = False
         self._held: deque[socket.socket] = deque()
         self._acceptor = Acceptor()
         self._reserve = Reserve()
@@ -195,8 +198,10 @@ class Handoff:
         self._seats[link.number] = seat
         return seat.theirs
 
-    def opened(self, number: int, most: int) -> None:
-        """The worker serves, and may have so many connections at a time, those in its inbox included."""
+    def opened(self, number: int, most: int, clients_speak_first: bool) -> None:
+        """The worker serves, and may have so many connections at a time, those in its inbox included; it is handed
+        those on which there is something to read, if it is its clients who speak first."""
+        self._clients_speak_first = clients_speak_first
         self._seats[number].most = most
         self._seats[number].serves = True
         self._pump()
@@ -236,6 +241,7 @@ class Handoff:
             seat.close()
         self._seats.clear()
         self._left.clear()
+        self._silent.close()
         while self._held:
             self._held.popleft().close()
         self._acceptor.close()
@@ -251,25 +257,27 @@ class Handoff:
 
     @property
     def is_empty(self) -> bool:
-        """True if every connection that was accepted has been taken by a worker."""
+        """True if every connection that was accepted, and is not silent, has been taken by a worker."""
         return (
             not self._held and not self._left and not any(seat.has_waiting for seat in self._seats.values())
         )
 
     def stop(self) -> None:
-        """The server ends: accept nothing more."""
+        """The server ends: accept nothing more, and leave it to the workers how long they listen to those who say
+        nothing."""
         self._watch(False)
         self._listeners = []
+        self._clients_speak_first = False
+        self._held.extend(self._silent.release())
+        self._pump()
 
     # -- connections ---------------------------------------------------------------------------------------
 
     def _pump(self) -> None:
         """Hand over what is held, and accept only as long as somebody has room."""
         while self._held and (number := self._who()) is not None:
-            if not self._hand_over(self._seats[number], self._held[0]):
+            if not self._hand_over(self._seats[number], self._held.popleft()):
                 break
-            self._held.popleft().close()
-            self._acceptor.replenish()
         room = not self._held and self._who() is not None
         if not room:
             # Asked for a word first, looked at again second: who ends a request does it the other way round.
@@ -279,18 +287,21 @@ class Handoff:
             self._ask_for_word(False)
         self._watch(room)
         if not self._looking and (self._held or any(map(_is_to_be_looked_at, self._seats.values()))):
-            self._looking = True
-            for seat in self._seats.values():
-                if seat.serves:
-                    seat.finished_before = seat.link.see().finished
-            self._turns.later(_LOOK_S, self._look)
+            self._look_later()
+
+    def _look_later(self) -> None:
+        self._looking = True
+        for seat in self._seats.values():
+            if seat.serves:
+                seat.finished_before = seat.link.see().finished
+        self._turns.later(_LOOK_S, self._look)
 
     def _who(self) -> int | None:
         serving = (seat.laden() for seat in self._seats.values() if seat.serves)
         return choose(serving, self._last)
 
     def _hand_over(self, seat: _Seat, connection: socket.socket) -> bool:
-        """True if it is in the worker's inbox."""
+        """True if it is in the worker's inbox; else it is held."""
         try:
             sent = wire.try_send(seat.mine, (HANDED,), (connection.fileno(),))
         except OSError as error:
@@ -298,34 +309,53 @@ class Handoff:
                 raise
             sent = False
         if not sent:
+            self._held.appendleft(connection)
             self._turns.later(_RETRY_S, self._pump)
             return False
+        connection.close()
+        self._acceptor.replenish()
         seat.sent += 1
         self._last = seat.link.number
         self.handed += 1
         return True
 
     def _accept(self, listener: socket.socket) -> None:
+        number = None if self._held else self._who()
         for _ in range(_BATCH):
-            number = None if self._held else self._who()
             if number is None:
                 break
             connection = self._acceptor.accept(listener)
             if connection is None:
-                pause_s = self._acceptor.paused_until - CLOCK.monotonic()
-                if pause_s > 0:
-                    self._watch(False)
-                    self._turns.later(pause_s, self._pump)
+                if self._is_paused():
                     return
                 break
             if connection.gettimeout() is not None:
                 connection.settimeout(None)  # the default of this program: a worker has its own, or none
-            if not self._hand_over(self._seats[number], connection):
-                self._held.append(connection)
-                break
-            connection.close()
-            self._acceptor.replenish()
+            if self._clients_speak_first and self._silent.keep(connection):
+                continue
+            number = self._who() if self._hand_over(self._seats[number], connection) else None
         self._pump()
+
+    def _is_paused(self) -> bool:
+        """True if nothing can be accepted for a while, as no descriptor is left; those of the silent are given away."""
+        if self._acceptor.paused_until <= CLOCK.monotonic():
+            return False
+        self._held.extend(self._silent.release())
+        self._pump()
+        pause_s = self._acceptor.paused_until - CLOCK.monotonic()
+        if pause_s > 0:
+            self._watch(False)
+            self._turns.later(pause_s, self._pump)
+        return True
+
+    def _spoke(self, connection: socket.socket) -> None:
+        """There is something to read on a connection that was silent."""
+        number = None if self._held else self._who()
+        if number is None:
+            self._held.append(connection)
+            self._pump()
+        elif self._hand_over(self._seats[number], connection) and not self._looking:
+            self._look_later()
 
     def _watch(self, wanted: bool) -> None:
         if not wanted:

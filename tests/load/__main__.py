@@ -68,7 +68,7 @@ def main() -> int:
                 keep_alive=given.keep_alive,
                 work_ms=given.work_ms,
                 ledger=None if given.app == "handler" else ledger,
-                taken=taken_by(given.app, given.threads),
+                taken=taken_by(given.app, given.threads, given.dispatch),
             )
             good = good and verdict.is_good
             said = verdict.as_json()

@@ -152,14 +152,17 @@ class Verdict:
         }
 
 
-def taken_by(form: str, threads: int) -> int:
+def taken_by(form: str, threads: int, dispatch: str) -> int:
     """How many connections a worker has taken at most whose requests it has not begun; of a function, with those that
     it has begun.
 
-    A thread takes one as it can begin it. An event loop begins a request three turns after it has taken the
-    connection, and takes one in each where it need not hurry (`fdpool._server.pace`).
+    A thread takes one as it can begin it; so does an event loop of what it is handed, in its next turn. From a listener
+    an event loop takes one in each turn where it need not hurry (`fdpool._server.pace`), and begins that three turns
+    after it.
     """
-    return 3 if form == "asgi" else threads
+    if form == "asgi":
+        return 1 if dispatch == "handoff" else 3
+    return threads
 
 
 def play(

@@ -88,7 +88,7 @@ def test_connections_accepted_in_the_turn_of_a_drain_are_served() -> None:
             client.sendall(REQUEST)
             clients.append(client)
         wait_until(lambda: queued(listener) == 5)  # a client may be connected a moment before
-        face._server._pace.at_once = 5
+        face._server._intake._pace.at_once = 5
         asyncio.get_running_loop().call_soon(drain)
 
     serve(listener, connect)

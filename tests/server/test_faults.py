@@ -72,9 +72,6 @@ from tests.server.programs import ask_port, port_in, program
 
 DISPATCHES = ["shared", "handoff"]
 
-#: How many connections an event loop takes beside the one whose request it begins, with one in each turn.
-TAKEN_AHEAD = 3
-
 
 # -- workers that die ------------------------------------------------------------------------------------
 
@@ -127,10 +124,11 @@ def test_what_a_dead_worker_has_not_taken_is_served_as_soon_as_the_server_has_ro
 
 
 @pytest.mark.parametrize("loop", LOOPS)
-def test_an_event_loop_whose_requests_compute_takes_a_few_connections_ahead_and_no_more(
-    loop: str, tmp_path: Path
+@pytest.mark.parametrize("quick", [0, 500])
+def test_a_killed_event_loop_costs_what_it_had_begun_and_none_that_waits(
+    loop: str, quick: int, tmp_path: Path
 ) -> None:
-    """S8: those that its worker has not taken are served by the next one."""
+    """S8: those that its worker has not begun are served by the next one, also where requests were quick until now."""
     pytest.importorskip("uvicorn")
     begun = tmp_path / "begun"
     for path in (begun, tmp_path / "first", tmp_path / "rest"):
@@ -142,6 +140,11 @@ def test_an_event_loop_whose_requests_compute_takes_a_few_connections_ahead_and_
         contextlib.ExitStack() as clients,
     ):
         [victim] = pids(server)
+        if quick:
+            with Load(lambda: get(server, "/quick"), clients=8) as load:
+                load.go_on(quick)
+            assert not load.failed
+            begun.write_text("")
         clients.enter_context(connect(server)).sendall(b"GET /first HTTP/1.0\r\n\r\n")
         wait_until(lambda: begun.read_text() == "first\n")
         waiting = [clients.enter_context(connect(server)) for _ in range(30)]
@@ -151,7 +154,61 @@ def test_an_event_loop_whose_requests_compute_takes_a_few_connections_ahead_and_
         wait_until(lambda: begun.read_text() == "first\nrest\n")
         os.kill(victim, signal.SIGKILL)
         (tmp_path / "rest").unlink()
-        assert sum(is_over(client) for client in waiting) <= 1 + TAKEN_AHEAD
+        assert sum(is_over(client) for client in waiting) == 1
+
+
+@pytest.mark.parametrize(("app", "needs"), [(asgi, "uvicorn"), (wsgi, "waitress")])
+def test_a_client_that_has_said_nothing_loses_nothing_by_the_end_of_workers(app: Any, needs: str) -> None:
+    """S8: as long as there is nothing to read, the server keeps its connection."""
+    pytest.importorskip(needs)
+    with (
+        Server(app, ANY_PORT, workers=1, dispatch="handoff") as server,
+        contextlib.ExitStack() as clients,
+    ):
+        silent = [clients.enter_context(connect(server)) for _ in range(3)]
+        get(server)  # so they are accepted
+        [victim] = pids(server)
+        os.kill(victim, signal.SIGKILL)
+        silent[0].sendall(b"GET / HTTP/1.0\r\n\r\n")
+        assert b"200 OK" in read_all(silent[0])
+        assert server.reload().result(60) == 2
+        [reloaded] = pids(server)
+        silent[1].sendall(b"GET / HTTP/1.0\r\n\r\n")
+        assert read_all(silent[1]).endswith(b"%d" % reloaded)
+        silent[2].close()
+        assert int(get(server)[1]) == reloaded
+
+
+@pytest.mark.parametrize(("app", "needs"), [(asgi, "uvicorn"), (wsgi, "waitress")])
+def test_as_a_server_ends_the_silent_have_a_worker_that_listens_for_a_while(app: Any, needs: str) -> None:
+    """S2: a client may be about to speak."""
+    pytest.importorskip(needs)
+    with Server(app, ANY_PORT, workers=1, dispatch="handoff") as server, connect(server) as silent:
+        get(server)
+        server.stop(wait=False)
+        assert is_over(silent)
+        assert server.wait(30)
+
+
+@pytest.mark.parametrize(("app", "needs"), [(asgi, "uvicorn"), (wsgi, "waitress")])
+def test_of_too_many_silent_clients_a_worker_has_those_that_were_silent_longest(
+    app: Any, needs: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip(needs)
+    monkeypatch.setattr("fdpool._server.silence._MOST", 2)
+    with (
+        Server(app, ANY_PORT, workers=1, dispatch="handoff") as server,
+        contextlib.ExitStack() as clients,
+    ):
+        silent = [clients.enter_context(connect(server)) for _ in range(5)]
+        [victim] = pids(server)
+        [seat] = server._loop.handoff._seats.values()  # type: ignore[union-attr]
+        wait_until(lambda: seat.laden()[1:3] == (0, 3))  # none waits, three are open
+        os.kill(victim, signal.SIGKILL)
+        assert [is_over(client) for client in silent[:3]] == [True] * 3
+        for client in silent[3:]:
+            client.sendall(b"GET / HTTP/1.0\r\n\r\n")
+            assert b"200 OK" in read_all(client)
 
 
 @pytest.mark.parametrize("dispatch", ["shared", "handoff"])
@@ -675,6 +732,7 @@ def test_an_error_as_a_handed_connection_is_taken_costs_that_one_only(
     ) as server:
         [before] = pids(server)
         with connect(server) as client:
+            client.sendall(b"G")
             assert is_over(client)
         assert int(get(server)[1]) == before
     said = capfd.readouterr().err
@@ -1350,6 +1408,35 @@ def test_a_server_without_descriptors_hands_over_all_the_same(tmp_path: Path) ->
             assert {int(read_all(client)) for client in clients} <= workers
             for client in clients:
                 client.close()
+
+
+def test_a_server_without_descriptors_gives_the_silent_away(tmp_path: Path) -> None:
+    """S9, T3: or those who have said nothing would leave no room for those who do."""
+    pytest.importorskip("waitress")
+    body = """
+    import resource
+    def hello(environ, start_response):
+        start_response("200 OK", [("Content-Length", "5")])
+        return [b"hello"]
+    server = fdpool.Server(hello, "127.0.0.1:0", workers=2, dispatch="handoff")
+    server.start()
+    taken = [os.open(os.devnull, os.O_RDONLY) for _ in range(40)]
+    highest = max(int(name) for name in os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (highest, 4096))
+    try:
+        while True:
+            taken.append(os.open(os.devnull, os.O_RDONLY))
+    except OSError:
+        log.info("full", extra={"event": "full"})
+    server.wait(60)
+    """
+    with program(tmp_path, body) as server, contextlib.ExitStack() as clients:
+        port = port_in(server.expect("started"))
+        server.expect("full")
+        silent = [clients.enter_context(socket.create_connection(("127.0.0.1", port), 20)) for _ in range(20)]
+        for client in [*silent[10:], *silent[:10]]:
+            client.sendall(b"GET / HTTP/1.0\r\n\r\n")
+            assert read_all(client).endswith(b"hello")
 
 
 def test_more_workers_than_descriptors_allow_are_refused_in_plain_words(tmp_path: Path) -> None:

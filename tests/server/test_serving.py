@@ -350,12 +350,14 @@ def test_tls_clients_that_never_finish_the_handshake_keep_no_worker_from_its_end
                 return b"200 OK" in read_all(client)
 
         with connect(server) as silent:
+            silent.sendall(b"\x16")  # so that it is handed over
             assert is_answered_by_tls()  # it is taken after the silent one
             [before] = pids(server)
             assert server.reload().result(60) == 2
             assert is_over(silent)
             wait_until(lambda: not psutil.pid_exists(before))
         with connect(server) as silent:
+            silent.sendall(b"\x16")
             assert is_answered_by_tls()
             server.stop(wait=False)
             assert is_over(silent)
