@@ -516,6 +516,47 @@ def test_a_worker_that_is_sent_sigterm_while_it_drains_finishes(
         assert b"%d" % old in read_all(client)
 
 
+HARMLESS = [[signal.SIGPIPE], [signal.SIGUSR1], [signal.SIGSTOP, signal.SIGCONT]]
+
+
+@pytest.mark.parametrize("numbers", HARMLESS)
+@pytest.mark.parametrize(("kind", "threads"), KINDS)
+def test_a_worker_that_drains_finishes_whatever_it_is_told_that_does_not_end_it(
+    kind: str, threads: int | None, numbers: list[int], tmp_path: Path
+) -> None:
+    """W1."""
+    need(kind)
+    with draining(waiting_for(tmp_path / "gate", kind), threads) as (_, old, client):
+        for number in numbers:
+            os.kill(old, number)
+        (tmp_path / "gate").touch()
+        assert b"%d" % old in read_all(client)
+
+
+@pytest.mark.parametrize("numbers", HARMLESS)
+def test_a_worker_that_boots_comes_to_serve_whatever_it_is_told_that_does_not_end_it(
+    numbers: list[int], tmp_path: Path
+) -> None:
+    """W1."""
+
+    def hold(worker: ServerWorker) -> None:
+        if worker.generation == 2:
+            (tmp_path / "pid").write_text(str(worker.pid))
+            (tmp_path / "pid").rename(tmp_path / "boots")
+            while not (tmp_path / "go").exists():
+                time.sleep(0.01)
+
+    with Server(echo_pid, ANY_PORT, workers=1, on_worker_start=hold) as server:
+        reloading = server.reload()
+        wait_until((tmp_path / "boots").exists)
+        booting = int((tmp_path / "boots").read_text())
+        for number in numbers:
+            os.kill(booting, number)
+        (tmp_path / "go").touch()
+        assert reloading.result(60) == 2
+        assert pids(server) == [booting]
+
+
 def need(kind: str) -> None:
     if kind in ("asgi", "wsgi"):
         pytest.importorskip("uvicorn" if kind == "asgi" else "waitress")
@@ -1454,6 +1495,32 @@ def test_more_workers_than_descriptors_allow_are_refused_in_plain_words(tmp_path
         assert "300 workers" in said
         assert "256" in said
         assert "ulimit -n" in said
+        assert server.wait() == 0
+
+
+@pytest.mark.parametrize("dispatch", ["shared", "handoff", "reuseport"])
+def test_ten_thousand_descriptors_of_the_program_are_in_nobodys_way(dispatch: str, tmp_path: Path) -> None:
+    """S14: select(2) ends at 1,024; and a worker has none of them, nor the time that to close them takes."""
+    if resource.getrlimit(resource.RLIMIT_NOFILE)[1] < 12_000:
+        pytest.skip("this machine allows fewer")
+    body = f"""
+    import resource
+
+    def count(connection, address):
+        connection.recv(10)
+        connection.sendall(b"%d" % len(os.listdir("/dev/fd")))
+
+    resource.setrlimit(resource.RLIMIT_NOFILE, (12_000, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    held = [os.open(os.devnull, os.O_RDONLY) for _ in range(10_000)]
+    fdpool.Server(count, "127.0.0.1:0", workers=2, dispatch={dispatch!r}).run()
+    """
+    with program(tmp_path, body) as server:
+        port = port_in(server.expect("started"))
+        for _ in range(3):
+            assert int(ask_port(port)) < 100
+            server.signal(signal.SIGHUP)
+            server.expect("reloaded")
+        server.signal(signal.SIGTERM)
         assert server.wait() == 0
 
 

@@ -284,6 +284,36 @@ def test_it_listens_on_several_addresses_at_once(tmp_path: Path) -> None:
     assert not path.exists()
 
 
+def a_link_local_bind() -> str | None:
+    """An address that means nothing without its scope."""
+    for name, addresses in psutil.net_if_addrs().items():
+        for each in addresses:
+            if each.family == socket.AF_INET6 and each.address.startswith("fe80:"):
+                return f"[{each.address.partition('%')[0]}%{name}]:0"
+    return None
+
+
+@pytest.mark.parametrize("dispatch", ["shared", "handoff"])
+@pytest.mark.parametrize(("app", "needs"), [(echo_pid, "socket"), (asgi, "uvicorn"), (wsgi, "waitress")])
+def test_it_listens_at_abstract_names_and_at_addresses_with_a_scope(
+    app: Any, needs: str, dispatch: Any
+) -> None:
+    pytest.importorskip(needs)
+    name = f"fdpool-{os.getpid()}-{dispatch}"
+    binds = [f"unix:@{name}", a_link_local_bind()]
+    with Server(app, [bind for bind in binds if bind], workers=2, dispatch=dispatch) as server:
+        for _ in range(2):
+            for listener in server.sockets:
+                with socket.socket(listener.family) as client:
+                    client.connect(listener.getsockname())
+                    client.sendall(b"GET / HTTP/1.0\r\n\r\n")
+                    said = read_all(client)
+                    assert any(str(pid).encode() in said for pid in pids(server)), said
+            assert server.reload().result(60)
+    with socket.socket(socket.AF_UNIX) as again:
+        again.bind(f"\0{name}")  # it is nobody's any more
+
+
 @pytest.mark.parametrize("app", [echo_pid, asgi])
 def test_a_listener_that_blocks_is_served_and_its_mode_left_alone(app: Any) -> None:
     """M17: O_NONBLOCK belongs to whoever made it; workers take turns instead of blocking in accept."""
