@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 from . import _bind, _systemd, payload
 from ._clock import CLOCK
 from ._cpus import usable_cpus
-from ._server import apps, checks, upgrade
+from ._server import apps, checks, travel, upgrade
 from ._server.context import Order, ServerWorker, current_worker
 from ._server.crew import Task
 from ._server.listeners import Listeners, keys_of
@@ -94,7 +94,8 @@ class Server:
         app: what serves. A function `handler(connection, address)`; a `socketserver.BaseRequestHandler` class; an ASGI
             application (needs `fdpool[asgi]`) or a WSGI one (`fdpool[wsgi]`); a function `serve(listeners)` or
             `serve(listeners, worker)` that accepts for itself. Or its name, "module:attribute", or
-            "module:factory()": only so does a reload bring new code.
+            "module:factory()": only so does a reload bring new code. An object that cannot be pickled is imported by
+            the workers, under the name that it has in its module, or in the program's script.
         bind: where to listen. One or several of "host:port", a number (that port of 127.0.0.1), "unix:path?mode=660",
             "fd:N", "systemd", "systemd:name", and listening sockets (borrowed).
         workers: how many, 512 at most; by default as many as processors may be used.
@@ -128,7 +129,7 @@ class Server:
 
     Raises:
         ValueError, TypeError: an argument is of no use.
-        NotPicklable: the application, or a hook, cannot travel to a worker.
+        NotPicklable: the application cannot travel to a worker, and has no name, or a hook cannot travel.
         ImportError: what speaks HTTP is not installed. (Of a named application without `interface` the workers find
             that out: they fail to boot.)
 
@@ -177,8 +178,8 @@ class Server:
             raise ValueError(f"jitter is a fraction, at least 0 and below 1, not {jitter!r}")
         if dispatch not in get_args(Dispatch):
             raise ValueError(f"dispatch is one of {', '.join(get_args(Dispatch))}, not {dispatch!r}")
-        target = app if isinstance(app, str) else None
         self.interface = checks.checked_interface(app, interface, dispatch)
+        target = app if isinstance(app, str) else travel.target_of(app)
         self._bind = bind
         self._backlog = backlog
         self._dispatch = dispatch
@@ -220,6 +221,7 @@ class Server:
         Raises:
             BindFailed: it cannot be listened somewhere.
             ServerFailed: no worker can be booted, or there are too few descriptors for so many. Nothing is left.
+            RuntimeError: it was started before; or a module starts it as it is imported, which its workers do, too.
             RuntimeError: it was started before.
         """
         loop = self._launch(lambda _: None)
@@ -258,6 +260,8 @@ class Server:
         return loop.exit_code
 
     def _launch(self, on_event: Callable[[str], None], takes_any: bool = False) -> Loop:
+        worker = current_worker()
+        checks.check_not_imported(self._order.target, worker is not None and not worker.is_ready)
         with self._lock:
             if self._loop is not None:
                 raise RuntimeError("this server was started before; make a new one")

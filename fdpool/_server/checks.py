@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Iterable
+from types import FrameType
 from typing import Any
 
 from .._options import check_count, check_seconds
@@ -86,6 +87,25 @@ def modules_to_serve(interface: str | None) -> list[str]:
 def modules_to_look_closer(interface: str | None) -> list[str]:
     """The modules that every worker needs beside, to see how an application of this kind, if any is told, is called."""
     return ["inspect"] if interface in (None, "listeners") else []
+
+
+def check_not_imported(target: str | None, boots: bool) -> None:
+    """Raise RuntimeError where a module starts a server as it is imported, and the workers would import it again: each
+    of them would start one, and so on without end.
+
+    Args:
+        boots: this process is a worker that does not serve yet, so what it imports is its application.
+    """
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_name == "<module>":
+            name = frame.f_globals.get("__name__")
+            if boots or (target is not None and name == apps.module_of(target)):
+                raise RuntimeError(
+                    f"line {frame.f_lineno} of module {name!r} starts a server as the module is imported, and its "
+                    "workers import it again, without end: do so in a function, or under `if __name__ == '__main__':`"
+                )
+        frame = frame.f_back
 
 
 def modules_to_preload(preload: bool | Iterable[str], target: str | None) -> list[str]:

@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 import pytest
 
-from fdpool import ServerFailed
+from fdpool import NotPicklable, ServerFailed
 from fdpool.server import Server, ServerWorker, current_worker
 from tests.process_state import wait_until
 from tests.server.applications import asgi, asgi_answering, echo_pid, keep_echoing, sleep_and_tell, wsgi
@@ -33,6 +33,7 @@ from tests.server.helpers import (
     read_all,
     records,
 )
+from tests.server.programs import port_in, program
 
 
 class Upper(socketserver.StreamRequestHandler):
@@ -282,6 +283,87 @@ def test_it_listens_on_several_addresses_at_once(tmp_path: Path) -> None:
         assert path.stat().st_mode & 0o777 == 0o600
         assert server.addresses[2] == f"unix:{path}"
     assert not path.exists()
+
+
+FRAMEWORKS = {
+    "flask": """
+from flask import Flask
+app = Flask("shop")
+
+@app.get("/")
+def hello():
+    return f"{os.getpid()}"
+""",
+    "starlette": """
+from starlette.applications import Starlette
+from starlette.responses import PlainTextResponse
+from starlette.routing import Route
+
+async def hello(request):
+    return PlainTextResponse(f"{os.getpid()}")
+
+app = Starlette(routes=[Route("/", hello)])
+""",
+}
+RUN = "fdpool.Server({}, '127.0.0.1:0', workers=2).run()"
+
+
+@pytest.mark.parametrize("guarded", [True, False])
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_an_application_that_cannot_be_pickled_is_imported_by_the_workers(
+    framework: str, guarded: bool, tmp_path: Path
+) -> None:
+    """From the script that has made it; which must not start a server in each of them."""
+    pytest.importorskip(framework)
+    pytest.importorskip("uvicorn" if framework == "starlette" else "waitress")
+    guard = "if __name__ == '__main__':\n    " if guarded else ""
+    with program(tmp_path, FRAMEWORKS[framework] + guard + RUN.format("app")) as server:
+        if guarded:
+            port = port_in(server.expect("started"))
+            for generation in (1, 2):
+                with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port)) as client:
+                    client.request("GET", "/")
+                    pid = int(client.getresponse().read())
+                serving = [each for each in server.heard if each["event"] == "worker_ready"]
+                assert pid in [each["worker_pid"] for each in serving if each["generation"] == generation]
+                server.signal(signal.SIGHUP)
+                server.expect("reloaded")
+            server.signal(signal.SIGTERM)
+            assert server.wait() == 0
+        else:
+            assert "under `if __name__ == '__main__':`" in server.expect("gave_up")["reason"]
+            server.wait()
+
+
+@pytest.mark.parametrize("preload", [True, False])
+def test_a_module_that_serves_as_it_is_imported_does_not_start_servers_without_end(
+    preload: bool, tmp_path: Path
+) -> None:
+    body = f"fdpool.Server('program:pid', '127.0.0.1:0', workers=1, boot_limit=1, preload={preload}).run()"
+    with program(tmp_path, body) as server:
+        said = server.expect("gave_up")["reason"]
+        assert "of module 'program' starts a server as the module is imported" in said
+        server.wait()
+
+
+def test_an_application_that_can_neither_travel_nor_be_imported_is_refused_at_once() -> None:
+    class Holding:
+        def __init__(self) -> None:
+            self.lock = threading.Lock()
+
+        def __call__(self, environ: Any, start_response: Any) -> list[bytes]:
+            return []
+
+    class Unbuildable(Holding):
+        def __init__(self) -> None:
+            pass
+
+        def __reduce__(self) -> Any:
+            return (int, ("x",))
+
+    for app in (Holding(), Unbuildable()):
+        with pytest.raises(NotPicklable, match="module:attribute"):
+            Server(app, ANY_PORT, interface="wsgi")
 
 
 def a_link_local_bind() -> str | None:
