@@ -13,6 +13,7 @@ Runs in: a worker; but `reduced`, where a function is pickled.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import CodeType, FunctionType, ModuleType
@@ -21,7 +22,8 @@ from typing import Any
 # What nobody changes in place. (In a tuple there may be a list.)
 _CONSTANT = (type(None), bool, int, float, complex, str, bytes, frozenset, type, ModuleType, FunctionType)
 
-_MAIN = ("__main__", "__mp_main__")
+#: What the program itself is called.
+MAIN = ("__main__", "__mp_main__")
 
 
 class _Globals:
@@ -51,7 +53,7 @@ def initializing(inherited: object = None) -> Iterator[None]:
     """
     came: dict[str, Any] = {}
     referred: set[str] | None = None  # of what has come, where more has come than the initializer refers to
-    if isinstance(inherited, FunctionType) and inherited.__globals__.get("__name__") in _MAIN:
+    if isinstance(inherited, FunctionType) and inherited.__globals__.get("__name__") in MAIN:
         _shared.names = inherited.__globals__
         came.update(_shared.names)
         referred = names_in(inherited.__code__)
@@ -66,6 +68,11 @@ def initializing(inherited: object = None) -> Iterator[None]:
             if not name.startswith("__")
             and (value is not came.get(name, came) or _may_have_changed(name, value, referred))
         )
+
+
+def are_shared() -> bool:
+    """True if functions of `__main__` have, or are about to have, the globals of an initializer."""
+    return _shared.names is not None or _shared.came is not None
 
 
 def _may_have_changed(name: str, value: object, referred: set[str] | None) -> bool:
@@ -87,12 +94,19 @@ def all_code(code: CodeType) -> Iterator[CodeType]:
 
 def reduced(function: object, reduction: Any) -> Any:
     """What cloudpickle makes of a function, changed so that the worker's `__main__` is what it is made in."""
-    if not isinstance(function, FunctionType) or function.__globals__.get("__name__") not in _MAIN:
+    if not isinstance(function, FunctionType) or function.__globals__.get("__name__") not in MAIN:
         return reduction
     if not isinstance(reduction, tuple) or (reduction[0], *reduction[5:]) != _of_cloudpickle():
         return reduction  # by reference, or in a way that this release of cloudpickle does not have
     _, arguments, state, *rest, _ = reduction
     return _made, arguments, state, *rest, _finished
+
+
+def registered_by_value() -> set[str]:
+    """Modules that cloudpickle pickles by value; those of the program itself may be among them."""
+    cloudpickle = sys.modules.get("cloudpickle")
+    found: set[str] = getattr(cloudpickle, "list_registry_pickle_by_value", set)()
+    return found
 
 
 def _of_cloudpickle() -> tuple[Callable[..., Any], Callable[..., object]]:

@@ -284,16 +284,22 @@ def encode(
     max_fds: int,
     explain: Callable[[Exception], FdpoolError],
     fresh: bool = False,
+    instead: object = None,
 ) -> Payload:
     """The payload of `obj`; where it cannot be pickled, `explain` makes the error to raise of the original.
 
-    `fresh` is as for `_spill.write`.
+    Args:
+        fresh: as for `_spill.write`.
+        instead: what is worth as much, if plain pickle will do for that; `obj` itself has to travel by value then.
     """
     encoder = enter(spill_bytes, max_fds, fresh)
     done = False
     try:
         try:
-            encoder.fill(obj)
+            if instead is None:
+                encoder.fill(obj)
+            elif not encoder.fill_plainly(instead):
+                encoder.fill_by_value(obj)
         except Exception as error:
             if encoder.failure is not None:
                 raise encoder.failure from None
@@ -307,6 +313,14 @@ def encode(
         return payload
     finally:
         leave(encoder, keep=done)
+
+
+def pickled_by_value(obj: object) -> bytes:
+    """What cloudpickle makes of `obj`, which is not to hold descriptors; by a protocol in which no string is short, so
+    that `_needs_values` finds nothing in it."""
+    chunks: list[bytes] = []
+    _cloud_pickler()(_Sink(chunks.append), protocol=3).dump(obj)
+    return b"".join(chunks)
 
 
 def attempt(obj: object) -> Exception | None:
@@ -341,13 +355,10 @@ def _refers_to_values(data: Any) -> bool:
     """
     if _reducers.find_telltale(data) is not None:
         return True
-    cloudpickle = sys.modules.get("cloudpickle")
-    if cloudpickle is not None and hasattr(cloudpickle, "list_registry_pickle_by_value"):
-        # As prefixes: a registered package stands for its submodules.
-        for name in cloudpickle.list_registry_pickle_by_value():
-            if name.encode() in data:
-                return True
-    return False
+    # As prefixes: a registered package stands for its submodules.
+    return any(
+        name.encode() in data for name in _by_value.registered_by_value() if name not in _by_value.MAIN
+    )
 
 
 #: What cloudpickle 3.1.3 and later put in place of a code object's file, so that equal functions have equal pickles.

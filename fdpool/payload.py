@@ -12,8 +12,8 @@ import sys
 import threading
 from typing import TYPE_CHECKING, Any
 
-from . import _diagnosis, _spill
-from ._encoder import SPILL_BYTES, Bytes, Encoder, Payload, attempt, encode, enter, leave
+from . import _diagnosis, _frozen, _spill
+from ._encoder import SPILL_BYTES, Bytes, Encoder, Payload, attempt, encode, enter, leave, pickled_by_value
 from ._naming import attribute_of
 from ._placement import Incoming, chain, current, drop_tracebacks, release, reserve
 from .errors import FdpoolError, NotLoadable, RemoteError, RemoteTraceback
@@ -72,16 +72,21 @@ def dumps_call(
 ) -> Payload:
     """A payload of the tuple `(fn, args, kwargs)`; raises as `dumps` does, naming the call's arguments."""
     encoder = current.outgoing
+    frozen = _frozen.find(fn)
     if spill_bytes == SPILL_BYTES and max_fds == SCM_MAX_FD and type(encoder) is Encoder:
-        payload = encoder.try_plainly((fn, args, kwargs))
+        payload = encoder.try_plainly((fn if frozen is None else frozen, args, kwargs))
         if payload is not None:
             return payload
-    return encode(
+    payload = encode(
         (fn, args, kwargs),
         spill_bytes,
         max_fds,
         lambda error: _diagnosis.explain_call(error, fn, args, kwargs, attempt),
+        instead=None if frozen is None else (frozen, args, kwargs),
     )
+    if frozen is None:
+        _frozen.note(fn, pickled_by_value)
+    return payload
 
 
 def dumps_result(value: object, *, spill_bytes: int = SPILL_BYTES, max_fds: int = SCM_MAX_FD) -> Payload:
