@@ -37,11 +37,20 @@ def plan(wanted: Mapping[int, int], strays: Iterable[int] = (), reserved: Iterab
 
     The plan holds for dup2 as POSIX has it, where equal numbers are no action at all.
     """
+    closing = set(strays).difference(wanted, reserved)
+    if wanted.keys().isdisjoint(wanted.values()):  # nearly always: nothing is overwritten that is needed
+        actions: list[Action] = [Dup(source, target) for target, source in wanted.items()]
+    else:
+        actions = _moves(wanted, reserved, closing)
+    return actions + [Close(fd) for fd in sorted(closing)]
+
+
+def _moves(wanted: Mapping[int, int], reserved: Iterable[int], closing: set[int]) -> list[Action]:
+    """The duplications, in such an order; what they leave open by the way is added to `closing`."""
     pending = dict(wanted)
     uses = Counter(pending.values())
     scratch = free_number({*wanted, *wanted.values(), *reserved})
     actions: list[Action] = []
-    closing = set(strays) - set(wanted) - set(reserved)
     # Invariant: a number in `ready` is wanted, and nobody pending needs what lies there now.
     ready = [target for target in pending if not uses[target]]
     while pending:
@@ -61,7 +70,7 @@ def plan(wanted: Mapping[int, int], strays: Iterable[int] = (), reserved: Iterab
             pending[heir] = scratch
             uses[target], uses[scratch] = 0, 1
             ready.append(target)
-    return actions + [Close(fd) for fd in sorted(closing)]
+    return actions
 
 
 def free_number(taken: Container[int]) -> int:

@@ -68,7 +68,7 @@ def test_reserved_numbers_are_never_touched(
 
 
 def test_a_plan_without_conflicts_has_one_action_for_each_number() -> None:
-    assert plan({0: 10, 1: 11, 2: 11}, strays=[12]) == [Dup(11, 2), Dup(11, 1), Dup(10, 0), Close(12)]
+    assert plan({0: 10, 1: 11, 2: 11}, strays=[12]) == [Dup(10, 0), Dup(11, 1), Dup(11, 2), Close(12)]
 
 
 @pytest.mark.parametrize(
