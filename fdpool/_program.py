@@ -21,7 +21,7 @@ from ._capture import Feeder, Sink
 from ._clock import CLOCK
 from ._launch import Launch, start
 from ._progeny import Progeny
-from ._signals import EVERY, sigmask
+from ._signals import DEFAULT, EVERY, IGNORE, getsignal, set_handler, sigmask
 from .fds import LONGEST_POLL_S, above_stdio
 
 _AFTER_KILL_S = 2.0  # how long what was sent SIGKILL may take to die (a process in the kernel's hands)
@@ -51,23 +51,19 @@ class Alarm:
     """
 
     def __init__(self, numbers: Iterable[int]) -> None:
-        self.fd, self._tell = (above_stdio(fd) for fd in os.pipe())
-        for fd in (self.fd, self._tell):
-            os.set_blocking(fd, False)
+        self.fd, self._tell = map(above_stdio, os.pipe())
+        os.set_blocking(self._tell, False)
         self._wakeup_before = signal.set_wakeup_fd(self._tell, warn_on_full_buffer=False)
-        self._handlers = {number: signal.signal(number, _nothing) for number in numbers}
+        self._handlers = {number: set_handler(number, _nothing) for number in numbers}
 
     def clear(self) -> None:
-        """Forget what came."""
-        try:
-            os.read(self.fd, 4096)
-        except BlockingIOError:
-            pass
+        """Forget what came; there is something."""
+        os.read(self.fd, 4096)
 
     def close(self) -> None:
         """Put everything back."""
         for number, handler in self._handlers.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+            set_handler(number, DEFAULT if handler is None else handler)
         signal.set_wakeup_fd(self._wakeup_before)
         os.close(self.fd)
         os.close(self._tell)
@@ -113,12 +109,12 @@ class Run:
         self._alarm: Alarm | None = None
         wanted = set(alarms) if _has_pidfds() else {*alarms, signal.SIGCHLD}
         # With SIGCHLD ignored, which a task may have left so, the kernel throws exit statuses away (M38).
-        self._ignored = signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN
+        self._ignored = getsignal(signal.SIGCHLD) == IGNORE
         if wanted:  # first, as it fails where no descriptor is left
             self._alarm = Alarm(wanted)
             self.watch(self._alarm.fd, select.POLLIN, self._alarmed)
         if self._ignored and signal.SIGCHLD not in wanted:
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            set_handler(signal.SIGCHLD, DEFAULT)
         self.progeny = Progeny()
 
     # -- before it runs --------------------------------------------------------------------------------
@@ -303,7 +299,7 @@ class Run:
         for feeder in self._feeders:
             feeder.close()
         if self._ignored:
-            signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+            set_handler(signal.SIGCHLD, IGNORE)
         self.progeny.close()
 
 
