@@ -22,8 +22,9 @@ _PR_SET_CHILD_SUBREAPER = 36
 
 def has(feature: str) -> bool:
     """True unless `feature` is named in FDPOOL_WITHOUT."""
-    without = os.environ.get("FDPOOL_WITHOUT")
-    return not without or feature not in without.split(",")
+    # The bytes that `os.environ` looks in: 0.1 us in place of 0.6, six times for each program.
+    without = os.environb._data.get(b"FDPOOL_WITHOUT")  # type: ignore[attr-defined]
+    return not without or feature.encode() not in without.split(b",")
 
 
 def anonymous_file(name: str) -> int:
@@ -66,14 +67,14 @@ def open_pidfd(pid: int) -> int | None:
 
 def child_pids(of_all_threads: bool = False) -> set[int] | None:
     """The children of this process, if the kernel lists them at no cost (proc(5)); else None, as where no descriptor is
-    left to look with.
+    left to look with. Where there are none that is one system call, of a microsecond.
 
     Those that its main thread has forked, which is where workers and the supervisor fork; or all: where there are any
     that is a read of some 20 microseconds for each thread.
     """
     found: set[int] = set()
     try:
-        if of_all_threads and hasattr(os, "waitid") and not _has_children():
+        if not has_children():
             return found
         for thread in os.listdir("/proc/self/task") if of_all_threads else ():
             try:
@@ -85,9 +86,16 @@ def child_pids(of_all_threads: bool = False) -> set[int] | None:
         return None
 
 
-def _has_children() -> bool:
+#: Also children that clone(2) has made so that their end sends no SIGCHLD (waitpid(2)).
+_WALL = 0x40000000 if sys.platform == "linux" else 0
+
+
+def has_children() -> bool:
+    """False if this process has none, alive or dead; True also where waitid(2) is missing."""
+    if not hasattr(os, "waitid"):
+        return True
     try:
-        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT | _WALL)
     except ChildProcessError:
         return False
     return True
