@@ -6,9 +6,12 @@ as the worker lives; the client is told, and all of it goes with the worker. Run
 
 import os
 import sys
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 from . import _platform
+
+_Function = TypeVar("_Function", bound=Callable[..., object])
 
 _TOLD = 10  # of each kind: texts that are sent
 _LONGEST = 300  # characters of such a text
@@ -94,6 +97,17 @@ def _decode(fields: Any) -> Found:
 
 def _is_number(value: object) -> bool:
     return type(value) is int and 0 <= value < _MOST
+
+
+#: Functions of ours that change nothing of their worker, and leave nothing in it but children, if anything. By their
+#: ids, which no other function can have: these live as long as the process.
+careful: set[int] = set()
+
+
+def is_careful(function: _Function) -> _Function:
+    """Decorator: count a function among the `careful`."""
+    careful.add(id(function))
+    return function
 
 
 class Watch:

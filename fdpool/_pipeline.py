@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from . import commands
 from ._capture import Sink
 from ._completed import CommandFailed, CommandTimedOut, CompletedCommand
+from ._leftovers import is_careful
 from ._program import Run, Why
 from .commands import Command
 from .fds import Fd
@@ -84,6 +85,7 @@ class Pipeline(NamedTuple):
     check: bool
 
 
+@is_careful
 def run(pipeline: Pipeline) -> CompletedPipeline:
     """Runs in: a worker. Run all stages at once, joined by pipes, and wait for all of them.
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import resource
 import sys
 
+from . import _platform
 from ._clock import CLOCK
 from ._leftovers import Leftovers, Watch
 from ._messages import Recycling
@@ -40,6 +41,7 @@ class Upkeep:
         self._tasks_left = rules.max_tasks
         self._name = ""
         self._unseen = 0  # tasks since the last closer look
+        self._careful = True  # all of these are
         self._looked_at = CLOCK.monotonic()
 
     @property
@@ -47,19 +49,31 @@ class Upkeep:
         """True if tasks have run since the last closer look."""
         return self._unseen > 0
 
-    def ran(self, name: str, tasks: int, busy_s: float) -> Leftovers | None:
-        """So many tasks have run, the last of that name; returns what is to be told."""
+    def ran(self, name: str, tasks: int, busy_s: float, careful: bool = False) -> Leftovers | None:
+        """So many tasks have run, the last of that name; returns what is to be told.
+
+        Args:
+            careful: what has run is one of `_leftovers.careful`. A look would be a sixth of what a short program
+                costs its worker.
+        """
         self._name = name
         self._unseen += tasks
+        self._careful = self._careful and careful
         if self._tasks_left is not None:
             self._tasks_left -= tasks
             if self._tasks_left <= 0:
                 self.over = True
                 return None  # whatever was changed or left goes with it
         reason = self._surroundings.put_back()
-        if reason or busy_s >= _CLOSE_LOOK_S or CLOCK.monotonic() - self._looked_at > _LOOK_EVERY_S:
+        if reason or self._is_due(busy_s) or CLOCK.monotonic() - self._looked_at > _LOOK_EVERY_S:
             return self.look_closely(reason)
         return None
+
+    def _is_due(self, busy_s: float) -> bool:
+        """True if a message that took so long is to be followed by a closer look."""
+        if busy_s < _CLOSE_LOOK_S:
+            return False
+        return not self._careful or _platform.has_children() or self._is_too_large()
 
     def look_closely(self, reason: str = "") -> Leftovers | None:
         """Look at all that there is; returns what is to be told."""
@@ -75,6 +89,7 @@ class Upkeep:
             left = (left or Leftovers(self._name, self._unseen))._replace(reason=reason)
         self.over = self.over or bool(reason) or self._is_too_large()
         self._unseen = 0
+        self._careful = True
         self._looked_at = CLOCK.monotonic()
         return left
 

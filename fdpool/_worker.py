@@ -30,7 +30,7 @@ from . import (
 )
 from ._board import Page
 from ._clock import CLOCK
-from ._leftovers import Leftovers, encode
+from ._leftovers import Leftovers, careful, encode
 from ._messages import HEADER_BYTES, MAX_DATAGRAM, Header, Recycling
 from ._naming import name_of
 from ._spawn import flush_standard_streams, leave
@@ -97,6 +97,7 @@ class Worker:
         self._ran = _NONE  # the task that ran last
         self._previous = _NONE  # the same, unless a task was returned since
         self._name = ""  # of that task's function
+        self._careful = False  # that function is one of `_leftovers.careful`
         self._memory: _spill.Watch | None = None  # what the running task came in
 
     def run(self, boot: Boot) -> None:
@@ -154,6 +155,7 @@ class Worker:
 
     def _run_one(self, header: Header, data: bytes, fds: list[int]) -> None:
         """Run a task that has come alone, and answer."""
+        self._careful = False  # if it cannot be loaded
         self._clock.start()
         answer, kind = self._run_task(data[HEADER_BYTES:], fds, header.spilled)
         flags = 0
@@ -165,7 +167,7 @@ class Worker:
             flags |= _messages.WAITED
         self._send(kind, header.task, answer, int(busy_s * 1e6), flags)
         del answer
-        self._tell_left(self._upkeep.ran(self._name, 1, busy_s))
+        self._tell_left(self._upkeep.ran(self._name, 1, busy_s, self._careful))
 
     def _may_begin(self, header: Header) -> bool:
         """Say that a task begins; or that it is returned, as the client wants nothing to begin after the one before.
@@ -285,6 +287,7 @@ class Worker:
             if self._page.is_to_stop():  # what a handler raises in a finalizer of what was loaded is dropped
                 raise TaskTerminated
             self._name = name_of(fn)
+            self._careful = id(fn) in careful
             result = fn(*args, **kwargs)
             self.leave_if_forked()
             fn = args = kwargs = None

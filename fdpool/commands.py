@@ -22,6 +22,7 @@ from ._capture import Sink
 from ._completed import Arguments, CommandFailed, CommandTimedOut, CompletedCommand, SpawnError
 from ._fdmap import check_targets
 from ._launch import Launch
+from ._leftovers import is_careful
 from ._program import Ended, Run, Why
 from ._trees import GRACE_S
 from .errors import TaskTerminated
@@ -259,6 +260,7 @@ def _handle(name: str, stream: Stream) -> Any:
 # -- in the worker -------------------------------------------------------------------------------
 
 
+@is_careful
 def run(command: Command) -> CompletedCommand:
     """Runs in: a worker. Run the program on the descriptors that came with the command, and wait for it.
 
@@ -292,6 +294,7 @@ def _stop_if_asked(running: Run) -> None:
         running.end(Why.TOLD)
 
 
+@is_careful
 def run_led(command: Command, leash: Fd) -> CompletedCommand:
     """As `run`, on a leash: the client learns of the start, and may send signals or end it.
 
