@@ -89,11 +89,11 @@ class Command(NamedTuple):
 
     def streams(self) -> Iterable[Any]:
         """Every handle that came along."""
-        return (
+        return [
             stream
             for stream in (self.stdin, self.stdout, self.stderr, *self.fds.values())
             if _is_handle(stream)
-        )
+        ]
 
 
 def build(
@@ -159,7 +159,7 @@ def build(
         stdin=_handle("stdin", stdin),
         stdout=_handle("stdout", stdout),
         stderr=_handle("stderr", stderr),
-        fds=_mapped(fds or {}, given),
+        fds=_mapped(fds, given) if fds else {},
         input=_input_bytes(input, how),
         cwd=None if cwd is None else os.fsencode(cwd),
         env=None if env is None else dict(env),
@@ -363,15 +363,18 @@ def begin(
     sinks: dict[int, Sink] = {}
     try:
         for number, stream in enumerate((command.stdin, command.stdout, command.stderr)):
-            if stream == subprocess.PIPE:
-                theirs.append(_pipe_end(running, command, number, sinks))
-                numbers[number] = theirs[-1]
-            elif stream == subprocess.DEVNULL or (stream is None and number == 0):
+            if stream is None and number:
+                continue  # its worker's
+            if stream is None or stream == subprocess.DEVNULL:
                 theirs.append(os.open(os.devnull, os.O_WRONLY if number else os.O_RDONLY))
+                numbers[number] = theirs[-1]
+            elif stream == subprocess.PIPE:
+                theirs.append(_pipe_end(running, command, number, sinks))
                 numbers[number] = theirs[-1]
             elif _is_handle(stream):
                 numbers[number] = stream.fileno()
-        numbers.update((number, handle.fileno()) for number, handle in command.fds.items())
+        for number, handle in command.fds.items():
+            numbers[number] = handle.fileno()
         if command.stderr == subprocess.STDOUT:
             numbers[2] = numbers.get(1, 1)
         running.start(_launch(command, numbers, group))
