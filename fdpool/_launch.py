@@ -23,6 +23,8 @@ from ._trees import WORKER_MARK
 
 _ALL_SIGNALS = [number for number in EVERY if number not in (signal.SIGKILL, signal.SIGSTOP)]
 _O_PATH = getattr(os, "O_PATH", os.O_RDONLY)
+_CLOSE_FROM: int | None = getattr(os, "POSIX_SPAWN_CLOSEFROM", None)  # from Python 3.13 on, where libc has it
+_STANDARD = {0, 1, 2}
 _PASSED_OVER = (errno.ENOENT, errno.ENOTDIR)  # while PATH is searched
 
 
@@ -70,8 +72,11 @@ def start(launch: Launch) -> int:
     if not launch.program:
         raise SpawnError(errno.ENOENT, "No such file or directory (its name is empty)", b"''")
     environment = _environment(launch)
-    if not _must_fork(launch):
+    moves = launch.cwd is not None or launch.umask is not None
+    if not _must_fork(launch, moves):
         try:
+            if not moves:
+                return _spawn(launch, environment)
             with _placed(launch):
                 return _spawn(launch, environment)
         except NotImplementedError:
@@ -79,14 +84,15 @@ def start(launch: Launch) -> int:
     return _fork(launch, environment)
 
 
-def _must_fork(launch: Launch) -> bool:
+def _must_fork(launch: Launch, moves: bool) -> bool:
     if launch.nice is not None or launch.limits or not hasattr(os, "posix_spawn"):
         return True
     if not _platform.has("posix_spawn"):
         return True
+    if not moves:
+        return False
     threading = sys.modules.get("threading")
-    moves = launch.cwd is not None or launch.umask is not None
-    return moves and threading is not None and threading.active_count() > 1
+    return threading is not None and threading.active_count() > 1
 
 
 def _environment(launch: Launch) -> dict[bytes, bytes]:
@@ -108,19 +114,19 @@ def _environment(launch: Launch) -> dict[bytes, bytes]:
     return environment
 
 
-def _inheritable() -> list[int]:
-    """Descriptors that would survive exec: the standard streams, and what tasks have left so.
+def _strays(launch: Launch) -> list[int]:
+    """Descriptors that would survive exec, as tasks have left them so, and that the program is not to have.
 
     One beyond the limit of open files, which a process can only inherit, is made close-on-exec and left out:
     posix_spawn(3) takes no such number, not even to close it.
     """
     found = []
-    limit = os.sysconf("SC_OPEN_MAX")
-    for entry in os.listdir("/dev/fd"):
-        fd = int(entry)
+    limit = 0
+    for fd in set(map(int, os.listdir("/dev/fd"))).difference(launch.numbers, launch.kept):
         try:
             if not os.get_inheritable(fd):
                 continue
+            limit = limit or os.sysconf("SC_OPEN_MAX")
             if 0 < limit <= fd:
                 os.set_inheritable(fd, False)
             else:
@@ -166,10 +172,7 @@ def _bad_cwd(launch: Launch, error: OSError | ValueError) -> SpawnError:
 
 
 def _spawn(launch: Launch, environment: dict[bytes, bytes]) -> int:
-    actions = [
-        (os.POSIX_SPAWN_DUP2, *action) if isinstance(action, Dup) else (os.POSIX_SPAWN_CLOSE, action.fd)
-        for action in _actions(launch, ())
-    ]
+    actions = _file_actions(launch)
     problem: OSError | None = None
     for path in _candidates(launch.program, environment):
         try:
@@ -197,9 +200,18 @@ def _spawn(launch: Launch, environment: dict[bytes, bytes]) -> int:
     raise _explained(launch, problem, environment)
 
 
-def _actions(launch: Launch, reserved: tuple[int, ...]) -> list[Action]:
-    strays = [fd for fd in _inheritable() if fd not in launch.kept]
-    return plan(launch.numbers, strays, reserved)
+def _file_actions(launch: Launch) -> list[tuple[int, ...]]:
+    """What gives the program its descriptors, as posix_spawn(3) takes it."""
+    rest: list[tuple[int, ...]] = []
+    strays: list[int] = []
+    if _CLOSE_FROM is not None and launch.numbers.keys() | launch.kept == _STANDARD:
+        rest.append((_CLOSE_FROM, 3))  # in place of a look at the folder: 20 microseconds a program
+    else:
+        strays = _strays(launch)
+    return [
+        (os.POSIX_SPAWN_DUP2, *action) if isinstance(action, Dup) else (os.POSIX_SPAWN_CLOSE, action.fd)
+        for action in plan(launch.numbers, strays)
+    ] + rest
 
 
 def _candidates(name: bytes, environment: Mapping[bytes, bytes]) -> Iterator[bytes]:
@@ -247,7 +259,7 @@ def _fork(launch: Launch, environment: dict[bytes, bytes]) -> int:
         # The child's end must be nowhere that the plan puts a descriptor to.
         tells = _moved_away(tells, {*launch.numbers, *launch.numbers.values(), *launch.kept})
         paths = list(_candidates(launch.program, environment)) if launch.cwd is None else None
-        actions = _actions(launch, (tells,))
+        actions = plan(launch.numbers, _strays(launch), (tells,))
         pid = _quiet_fork()
         if pid == 0:
             _become(launch, environment, paths, actions, tells)
