@@ -182,11 +182,14 @@ class ControlLink:
 
 def _start(fork: bool, inherited: Callable[[], object] | None) -> _Started:
     """Start a supervisor from a fresh interpreter, or as a fork of this process."""
+    if fork:
+        # Here, once for all pools: each fork would copy 600 pages to load it for itself.
+        from . import _supervisor
+
+        _platform.load_prctl()
     mine, theirs = StreamSocket.pair()
 
     def main() -> NoReturn:
-        from . import _supervisor
-
         _spawn.reset_stdin()
         mine.close()
         _supervisor.main(theirs.into_inner().detach(), inherited)

@@ -323,6 +323,18 @@ def test_start_method_fork_inherits_memory_and_the_default_does_not() -> None:
     inherited["value"] = 0
 
 
+def test_a_fork_of_the_client_has_nothing_left_to_import() -> None:
+    """It would copy the client's pages for it, once for each pool; and a lock of an import may be held in a fork."""
+    script = (
+        "import sys, fdpool\n"
+        "with fdpool.Pool(1, start_method='fork') as pool:\n"
+        "    there = pool.submit(eval, 'set(__import__(\"sys\").modules)').result()\n"
+        "print(sorted(there - set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 @pytest.mark.parametrize("chunked", [False, True])
 def test_what_the_first_call_of_a_forked_pool_carries_is_not_inherited(chunked: bool) -> None:
     with Pool(1, start_method="fork") as pool:
