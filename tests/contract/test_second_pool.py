@@ -19,7 +19,9 @@ import psutil
 import pytest
 
 import fdpool
-from fdpool import Pool, _control, _lending, _messages
+from fdpool import Pool, _control, _lending, _messages, fds
+from fdpool.fds import OwnedFds
+from fdpool.sockets import StreamSocket
 from tests.contract import helpers
 from tests.contract.helpers_second_pool import has_colorsys, name_found, what_a_task_finds
 from tests.process_state import seconds_until_gone, wait_until
@@ -57,6 +59,33 @@ def test_the_supervisor_of_a_second_pool_is_a_fork_of_the_first_ones(first: Pool
             assert third.submit(helpers.square, 4).result(timeout=20) == 16
             assert is_borrowed(third)
     assert first.submit(helpers.square, 5).result(timeout=20) == 25
+
+
+def test_what_a_borrowed_one_is_told_first_is_there_before_it_answers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """So it need not wait for who waits for its answer."""
+    monkeypatch.setattr(_control, "_BIRTH_S", 20.0)
+    told = []
+
+    def be_born(owned: OwnedFds) -> None:
+        with contextlib.closing(owned), StreamSocket.from_fd(fds.duplicate(owned.numbers[0])) as control:
+            told.append(control.receive_bytes()[0])
+            born = _messages.encode_control(_messages.Born(os.getpid()))
+            control.send_bytes(born, [owned.numbers[1]])
+
+    def lend(_message: _messages.Lend, owned: OwnedFds) -> None:
+        threads.append(threading.Thread(target=be_born, args=(owned,)))
+        threads[0].start()
+
+    threads: list[threading.Thread] = []
+    started = _control._borrow(lend, lambda sock: sock.send_bytes(b"what it is to be"))
+    threads[0].join()
+    assert told == [b"what it is to be"]
+    assert started is not None
+    sock, _, pidfd = started
+    sock.close()
+    os.close(pidfd)
 
 
 def test_a_borrowed_one_lends_nothing_or_the_first_would_take_its_forks_along(first: Pool) -> None:
