@@ -270,6 +270,20 @@ def test_the_collector_leaves_alone_what_workers_share_with_their_supervisor(pre
     assert min(frozen) > 1000
 
 
+def test_nobody_looks_for_garbage_before_the_first_task() -> None:
+    """There is none in what a supervisor has imported, and a look at all of it takes a millisecond."""
+    count = "[each['collections'] for each in __import__('gc').get_stats()]"
+    script = (
+        f"print({count})\n"
+        "import fdpool\n"
+        "with fdpool.Pool(1) as pool:\n"
+        f'    print(pool.submit(eval, "{count}").result())\n'
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    of_an_interpreter, of_a_worker = done.stdout.splitlines()
+    assert of_a_worker == of_an_interpreter
+
+
 def test_preloaded_modules_are_there_when_a_worker_starts() -> None:
     def loaded() -> bool:
         import sys
