@@ -100,16 +100,19 @@ class SlotLink:
             pass  # as above
 
     def has_died(self) -> bool:
-        """True if the worker is dead, whether that was reported or not; or if its start never was."""
+        """True if the worker is dead, whether that was reported or not; or if its start never was. False where nobody
+        can look: without a pidfd and without a descriptor to be had."""
         pid = self.pid
         if pid is None:
             return True
         if self._pidfd is not None:
             return fds.is_readable(self._pidfd)
-        import psutil
-
         try:
+            import psutil
+
             return bool(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
+        except _trees.CANNOT_LOOK:
+            return False
         except psutil.NoSuchProcess:
             return True  # the supervisor may have reaped it, and stand still since
         except psutil.Error:

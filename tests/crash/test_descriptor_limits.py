@@ -365,6 +365,20 @@ def test_what_a_worker_holds_is_nothing_where_nobody_can_look(
     link.close()
 
 
+@pytest.mark.parametrize("missing", ["descriptor", "module"])
+def test_a_worker_is_not_taken_to_be_dead_where_nobody_can_look(
+    missing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """T3, without pidfds: whoever asks looks again."""
+    link = SlotLink(0)
+    link.pid = os.getpid()
+    monkeypatch.setitem(sys.modules, "psutil", psutil if missing == "descriptor" else None)
+    with room_for(0):
+        assert not link.has_died()
+    link.pid = None
+    link.close()
+
+
 @pytest.mark.parametrize("room", [20, 80])
 def test_a_message_that_is_received_in_place_of_one_that_was_seen_loses_no_descriptor(
     room: int, monkeypatch: pytest.MonkeyPatch
