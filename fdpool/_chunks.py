@@ -176,10 +176,8 @@ def answers(results: list[Any], mixed: bool) -> Iterator[tuple[int, Payload]]:
         yield len(results), whole
         return
     half = len(results) // 2
-    second = results[half:]
-    del results[half:]
-    yield from answers(results, mixed)
-    yield from answers(second, mixed)
+    yield from answers(results[:half], mixed)
+    yield from answers(results[half:], mixed)
 
 
 def run_together(fn: Callable[..., T], chunk: list[tuple[Any, ...]]) -> list[T]:

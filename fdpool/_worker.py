@@ -13,6 +13,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
 
@@ -245,8 +246,13 @@ class Worker:
         began = CLOCK.monotonic()
 
         def flush(results: list[object], mixed: bool) -> None:
+            carried = False
             for count, piece in _chunks.answers(results, mixed):
+                carried = carried or piece.carries_fds
                 self._send(_messages.PIECE, task, piece, count)
+            if carried and _reports_unclosed():
+                with _letting_go():
+                    results.clear()
 
         claim, has_more = partial(page.claim, task), partial(is_readable, self._inbox)
         reached = _chunks.run(fn, items, star, start, stop, claim, self, flush, has_more)
@@ -267,10 +273,7 @@ class Worker:
     def _run_task(self, body: bytes, fds: list[int], spilled: bool) -> tuple[Payload, int]:
         """Load the call, run it, and pickle what became of it; nothing that it does escapes."""
         if len(fds) > spilled and _reports_unclosed():
-            # Descriptors that a task is handed are closed as it lets go of them: that is the contract, and no
-            # carelessness of the task's, which `-W error` and `-X dev` would report.
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", ResourceWarning)
+            with _letting_go():
                 return self._run_call(body, fds, spilled)
         return self._run_call(body, fds, spilled)
 
@@ -294,6 +297,9 @@ class Worker:
             answer = payload.dumps_result(result)
             self.in_task = False
             self._page.end()
+            if answer.carries_fds and _reports_unclosed():
+                with _letting_go():
+                    result = None
             return answer, _messages.DONE
         except BaseException as error:
             self.in_task = False
@@ -311,9 +317,13 @@ class Worker:
             self.in_task = True
             if boot.initializer is not None:
                 fds, spilled = boot.initializer_fds, boot.initializer_spilled
+                carried = len(fds) > spilled
                 with _by_value.initializing():
                     fn, args, kwargs = payload.loads(boot.initializer, fds, spilled)
                     fn(*args, **kwargs)
+                if carried and _reports_unclosed():
+                    with _letting_go():
+                        fn = args = kwargs = None
             elif boot.inherited is not None:
                 with _by_value.initializing(getattr(boot.inherited, "func", None)):
                     boot.inherited()
@@ -402,6 +412,15 @@ class Worker:
         """A task may fork; a child that returns from it, or raises, is not a worker and must not speak as one."""
         if os.getpid() != self._pid:
             leave(error)
+
+
+@contextmanager
+def _letting_go() -> Iterator[None]:
+    """Around what lets go of files that travel, a task's arguments and results: that they are closed then is the
+    contract, and no carelessness of the task's, which `-W error` and `-X dev` would report."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        yield
 
 
 def _reports_unclosed() -> bool:

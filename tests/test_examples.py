@@ -15,9 +15,6 @@ import pytest
 FOLDER = Path(__file__).parents[1] / "examples"
 EXAMPLES = sorted(FOLDER.glob("*.py"))
 
-#: Here a worker lets a file go by without closing it, as it has given it away.
-LETS_GO = {"open_in_worker"}
-
 
 def needs(example: Path) -> list[str]:
     """The packages that an example uses beside fdpool, as it says in a line of its own: `Needs: flask, waitress`."""
@@ -29,11 +26,8 @@ def needs(example: Path) -> list[str]:
 def test_the_example_prints_what_is_kept_beside_it(example: Path, tmp_path: Path) -> None:
     if missing := [name for name in needs(example) if importlib.util.find_spec(name) is None]:
         pytest.skip(f"it needs {', '.join(missing)}")
-    flags = ["-W", "error"]
-    if example.stem in LETS_GO:
-        flags += ["-W", "ignore::ResourceWarning"]
     done = subprocess.run(
-        [sys.executable, *flags, str(example)],
+        [sys.executable, "-W", "error", str(example)],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(FOLDER.parent)},
         stdin=subprocess.DEVNULL,

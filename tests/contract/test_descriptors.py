@@ -345,6 +345,38 @@ def test_a_file_that_a_task_leaves_to_be_closed_is_no_warning(flags: list[str]) 
     assert (done.stdout, done.stderr, done.returncode) == ("1\nfailed\n", "", 0)
 
 
+@pytest.mark.parametrize("flags", [["-W", "error"], ["-X", "dev"]])
+@pytest.mark.parametrize(
+    ("initializer", "opening"),
+    [
+        ("look", "[]"),
+        ("None", "[pool.submit(opened, 127).result()]"),
+        ("None", "pool.map(opened, range(127, 130))"),
+        # The first ones open nothing: so others run, and go, together.
+        ("None", "pool.map(opened, range(2100))"),
+    ],
+    ids=["initargs", "result", "results", "many results"],
+)
+def test_a_file_that_has_travelled_is_no_warning_where_it_came_from(
+    initializer: str, opening: str, flags: list[str]
+) -> None:
+    """What an initializer was handed, and what a task has returned."""
+    source = f"""
+        import fdpool
+        def look(file): file.tell()
+        def opened(number): return [open("/etc/passwd") for _ in range(3)] if 127 <= number < 255 else ()
+        with open("/etc/passwd") as file, fdpool.Pool(1, initializer={initializer}, initargs=(file,)) as pool:
+            print(pool.submit(len, "four").result())
+            for files in {opening}:
+                for file in files:
+                    file.close()
+        """
+    done = subprocess.run(
+        [sys.executable, *flags, "-c", textwrap.dedent(source)], capture_output=True, text=True, check=False
+    )
+    assert (done.stdout, done.stderr, done.returncode) == ("4\n", "", 0)
+
+
 def test_with_a_standard_stream_closed_no_file_of_ours_takes_its_place() -> None:
     """R2: what the client opens lands on the free number, and is handed to nobody as a standard stream."""
     source = """
