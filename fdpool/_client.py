@@ -13,6 +13,7 @@ How a task travels, and who may wait where:
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import signal
 import time
@@ -53,8 +54,7 @@ _LARGEST_IN_BATCH = 1024
 # What kills from outside; a process's own faults have other signals.
 _OUTSIDE = (signal.SIGKILL, signal.SIGTERM)
 _REPORT_S = 1.0  # how long the report of a worker's start may come after its first answer
-_NEVER = -1_000_000
-_MOST_REFUSALS = 20  # with a second between two
+_SHORT_S = 20.0  # how long a pool whose last worker has died waits for what another one needs
 _ROOM_S = 10.0  # how long who submits waits for a task to let go of descriptors
 
 
@@ -90,7 +90,8 @@ class Client:
         self.limits = Limits(self)
         self.staffing = Staffing(self, staff)
         self.news = News(logs=setup.log_level is not None)
-        self._refusals = _NEVER  # how often in a row no worker could be asked for, once there was one
+        # Since when there is no worker, and none can be had: None as long as there is one, for ever before the first.
+        self._short_since: float | None = -math.inf
         self.recycled = 0  # workers that have left, or were told to
         self.lost_workers = 0
         self.retried = 0
@@ -425,14 +426,20 @@ class Client:
         except OSError as error:
             if link is not None:
                 link.starting = False
-            # What was enough for a worker once may be so again, but not for ever does somebody wait for it.
-            self._refusals += 1
             others = any(other.alive for other in self.links.values())
-            if not others and (error.errno not in _budget.FULL or not 0 < self._refusals <= _MOST_REFUSALS):
+            if not others and (error.errno not in _budget.FULL or not self._waits_for_room()):
                 return self.life.break_pool(f"worker {slot} cannot be asked for: {error}")
             self.wake()  # the pump must learn when to try again
             return self.dispatcher.refused(slot, CLOCK.monotonic())
         return ()
+
+    def _waits_for_room(self) -> bool:
+        """There is no worker, and none can be had now: True if that is to be tried again. What was enough for a worker
+        once may be so again, but not for ever does somebody wait for it."""
+        now = CLOCK.monotonic()
+        if self._short_since is None:
+            self._short_since = now
+        return now - self._short_since <= _SHORT_S
 
     def _new_link(self, slot: int) -> SlotLink:
         """Make what is held of a slot, and watch it.
@@ -518,7 +525,7 @@ class Client:
         """Event: the slot's worker takes tasks from now on."""
         actions = self.dispatcher.readied(slot)
         self.staffing.readied(slot)
-        self._refusals = 0
+        self._short_since = None
         return actions
 
     def worker_exited(self, slot: int, unread: Sequence[int] = ()) -> Sequence[Action]:
@@ -537,15 +544,18 @@ class Client:
                 # It is safe where it is, and others will let go of descriptors, perhaps.
                 self.limits.at(CLOCK.monotonic() + RETRY_S, self.worker_exited, slot, unread)
                 return ()
-        status = self.links[slot].last_exit.status
-        self.lost_workers += self.dispatcher.state(slot) is not State.LEAVING or self._was_cut_short(slot)
+        status, refused = self.links[slot].last_exit.status, self.links[slot].last_exit.refused
+        if not refused:
+            self.lost_workers += self.dispatcher.state(slot) is not State.LEAVING or self._was_cut_short(slot)
+        elif all(link.pid is None for link in self.links.values()):  # those that start may be refused, too
+            refused = self._waits_for_room()
         killed = status is not None and os.WIFSIGNALED(status) and os.WTERMSIG(status) in _OUTSIDE
         self.wake()  # the slot may be paused now, and the pump must know until when
         self.inboxes.forget(slot)
         unread = self.inboxes.received_not_begun(slot, unread + kept) + unread
         if kept:
             self.inboxes.watch(slot)
-        return self.dispatcher.exited(slot, unread, CLOCK.monotonic(), killed, kept)
+        return self.dispatcher.exited(slot, unread, CLOCK.monotonic(), killed, kept, refused)
 
     def fail(self, task: int, error: BaseException) -> None:
         """Have the pump settle a task with an error, and close what the task still holds."""

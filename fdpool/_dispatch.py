@@ -363,9 +363,11 @@ class Dispatcher:
         now: float,
         killed: bool = False,
         kept: Iterable[TaskId] = (),
+        refused: bool = False,
     ) -> Sequence[Action]:
         """The slot's worker has died; `unread` is what was taken from its inbox, in order, and `kept` what is still in
-        there, for the slot's next worker; `killed` if from outside.
+        there, for the slot's next worker; `killed` if from outside. Or it was `refused` as it was to start, for want of
+        what may come again: try later, and do with the others.
 
         Every answer that it sent must have been told by `finished` before: what is then given, and neither unread nor
         kept, had begun.
@@ -379,9 +381,9 @@ class Dispatcher:
         for task in lost:
             del self._given_to[task], seat.given[task]
         seat.held_until = None
-        failed_boot = seat.slot.state is STARTING
+        failed_boot = seat.slot.state is STARTING and not refused
         self.boot_failures += failed_boot
-        state = seat.slot.exited(now, self.boot_failures)
+        state = seat.slot.exited(now, LATER if refused else self.boot_failures)
         self._place(seat)
         actions: list[Action] = [LoseTask(slot, task) for task in lost]
         if state is VACANT:

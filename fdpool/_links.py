@@ -18,6 +18,7 @@ class Exit(NamedTuple):
     stacks: str = ""
     hint: str = ""  # who may have killed it
     said: str = ""  # the end of what it wrote to stderr
+    refused: bool = False  # there was none, for want of what may come again
 
 
 class SlotLink:

@@ -273,6 +273,7 @@ class StartFailed(NamedTuple):
     slot: int
     generation: int
     reason: str
+    for_now: bool  # it is for want of what may come again: processes, memory, descriptors
 
 
 class PreloadFailed(NamedTuple):

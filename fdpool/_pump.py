@@ -241,7 +241,7 @@ class Pump:
             self.worker_gone(report.slot, Exit(report.pid, report.status, report.stacks, report.hint))
         elif isinstance(report, _messages.StartFailed):
             client.life.last_death = f"could not be started: {report.reason}"
-            self.worker_gone(report.slot, Exit(0, None))
+            self.worker_gone(report.slot, Exit(0, None, refused=report.for_now))
         else:
             reason = f"module {report.module!r} of preload= cannot be imported: {report.reason}"
             client.critical.post(client.life.break_pool, reason, RemoteTraceback(report.traceback))

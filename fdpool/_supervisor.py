@@ -242,11 +242,11 @@ class Supervisor:
         if self._configuration is None:
             # The client may have asked before it heard that, and a fast worker's answer would overtake the news.
             fds.close_all(numbers)
-            self._tell(_messages.StartFailed(slot, generation, "a module could not be preloaded"))
+            self._tell(_messages.StartFailed(slot, generation, "a module could not be preloaded", False))
             return
         if not numbers:
             reason = "its supervisor had no descriptor left for its inbox"
-            self._tell(_messages.StartFailed(slot, generation, reason))
+            self._tell(_messages.StartFailed(slot, generation, reason, True))
             return
         inbox_fd = numbers[0]
         stacks_fd = _new_stacks_file()
@@ -260,7 +260,8 @@ class Supervisor:
         except OSError as error:
             if stacks_fd is not None:
                 os.close(stacks_fd)
-            self._tell(_messages.StartFailed(slot, generation, f"fork failed: {error}"))
+            # Kernel: EAGAIN at a limit of processes, RLIMIT_NPROC or the control group's pids.max; ENOMEM.
+            self._tell(_messages.StartFailed(slot, generation, f"fork failed: {error}", True))
             return
         finally:
             del os.environ[_trees.WORKER_MARK]

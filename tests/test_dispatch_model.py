@@ -182,6 +182,14 @@ class Kernel(RuleBasedStateMachine):
             assert begun is None or tries_again or self.outcomes[begun] == "lost"
             assert begun is None or not tries_again or begun in self.dispatcher.postponed_until
 
+    @rule(slot=st.integers(0, SLOTS - 1))
+    def be_refused(self, slot: int) -> None:
+        """No worker can be forked, as one was asked for."""
+        if self.workers[slot] == "starting":
+            self.workers[slot] = None
+            unread = self.empty_inbox(slot)
+            self.perform(self.dispatcher.exited(slot, unread, self.now, refused=True))
+
     @rule(which=st.integers(0, 50))
     def cancel(self, which: int) -> None:
         if not self.pending:

@@ -464,7 +464,7 @@ def test_a_pool_whose_only_worker_dies_while_there_is_no_room_goes_on_when_there
                 while True:  # what the dead one has left free
                     taken += [os.dup(0)]
             future = pool.submit(square, 2)
-            wait_until(lambda: pool._client._refusals > 0)
+            wait_until(lambda: pool._client._short_since is not None)
             fdpool.fds.close_all(taken)
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
