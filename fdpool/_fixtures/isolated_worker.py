@@ -154,8 +154,9 @@ def run() -> Outcome:
     return outcome
 
 
-#: Plugins of pytest's own that look, when a body has ended, for what nobody could be told of.
-_AFTER_BODIES = ("threadexception", "unraisableexception")
+#: Plugins of pytest's own that look, when a body has ended, for what nobody could be told of, and whether it has marked
+#: itself as expected to fail (`request.applymarker`).
+_AFTER_BODIES = ("threadexception", "unraisableexception", "skipping")
 
 
 def _call(item: pytest.Item, body: Callable[[], None], channel: Channel) -> None:

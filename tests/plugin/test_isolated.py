@@ -132,6 +132,31 @@ def test_every_end_of_a_body_is_an_outcome_of_its_test_alone(
     assert '<property name="name" value="value"' in (tmp_path / "found.xml").read_text()
 
 
+@pytest.mark.parametrize("as_usual", [False, True])
+def test_a_body_may_say_itself_that_it_is_expected_to_fail(run_pytest: Run, as_usual: bool) -> None:
+    outcome = run_pytest(
+        """
+        import pytest
+        pytestmark = pytest.mark.run_isolated
+
+        def test_failing(request):
+            request.applymarker(pytest.mark.xfail(reason="known"))
+            assert 0
+        def test_failing_otherwise(request):
+            request.node.add_marker(pytest.mark.xfail(raises=KeyError))
+            assert 0
+        def test_passing(request):
+            request.applymarker(pytest.mark.xfail(strict=True))
+        """,
+        *(["--runxfail"] if as_usual else []),
+    )
+    if as_usual:
+        outcome.assert_counts(failed=2, passed=1)
+    else:
+        outcome.assert_counts(failed=2, xfailed=1)
+        outcome.assert_says("[XPASS(strict)]")
+
+
 @pytest.mark.parametrize("how", ["-s", "--capture=tee-sys"])
 def test_output_that_is_seen_at_once_is_seen_once(run_pytest: Run, how: str) -> None:
     """F5."""
