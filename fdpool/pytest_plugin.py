@@ -310,10 +310,9 @@ def worker_pool(worker_pool_factory: PoolFactory) -> Pool:
 
 @pytest.fixture(scope="session")
 def _fdpool_shared_pool() -> Iterator[SharedPool]:
-    from ._fixtures.pools import SharedPool
-    from .pool import Pool
+    from ._fixtures.pools import SharedPool, new_pool
 
-    shared = SharedPool(Pool)
+    shared = SharedPool(new_pool)
     shared.begin()  # now, so that no test's leak check sees it come
     yield shared
     shared.close()

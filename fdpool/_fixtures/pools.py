@@ -30,7 +30,7 @@ class PoolFactory:
         self._pools: list[Pool] = []
 
     def __call__(self, max_workers: int | None = None, **options: Any) -> Pool:
-        pool = Pool(max_workers, **coverage.with_pool_options(options))
+        pool = new_pool(max_workers, **options)
         self._pools.append(pool)
         return pool
 
@@ -38,6 +38,11 @@ class PoolFactory:
         """End the pools, the last one first; what still runs in them is killed after a second."""
         while self._pools:
             end(self._pools.pop())
+
+
+def new_pool(max_workers: int | None = None, **options: Any) -> Pool:
+    """A pool whose workers do for a test run what the process of the tests does."""
+    return Pool(max_workers, **coverage.with_pool_options(options))
 
 
 def end(pool: Pool, grace_s: float = GRACE_S) -> None:

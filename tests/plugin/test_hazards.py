@@ -238,7 +238,8 @@ def test_coverage_of_workers_servers_and_isolated_tests_is_kept(
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "measured.py").write_text(
         "def by_test():\n    return 1\ndef by_isolated():\n    return 2\n"
-        "def by_server():\n    return 3\ndef by_worker():\n    return 4\ndef by_nobody():\n    return 5\n"
+        "def by_server():\n    return 3\ndef by_worker():\n    return 4\ndef by_shared_worker():\n    return 5\n"
+        "def by_nobody():\n    return 6\n"
     )
     outcome = run_pytest(
         """
@@ -254,13 +255,15 @@ def test_coverage_of_workers_servers_and_isolated_tests_is_kept(
             listening.accept()
         def test_server(serve): serve(serving)
         def test_worker(worker_pool): worker_pool.submit(measured.by_worker).result()
+        def test_shared_worker(shared_worker_pool):
+            shared_worker_pool.submit(measured.by_shared_worker).result()
         """,
         *(f"-n{processes}", f"--cov={source}", "--cov-report=term-missing"),
         plugins=["pytest_cov", "xdist"],
         env={"PYTHONPATH": f"{many.__file__.rpartition('/tests/')[0]}:{tmp_path}", "TESTS_GO_TO": folder},
     )
-    outcome.assert_counts(passed=4)
-    outcome.assert_says("measured.py", "90%   10")
+    outcome.assert_counts(passed=5)
+    outcome.assert_says("measured.py", "92%   12")
 
 
 def test_reruns_and_shuffled_tests_get_fresh_fixtures(run_pytest: Run) -> None:
