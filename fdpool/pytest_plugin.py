@@ -138,6 +138,10 @@ def pytest_configure(config: pytest.Config) -> None:
         from ._fixtures import coverage
 
         coverage.begin_in(os.fspath(config.invocation_params.dir))
+    if config.getoption("importmode") == "importlib":
+        from ._fixtures import importing
+
+        importing.begin()
     if config.getoption("--fdpool-trace"):
         from ._fixtures import trace
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from .._clock import CLOCK
 from .._lifetime import Phase
 from ..pool import Pool
-from . import census, coverage
+from . import census, coverage, importing
 from .holdings import MEMORY
 
 #: How long a task that still runs at the end of its test may go on.
@@ -42,7 +42,7 @@ class PoolFactory:
 
 def new_pool(max_workers: int | None = None, **options: Any) -> Pool:
     """A pool whose workers do for a test run what the process of the tests does."""
-    return Pool(max_workers, **coverage.with_pool_options(options))
+    return Pool(max_workers, **importing.with_pool_options(coverage.with_pool_options(options)))
 
 
 def end(pool: Pool, grace_s: float = GRACE_S) -> None:

@@ -21,6 +21,7 @@ from ..fds import Fd, HasFileno, is_readable
 from ..pool import Pool
 from ..sockets import StreamSocket
 from . import coverage
+from .importing import is_of_tests
 from .serve_worker import Around, serve, takes_ready, working_directory
 
 #: Where programs that can be activated by systemd expect their first listener (sd_listen_fds(3)).
@@ -255,7 +256,7 @@ def _by_value(carried: Any) -> Iterator[bool]:
     module = sys.modules.get(getattr(carried, "__module__", None) or "")
     if (
         module is None
-        or not _is_of_tests(module)
+        or not is_of_tests(module)
         or module.__name__ in cloudpickle.list_registry_pickle_by_value()
     ):
         yield False
@@ -265,12 +266,6 @@ def _by_value(carried: Any) -> Iterator[bool]:
         yield True
     finally:
         cloudpickle.unregister_pickle_by_value(module)
-
-
-def _is_of_tests(module: Any) -> bool:
-    """True for what pytest has imported with its assertions rewritten: test modules and conftests."""
-    loader = getattr(module, "__loader__", None)
-    return type(loader).__module__.startswith("_pytest.")
 
 
 def pickled_for_others(obj: Any) -> bytes:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import textwrap
 import time
 from collections import Counter
+from pathlib import Path
 from subprocess import PIPE
 
 import psutil
@@ -45,6 +47,53 @@ def test_what_still_runs_at_the_end_of_a_test_is_killed() -> None:
     end(pool, grace_s=1.0)  # in which those that wait are cancelled
     assert isinstance(future.exception(), fdpool.PoolBroken)
     assert all(each.cancelled() for each in queued)
+
+
+@pytest.mark.parametrize("measured", [False, True])
+def test_workers_find_test_modules_that_only_pytest_knows_how_to_import(
+    run_pytest: Run, tmp_path: Path, measured: bool
+) -> None:
+    text = """
+        import helpers_of_all
+        set_here = None
+        def set_it(value):
+            global set_here
+            set_here = value
+        def get_it(): return set_here, __name__, type(__loader__).__name__
+        class Found:
+            def own(self): return get_it
+        def read(file): return file.read(), helpers_of_all.twice(2)
+        def test_function(worker_pool):
+            assert worker_pool.submit(Found().own).result() is get_it
+            assert worker_pool.submit(get_it).result() == (None, __name__, "SourceFileLoader")
+            assert worker_pool.submit(lambda: get_it()[1]).result() == __name__
+        def test_initializer(worker_pool_factory):
+            pool = worker_pool_factory(1, initializer=set_it, initargs=(Found(),))
+            assert type(pool.submit(get_it).result()[0]) is Found
+        def test_shared(shared_worker_pool, tmp_path):
+            (tmp_path / "file").write_text("read")
+            with open(tmp_path / "file") as file:
+                assert shared_worker_pool.submit(read, file).result() == ("read", 4)
+        def test_fork(worker_pool_factory):
+            pool = worker_pool_factory(1, start_method="fork", initializer=set_it, initargs=(3,))
+            assert pool.submit(get_it).result()[0] == 3
+        """
+    for folder in ("plain", "package/inner"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "test_other.py").write_text(textwrap.dedent(text))
+    for folder in ("package", "package/inner"):
+        (tmp_path / folder / "__init__.py").write_text("")
+    (tmp_path / "of_all").mkdir()
+    (tmp_path / "of_all" / "helpers_of_all.py").write_text("def twice(x): return 2 * x")
+    outcome = run_pytest(
+        text,
+        "--import-mode=importlib",
+        *(["--cov=."] if measured else []),
+        conftest="import os, sys\nsys.path[:] = [path for path in sys.path if path not in ('', os.getcwd())]",
+        ini="pythonpath = of_all\n",
+        plugins=["pytest_cov"] if measured else [],
+    )
+    outcome.assert_counts(passed=12)
 
 
 # -- the shared pool -----------------------------------------------------------------------------------
