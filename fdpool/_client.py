@@ -297,7 +297,10 @@ class Client:
         return where is Where.QUEUED
 
     def tasks_with(self, options: TaskOptions | None) -> list[TaskFuture[Any]]:
-        """Those of the unsettled that were submitted with this very object, oldest first."""
+        """Those of the unsettled that were submitted with this very object, oldest first; none in a forked child, where
+        nobody would settle them."""
+        if self.life.phase is FORKED:
+            return []
         return [future for future in list(self.tasks.values()) if future.options is options]
 
     def terminate(self, task: int, grace_s: float) -> None:

@@ -724,7 +724,7 @@ class _View(Pool):
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Take no more tasks through this view, and wait for those that were; the pool goes on.
 
-        From a callback it returns at once, as a pool's does.
+        From a callback, or in a forked child, it returns at once, as a pool's does.
         """
         self._closed.set()
         mine = self._client.tasks_with(self._options)

@@ -468,6 +468,30 @@ def test_used_in_a_forked_child_the_pool_refuses_and_the_parent_does_not_notice(
         assert pool.submit(helpers.square, 3).result() == 9
 
 
+def test_a_forked_child_leaves_the_block_of_a_view_at_once_and_the_parents_tasks_alone(gate: Gate) -> None:
+    """P11."""
+    with Pool(1) as pool, pool.with_options(timeout=60) as view:
+        gate.hold(pool)
+        waiting = view.submit(helpers.square, 3)
+        read, write = os.pipe()
+        pid = _fork_quietly()
+        if pid == 0:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(10)
+            view.shutdown()
+            view.shutdown(cancel_futures=True)
+            view.__exit__(KeyboardInterrupt)
+            os.write(write, b"left")
+            os._exit(0)
+        os.close(write)
+        with open(read) as answer:
+            text = answer.read()
+        os.waitpid(pid, 0)
+        gate.open()
+        assert text == "left"
+        assert waiting.result() == 9
+
+
 def test_a_forked_child_holds_nothing_of_what_queued_tasks_carry(gate: Gate) -> None:
     read, write = os.pipe()
     with Pool(1) as pool:
