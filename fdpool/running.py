@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import threading
+import weakref
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import ExitStack, suppress
@@ -19,7 +20,7 @@ from typing import IO, Any, NamedTuple
 from ._completed import Arguments, CompletedCommand
 from ._frames import encode_json
 from ._options import check_seconds
-from .errors import FdTransferError
+from .errors import FdTransferError, ForkedPool
 from .fds import Fd, close_all, is_readable
 from .sockets import StreamSocket
 
@@ -43,6 +44,8 @@ class RunningCommand:
         stdin, stdout, stderr: this side of its pipes, where PIPE was asked for; else None.
 
     Threads: any may call any method; the pipes are files as others are.
+
+    In a forked child of this process the program is the parent's: leaving the block, `end` and `close` leave it alone.
     """
 
     def __init__(
@@ -64,6 +67,8 @@ class RunningCommand:
         self._grace_s = grace_s
         self._lock = threading.Lock()
         self._process: _Process | None = None
+        self._is_parents = False
+        _handles.add(self)
 
     @property
     def pid(self) -> int:
@@ -190,7 +195,8 @@ class RunningCommand:
         thread is just reading or writing one of the pipes, until the program has ended.
         """
         self._let_go()  # first, as that thread holds its file until then
-        if self.stdin is not None and not self.stdin.closed:
+        # In a forked child that would change the parent's, too.
+        if self.stdin is not None and not self.stdin.closed and not self._is_parents:
             os.set_blocking(self.stdin.fileno(), False)
         with suppress(BlockingIOError):
             self._close_pipes()
@@ -223,6 +229,8 @@ class RunningCommand:
         finally:
             try:
                 self.future.exception()
+            except ForkedPool:
+                pass
             except BaseException:  # cancelled, or a Ctrl-C in the wait
                 self.end(0.0)
                 if not self.future.cancelled():
@@ -230,9 +238,27 @@ class RunningCommand:
             finally:
                 self.close()
 
+    def forget_in_child(self) -> None:
+        """Runs in: a forked child. A copy of the leash could end the parent's program, or keep it from ending."""
+        self._lock = threading.Lock()  # another thread may have had it
+        self._leash.close()
+        self._is_parents = True
+
     def __repr__(self) -> str:
         state = "running" if not self.future.done() else "ended"
         return f"<RunningCommand {self.args!r} {state}>"
+
+
+_handles: weakref.WeakSet[RunningCommand] = weakref.WeakSet()
+
+
+def _forget_all_in_child() -> None:
+    for handle in list(_handles):
+        handle.forget_in_child()
+    _handles.clear()
+
+
+os.register_at_fork(after_in_child=_forget_all_in_child)
 
 
 def _check_signal(number: int) -> None:

@@ -10,7 +10,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 import psutil
 import pytest
 
-from fdpool import Pool, TaskTimeout, WorkerLost
+from fdpool import Pool, RunningCommand, TaskTimeout, WorkerLost
 from fdpool.commands import CommandTimedOut, SpawnError
 from tests.conftest import open_descriptors, seconds_until_gone, wait_until
 from tests.contract.helpers_programs import warm_pool
@@ -379,6 +380,77 @@ def test_a_forked_pools_first_call_is_ended_with_its_handle(forked_pool: Pool) -
     sleeper = forked_pool.popen(["sleep", "1000"], grace=0.1)
     sleeper.close()
     assert sleeper.future.result(10).signal_name == "SIGTERM"
+
+
+def in_fork(act: Callable[[], object]) -> str:
+    """What becomes of a call in a forked child, which ends then."""
+    read, write = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of threads
+        child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(20)
+        try:
+            os.write(write, repr(act()).encode())
+        except BaseException as error:
+            os.write(write, type(error).__name__.encode())
+        finally:
+            os._exit(0)
+    os.close(write)
+    with open(read) as answer:
+        said = answer.read()
+    os.waitpid(child, 0)
+    return said
+
+
+def leave(program: RunningCommand, error: type[BaseException] | None) -> None:
+    program.__exit__(error, None, None)
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda program: leave(program, None),
+        lambda program: leave(program, SystemExit),
+        RunningCommand.end,
+        RunningCommand.close,
+    ],
+    ids=["leave", "leave by an error", "end", "close"],
+)
+def test_a_forked_child_leaves_the_parents_program_alone(
+    pool: Pool, act: Callable[[RunningCommand], object]
+) -> None:
+    """P11."""
+    with pool.popen(["cat"], stdin=PIPE, stdout=PIPE) as program:
+        assert in_fork(lambda: program.pid) == "ForkedPool"  # and has not taken what tells the parent
+        assert program.pid == psutil.Process(program.pid).pid
+        assert in_fork(lambda: program.pid) == repr(program.pid)
+        assert in_fork(lambda: act(program)) == "None"
+        assert os.get_blocking(program.stdin.fileno())
+        program.stdin.write(b"still here")
+        program.stdin.close()
+        assert program.stdout.read() == b"still here"
+        assert program.wait(20) == 0
+
+
+def test_a_program_whose_handle_is_dropped_is_ended_whatever_children_there_are(pool: Pool) -> None:
+    program = pool.popen(["sleep", "1000"])
+    future, process = program.future, psutil.Process(program.pid)
+    read, write = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
+    if child == 0:
+        os.close(write)
+        os.read(read, 1)
+        os._exit(0)
+    os.close(read)
+    program.close()
+    assert future.result(timeout=20).returncode == -signal.SIGTERM
+    assert not process.is_running()
+    os.close(write)
+    os.waitpid(child, 0)
 
 
 def test_errors_and_statistics_call_a_program_by_its_arguments() -> None:
