@@ -353,12 +353,14 @@ _PRELOADED = (
 
 @pytest.fixture(scope="session")
 def _fdpool_servers(request: pytest.FixtureRequest) -> Iterator[Pool]:
+    from ._fixtures import importing
     from ._fixtures.pools import end
     from .pool import Pool
 
     preload = [*_PRELOADED, *request.config.getini("fdpool_preload")]
     # One worker more than most tests need: it is forked while the test before goes on.
-    pool = Pool(_MOST_SERVERS, max_tasks_per_child=1, min_workers=2, preload=preload)
+    options = importing.with_pool_options({"max_tasks_per_child": 1, "min_workers": 2, "preload": preload})
+    pool = Pool(_MOST_SERVERS, **options)
     pool.submit(int).result()  # so that the first server does not wait for the supervisor
     yield pool
     end(pool)

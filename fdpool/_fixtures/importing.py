@@ -17,6 +17,7 @@ from typing import Any
 Places = dict[str, tuple["str | None", "list[str] | None"]]
 
 _is_needed = False
+_inherited: Places | None = None  # in a process that finds them with the help of another
 
 
 def begin() -> None:
@@ -33,10 +34,19 @@ def is_of_tests(module: ModuleType) -> bool:
 
 def with_pool_options(options: dict[str, Any]) -> dict[str, Any]:
     """The options of a pool, with an initializer that finds test modules before it does what it did."""
-    if not _is_needed:
+    finder = finder_for_others()
+    if finder is None:
         return options
     first = options.get("initializer"), options.get("initargs", ())
-    return {**options, "initializer": _initialize, "initargs": (_Finder(_places()), *first)}
+    return {**options, "initializer": _initialize, "initargs": (finder, *first)}
+
+
+def finder_for_others() -> _Finder | None:
+    """What has another process find test modules, once it is loaded there: what comes behind it in the same pickle may
+    refer to them. None if that process finds them in any case."""
+    if _inherited is not None:
+        return _Finder(_inherited)
+    return _Finder(_places()) if _is_needed else None
 
 
 def _places() -> Places:
@@ -58,7 +68,7 @@ def _place(module: ModuleType) -> tuple[str | None, list[str] | None]:
 
 
 class _Finder:
-    """Finds modules by their files. In a payload, what comes behind it is loaded with its help."""
+    """Finds modules by their files."""
 
     def __init__(self, places: Places) -> None:
         self._places = places
@@ -81,7 +91,9 @@ class _Finder:
 
 
 def _installed(places: Places) -> _Finder:
-    """Runs in: a worker, as it loads its initializer."""
+    """Runs in: another process, as it loads a finder."""
+    global _inherited
+    _inherited = places
     finder = _Finder(places)
     sys.meta_path.insert(0, finder)
     return finder

@@ -21,6 +21,7 @@ from .. import _own_sockets
 from ..fds import close_all
 from ..pool import Pool
 from ..sockets import StreamSocket
+from . import importing
 from .errors import ServerDied
 from .serve import Serve
 
@@ -54,7 +55,7 @@ def spawn(path: str, door: socket.socket, order: bytes, log_fd: int) -> None:
     """Start a keeper that answers on `door`, which is bound to `path`. It is nobody's child, in a session of its own.
 
     Args:
-        order: a pickled `Order`.
+        order: a pickle of two, the second of which is an `Order`.
         log_fd: for its standard output and error; borrowed, as `door` is.
 
     Raises:
@@ -81,8 +82,8 @@ def main(path: str) -> None:
     """Serve until nobody holds the service any more."""
     door = _own_sockets.adopt(3)
     with open(4, "rb") as file:
-        order: Order = pickle.load(file)
-    pool = Pool(2, max_tasks_per_child=1)
+        order: Order = pickle.load(file)[1]
+    pool = Pool(2, **importing.with_pool_options({"max_tasks_per_child": 1}))
     serve = Serve(pool)
     try:
         answer: dict[str, Any] = {"what": order.what, "given": order.given}

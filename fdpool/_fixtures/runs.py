@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FunctionType
 from typing import Any, Protocol
 
@@ -21,7 +21,7 @@ from ..fds import Fd, HasFileno, is_readable
 from ..pool import Pool
 from ..sockets import StreamSocket
 from . import coverage
-from .importing import is_of_tests
+from .importing import finder_for_others, is_of_tests
 from .serve_worker import Around, serve, takes_ready, working_directory
 
 #: Where programs that can be activated by systemd expect their first listener (sd_listen_fds(3)).
@@ -269,16 +269,19 @@ def _by_value(carried: Any) -> Iterator[bool]:
 
 
 def pickled_for_others(obj: Any) -> bytes:
-    """The pickle of an order for a fresh interpreter; what it has of test modules travels by value.
+    """The pickle of an order for a fresh interpreter, as the second of two; the first has test modules found there.
+    What it has of these travels by value, where it can.
 
     Raises:
-        NotPicklable: it cannot.
+        NotPicklable: it cannot travel at all.
     """
     import cloudpickle
 
     carried = next(iter(obj.args), None)
-    with _by_value(carried):
-        try:
-            return bytes(cloudpickle.dumps(obj))
-        except Exception as error:
-            raise NotPicklable(f"{carried!r} cannot travel to a process that keeps it: {error}") from error
+    with _by_value(carried) as by_value, suppress(Exception):
+        if by_value:
+            return bytes(cloudpickle.dumps((None, obj)))
+    try:
+        return bytes(cloudpickle.dumps((finder_for_others(), obj)))
+    except Exception as error:
+        raise NotPicklable(f"{carried!r} cannot travel to a process that keeps it: {error}") from error

@@ -49,6 +49,12 @@ def test_what_still_runs_at_the_end_of_a_test_is_killed() -> None:
     assert all(each.cancelled() for each in queued)
 
 
+WITHOUT_CURRENT_FOLDER = """
+import os, sys
+sys.path[:] = [path for path in sys.path if path not in ("", os.getcwd())]
+"""
+
+
 @pytest.mark.parametrize("measured", [False, True])
 def test_workers_find_test_modules_that_only_pytest_knows_how_to_import(
     run_pytest: Run, tmp_path: Path, measured: bool
@@ -89,11 +95,35 @@ def test_workers_find_test_modules_that_only_pytest_knows_how_to_import(
         text,
         "--import-mode=importlib",
         *(["--cov=."] if measured else []),
-        conftest="import os, sys\nsys.path[:] = [path for path in sys.path if path not in ('', os.getcwd())]",
+        conftest=WITHOUT_CURRENT_FOLDER,
         ini="pythonpath = of_all\n",
         plugins=["pytest_cov"] if measured else [],
     )
     outcome.assert_counts(passed=12)
+
+
+@pytest.mark.parametrize("mode", ["prepend", "importlib"])
+def test_servers_find_test_modules_where_their_function_cannot_travel_by_value(
+    run_pytest: Run, mode: str
+) -> None:
+    outcome = run_pytest(
+        """
+        import threading
+        lock = threading.Lock()
+        def serving(listening):
+            with lock:
+                listening.accept()[0].sendall(b"x")
+        def test_server(serve):
+            with serve(serving).listener.connect() as client:
+                assert client.recv(1) == b"x"
+        def test_service(session_service):
+            with session_service("x", serving).listener.connect() as client:
+                assert client.recv(1) == b"x"
+        """,
+        f"--import-mode={mode}",
+        conftest=WITHOUT_CURRENT_FOLDER if mode == "importlib" else "",
+    )
+    outcome.assert_counts(passed=2)
 
 
 # -- the shared pool -----------------------------------------------------------------------------------
