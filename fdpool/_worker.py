@@ -297,7 +297,7 @@ class Worker:
             answer = payload.dumps_result(result)
             self.in_task = False
             self._page.end()
-            if answer.carries_fds and _reports_unclosed():
+            if answer.fds is not None and answer.carries_fds and _reports_unclosed():
                 with _letting_go():
                     result = None
             return answer, _messages.DONE
