@@ -442,7 +442,8 @@ def _isolating(item: pytest.Item) -> Iterator[None]:
     from ._fixtures import isolated
 
     limits = isolated.limits_of(item, _seconds(item.config, "fdpool_isolated_timeout"))
-    if limits is None or item.config.getoption("usepdb", False):  # a worker has no terminal for a debugger
+    debugs = item.config.getoption("usepdb", False) or item.config.getoption("trace", False)
+    if limits is None or debugs:  # a worker has no terminal for a debugger
         yield
         return
     with isolated.isolating(item, limits, item.config.stash[_CHECKS]):

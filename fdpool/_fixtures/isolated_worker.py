@@ -10,6 +10,7 @@ import gc
 import io
 import logging
 import os
+import pdb
 import pickle
 import sys
 import warnings
@@ -17,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from types import TracebackType
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, NoReturn
 
 import pytest
 
@@ -139,6 +140,7 @@ def run() -> Outcome:
     assert _pending is not None
     item, body, channel = _pending
     channel.install(item.config)
+    pdb.set_trace = _refuse_to_debug
     call = pytest.CallInfo.from_call(partial(_call, item, body, channel), when="call")
     report = item.ihook.pytest_runtest_makereport(item=item, call=call)
     # Failed subtests make the test a failure only here.
@@ -152,6 +154,14 @@ def run() -> Outcome:
         with suppress(OSError, ValueError, AttributeError):
             getattr(sys, name).flush()
     return outcome
+
+
+def _refuse_to_debug(*_: object, **__: object) -> NoReturn:
+    """What `breakpoint()` calls. Who reads from a terminal without being in its foreground is stopped by the kernel."""
+    __tracebackhide__ = True
+    pytest.fail(
+        "a test that is run isolated has no terminal for a debugger; with `pytest --pdb` none is isolated"
+    )
 
 
 #: Plugins of pytest's own that look, when a body has ended, for what nobody could be told of, and whether it has marked

@@ -132,6 +132,22 @@ def test_every_end_of_a_body_is_an_outcome_of_its_test_alone(
     assert '<property name="name" value="value"' in (tmp_path / "found.xml").read_text()
 
 
+def test_a_debugger_has_a_terminal_where_nothing_is_isolated(run_pytest: Run, tmp_path: Path) -> None:
+    text = """
+        import os, pytest
+        here = os.getpid()
+        @pytest.mark.run_isolated
+        def test_it():
+            breakpoint()
+            assert os.getpid() == here
+        """
+    run_pytest(text).assert_says("breakpoint()", "Failed: a test that is run isolated has no terminal")
+    for option, typed in (("--pdb", "continue\n"), ("--trace", "continue\ncontinue\n")):
+        (tmp_path / "typed").write_text(typed)
+        with (tmp_path / "typed").open() as stdin:
+            run_pytest(text, option, stdin=stdin).assert_counts(passed=1)
+
+
 @pytest.mark.parametrize("as_usual", [False, True])
 def test_a_body_may_say_itself_that_it_is_expected_to_fail(run_pytest: Run, as_usual: bool) -> None:
     outcome = run_pytest(
