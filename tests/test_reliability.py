@@ -18,10 +18,12 @@ HELD = [(row[0], *test) for row in ROWS for test in TEST.findall(row[-1])]
 WITHOUT_TEST = {"T16, T17", "H14"}
 
 
-def test_there_is_a_row_for_each_hazard() -> None:
-    told = {name for row in ROWS for name in re.findall(r"\b[THPWRFS]\d+\b", row[0])}
+def test_there_is_one_row_for_each_hazard() -> None:
+    told = [name for row in ROWS for name in re.findall(r"\b[THPWRFS]\d+\b", row[0])]
     wanted = {"T": 26, "H": 15, "P": 15, "W": 7, "R": 3, "F": 8, "S": 14}
-    assert told == {f"{letter}{number}" for letter, last in wanted.items() for number in range(1, last + 1)}
+    assert sorted(told) == sorted(
+        f"{letter}{number}" for letter, last in wanted.items() for number in range(1, last + 1)
+    )
 
 
 @functools.cache
