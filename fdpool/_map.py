@@ -68,6 +68,18 @@ def dumped_chunk(fn: Callable[..., Any], items: Sequence[Any], star: bool) -> pa
         return None
 
 
+def gathered(futures: Iterator[Future[Any]]) -> deque[Future[Any]]:
+    """Those that are submitted as they are iterated over. If that fails, as the iterables of a map may, those that have
+    not begun are cancelled: nobody would ever see what became of them."""
+    pending: deque[Future[Any]] = deque()
+    try:
+        pending.extend(futures)
+    except BaseException:
+        _give_up(pending)
+        raise
+    return pending
+
+
 def in_order(
     pending: deque[Future[T]],
     calls: Iterator[tuple[Callable[..., T], tuple[Any, ...]]],

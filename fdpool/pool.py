@@ -8,7 +8,6 @@ import sys
 import threading
 import time
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent import futures
 from concurrent.futures import Executor, Future
@@ -33,7 +32,7 @@ from ._chunks import is_plain, run_together
 from ._client import Client
 from ._clock import CLOCK
 from ._cpus import usable_cpus
-from ._map import Results, dumped_chunk, flatten, in_order, in_parts, keeps_nothing
+from ._map import Results, dumped_chunk, flatten, gathered, in_order, in_parts, keeps_nothing
 from ._messages import Recycling
 from ._naming import name_of
 from ._options import TaskOptions, changed, check_count, check_seconds, whole_number
@@ -374,7 +373,7 @@ class Pool(Executor):
             ValueError, TypeError: a size is not a positive integer.
 
         An exception that a call raised is raised when its result is reached. Tasks not yet begun are
-        cancelled when the iterator is closed or fails.
+        cancelled when the iterator is closed or fails, or if reading the iterables raises.
         """
         if chunksize is not None:
             chunksize = whole_number("chunksize", chunksize)
@@ -389,7 +388,7 @@ class Pool(Executor):
             together = buffersize is None and timeout is None and self._chunking and self._options is None
             # A subclass that has a `submit` of its own sees every item.
             if together and type(self).submit is Pool.submit and iterables and keeps_nothing(fn):
-                chunks = deque(self._submit_chunks(fn, iterables))
+                chunks = gathered(self._submit_chunks(fn, iterables))
                 return Results(in_parts(chunks), chunks)
             chunksize = 1
         items = zip(*iterables)
@@ -402,7 +401,7 @@ class Pool(Executor):
                 for chunk in iter(lambda: list(itertools.islice(items, chunksize)), [])
             )
         first = calls if buffersize is None else itertools.islice(calls, buffersize)
-        pending: deque[Future[Any]] = deque(self.submit(call, *args) for call, args in first)
+        pending = gathered(self.submit(call, *args) for call, args in first)
         # Only a weak reference: a dropped pool must not be kept by iterators that nobody reads.
         results = in_order(pending, calls, self._reference(), deadline)
         return Results(results if chunksize == 1 else flatten(results), pending)

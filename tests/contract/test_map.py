@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import concurrent.futures as cf
+import contextlib
+import errno
 import gc
 import itertools
 import os
@@ -82,23 +84,62 @@ def test_an_iterator_that_is_closed_cancels_what_has_not_begun() -> None:
     assert time.monotonic() - begun < 10
 
 
+@contextlib.contextmanager
+def busy_pool(folder: Path) -> Iterator[Pool]:
+    """Its only worker does something else, as long as the block lasts."""
+    gate = folder / "gate"
+    os.mkfifo(gate)
+    with Pool(1) as pool:
+        busy = pool.submit(helpers.wait_at, str(gate))
+        wait_until(Path(f"{gate}.begun").exists)
+        try:
+            yield pool
+        finally:
+            open(gate, "wb").close()
+            busy.result()
+
+
 @pytest.mark.parametrize("arguments", [{}, {"chunksize": 1}, {"chunksize": 2}, {"buffersize": 8}])
 def test_an_iterator_that_is_closed_before_its_first_item_cancels_what_has_not_begun(
     arguments: Any, tmp_path: Path
 ) -> None:
-    gate, noted = tmp_path / "gate", tmp_path / "noted"
-    os.mkfifo(gate)
+    noted = tmp_path / "noted"
     noted.touch()
-    with Pool(1) as pool:
-        busy = pool.submit(helpers.wait_at, str(gate))
-        wait_until(Path(f"{gate}.begun").exists)
+    with busy_pool(tmp_path) as pool:
         results = pool.map(partial(helpers.note, str(noted)), range(8), **arguments)
         results.close()  # type: ignore[attr-defined]
         assert list(results) == []
         assert pool.stats().unsettled == 1
-        open(gate, "wb").close()
-        busy.result()
     assert noted.read_text() == ""
+
+
+@pytest.mark.parametrize("arguments", [{}, {"chunksize": 1}, {"chunksize": 2}, {"buffersize": 40}])
+def test_iterables_that_raise_cancel_what_was_submitted_of_them(arguments: Any, tmp_path: Path) -> None:
+    def items() -> Iterator[int]:
+        yield from range(30)
+        raise LookupError
+
+    with busy_pool(tmp_path) as pool:
+        with pytest.raises(LookupError):
+            pool.map(abs, items(), **arguments)
+        assert pool.stats().unsettled == 1
+
+
+def test_chunks_that_cannot_be_submitted_cancel_those_that_were(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with busy_pool(tmp_path) as pool:
+        submit, count = pool._client.submit, itertools.count()
+
+        def without_memory(*arguments: Any) -> Any:
+            if next(count) == 3:
+                raise OSError(errno.ENOMEM, "no memory")
+            return submit(*arguments)
+
+        monkeypatch.setattr(pool._client, "submit", without_memory)
+        with pytest.raises(OSError, match="no memory"):
+            pool.map(abs, range(100))
+        assert pool.stats().unsettled == 1
 
 
 def test_a_subclass_with_a_submit_of_its_own_sees_every_item() -> None:
