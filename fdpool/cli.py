@@ -10,7 +10,8 @@ import io
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from . import __version__
 
@@ -33,9 +34,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             _fill_standard_descriptors()
             return command.main(given[1:])
-        return _run(given)
+        with _interrupted_once():
+            return _run(given)
     except KeyboardInterrupt:
         return _INTERRUPTED
+
+
+@contextmanager
+def _interrupted_once() -> Iterator[None]:
+    """In this block the first Ctrl-C raises KeyboardInterrupt, and what comes after it is passed over, for good.
+
+    Whoever started us may send it on (`timeout` does), so that it comes twice within a millisecond. Then the second
+    would end the clearing up after the first, and the exit would wait for the programs. One that is ignored stays so.
+    """
+    heeded = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if heeded:
+        signal.signal(signal.SIGINT, _interrupt)
+    try:
+        yield
+    finally:
+        if heeded and signal.getsignal(signal.SIGINT) is _interrupt:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _interrupt(number: int, _frame: object) -> None:
+    # A second one that comes before this has happened does it in here, and raises through it: once in any case. Not
+    # SIG_IGN, as Python would complain of one that has come and is ignored by the time it is handled.
+    signal.signal(number, lambda *_: None)
+    raise KeyboardInterrupt
 
 
 def _run(given: list[str]) -> int:

@@ -20,6 +20,7 @@ import pytest
 
 import fdpool
 from fdpool import cli
+from fdpool._run import loop
 from tests.conftest import wait_until
 
 COMMAND = [sys.executable, "-W", "error", "-m", "fdpool"]
@@ -470,6 +471,23 @@ def test_ctrl_c_stops_everything_at_once(twice: bool) -> None:
         assert program.stderr is not None
         assert program.stderr.read() == b""
     assert not any(process.is_running() for process in tree)
+
+
+@pytest.mark.usefixtures("heeding_the_terminal")
+def test_a_second_ctrl_c_does_not_disturb_what_the_first_has_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = []
+
+    def interrupted_twice(*_: object) -> int:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            signal.raise_signal(signal.SIGINT)
+            said.append("cleared up")
+        return 130
+
+    monkeypatch.setattr(loop, "run_all", interrupted_twice)
+    assert cli.main(["run", "cat", ":::"]) == 130
+    assert said == ["cleared up"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])

@@ -13,7 +13,6 @@ import heapq
 import os
 import resource
 import select
-import signal
 from collections import deque
 
 from .._cpus import usable_cpus
@@ -61,8 +60,7 @@ def _run_in_pool(options: Options, names: Names, log: Joblog | None) -> int:
     try:
         status = run.until_done()
         pool.shutdown()
-    except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one must not disturb the clearing up
+    except KeyboardInterrupt:  # there is no second one (`cli`)
         status = INTERRUPTED
     except BrokenPipeError:
         status = FAILED  # whoever read our output has gone, as `| head` does: nobody is left to be told
