@@ -450,6 +450,26 @@ def test_the_bar_fits_into_a_narrow_terminal() -> None:
     assert max(len(line) for line in seen.replace("\x1b[K", "").split("\r")) < 20
 
 
+def test_no_program_is_stopped_for_asking_on_the_terminal() -> None:
+    ours, theirs = pty.openpty()
+    controlled = 'exec <"$0"; exec "$@"'  # the terminal that the leader of a session opens first is its own
+    asks = "(read password </dev/tty) || echo no terminal; read line; echo got $line"
+    with subprocess.Popen(
+        ["sh", "-c", controlled, os.ttyname(theirs), *COMMAND, "run", "sh", "-c", asks, ":::", "/dev/stdin"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    ) as program:
+        os.write(ours, b"typed\n")
+        try:
+            output, _ = program.communicate(timeout=20)
+        finally:
+            program.kill()
+    os.close(theirs)
+    os.close(ours)
+    assert (output, program.returncode) == (b"no terminal\ngot typed\n", 0)
+
+
 @pytest.mark.usefixtures("heeding_the_terminal")
 @pytest.mark.parametrize("twice", [False, True])
 def test_ctrl_c_stops_everything_at_once(twice: bool) -> None:

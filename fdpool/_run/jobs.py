@@ -165,8 +165,15 @@ class Starter:
         job.sent = status.st_size if status is not None and stat.S_ISREG(status.st_mode) else 0
         outputs: list[Any] = [job.captured.get(n) or job.targets[n].fd for n in (1, 2)]
         try:
+            # In a session of its own: in the terminal's session, but not in its foreground, a program that asks for a
+            # password there would be stopped (SIGTTIN), and waited for in vain.
             command = commands.build(
-                job.args, stdin=file, stdout=outputs[0], stderr=outputs[1], timeout=self._options.timeout
+                job.args,
+                stdin=file,
+                stdout=outputs[0],
+                stderr=outputs[1],
+                new_session=True,
+                timeout=self._options.timeout,
             )
             job.future = self._pool.submit(run_once_written if waits else commands.run, command)
         except PoolBroken as error:
