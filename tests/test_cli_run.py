@@ -374,6 +374,20 @@ def test_a_log_that_cannot_be_opened_or_written_is_said_before_anything_runs() -
     assert not Path("ran").exists()
 
 
+def test_a_log_that_nobody_reads_any_more_ends_the_run_with_the_reason() -> None:
+    os.mkfifo("log")
+    names = "".join(f"{n}-{'x' * 200}\n" for n in range(1000))  # more than the FIFO has room for
+    command = [*COMMAND, "run", "--no-pipe", "--joblog", "log", "true"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as program:
+        with open("log", encoding="ascii") as log:
+            assert log.readline() == HEADER + "\n"
+        try:
+            _, errors = program.communicate(names.encode(), timeout=20)
+        finally:
+            program.kill()
+    assert (errors, program.returncode) == (b"fdpool: cannot write to the log log: Broken pipe\n", 1)
+
+
 def test_a_log_that_cannot_grow_any_more_ends_the_run_with_the_reason_and_can_be_resumed() -> None:
     names = write_files(60)
     script = "test $1 = 0000.txt || cat gate; : "

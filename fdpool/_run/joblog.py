@@ -116,11 +116,18 @@ def _read(fd: int, name: str) -> tuple[Done, int]:
     return done, whole
 
 
+def _is_fifo(path: bytes) -> bool:
+    try:
+        return stat.S_ISFIFO(os.stat(path).st_mode)
+    except OSError:
+        return False
+
+
 class Joblog:
     """A log that is open; nobody else writes to it meanwhile.
 
     Args:
-        path: of the file, made if there is none; lines are appended.
+        path: of the file, made if there is none; lines are appended. A FIFO is waited for until somebody reads it.
         resume: learn from the lines that are there.
 
     Attributes:
@@ -134,7 +141,9 @@ class Joblog:
         self._shown = shown(path)
         self.done = Done()
         try:
-            self._fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOCTTY, 0o666)
+            # Of a FIFO one end alone: with the other here, too, a write would wait for room after its reader has gone.
+            access = os.O_WRONLY if _is_fifo(path) else os.O_RDWR
+            self._fd = os.open(path, access | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOCTTY, 0o666)
         except OSError as error:
             raise Fatal(f"cannot open the log {self._shown}: {error.strerror}", USAGE) from error
         try:
