@@ -3,8 +3,8 @@
 posix_spawn(3) wherever it can do what is asked: it copies no page tables, and says at once when the program
 cannot be executed. It has no working directory and no umask (Python gives no access to the first), so this
 process changes its own around it: a worker has one thread. What it cannot do at all (nice, resource
-limits; cwd and umask beside threads that a task left running) is done in a fork of the worker, which
-executes nothing but the few lines of `_become`.
+limits; cwd and umask beside threads that a task left running; cwd where there is no way back) is done in a
+fork of the worker, which executes nothing but the few lines of `_become`.
 """
 
 import errno
@@ -92,7 +92,18 @@ def _must_fork(launch: Launch, moves: bool) -> bool:
     if not moves:
         return False
     threading = sys.modules.get("threading")
-    return threading is not None and threading.active_count() > 1
+    if threading is not None and threading.active_count() > 1:
+        return True
+    return launch.cwd is not None and not _may_come_back()
+
+
+def _may_come_back() -> bool:
+    """False in a folder that is closed to this process's user: as of a daemon that was root where it was started."""
+    try:
+        os.stat(".")
+    except OSError:
+        return False
+    return True
 
 
 def _environment(launch: Launch) -> dict[bytes, bytes]:

@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -226,3 +227,23 @@ def test_a_result_waits_while_another_process_of_the_user_fills_the_kernel(uid: 
                 file.close()
 
     as_user(uid, act)
+
+
+def test_a_program_finds_its_folder_also_where_that_of_the_pool_is_closed_to_its_user(
+    uid: int, tmp_path: Path
+) -> None:
+    """As of a daemon that was started in root's home, and has given up its rights since."""
+
+    def act() -> None:
+        with fdpool.Pool(1, start_method="fork") as pool:
+            done = pool.run(["/bin/pwd"], cwd="/", umask=0o77, capture_output=True).result(20)
+            assert done.stdout == b"/\n"
+            assert pool.submit(os.getcwd).result(20) == str(tmp_path)
+
+    tmp_path.chmod(0o700)
+    before = os.getcwd()
+    os.chdir(tmp_path)
+    try:
+        as_user(uid, act)
+    finally:
+        os.chdir(before)
