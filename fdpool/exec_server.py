@@ -68,7 +68,7 @@ class ExecServer:
         variable: environment variable that tells the number of the inherited end.
         loop: event loop in which coroutines run; by default each in a loop of its own.
         patience_s: how long a client may be silent when it is its turn.
-        max_sessions: sessions at a time; more are turned away.
+        max_sessions: sessions at a time, and calls of the policy for clients that have gone; more are turned away.
         max_request: bytes of a frame.
         grace: seconds from SIGTERM to SIGKILL for a command whose client has gone.
 
@@ -105,6 +105,7 @@ class ExecServer:
         self._max_request = max_request
         self._grace = grace
         self._sessions: set[_Served] = set()
+        self._deciding: set[_Served] = set()  # the policy is called for them; they may be over
         self._posted: deque[tuple[_Served, _exec_session.Event]] = deque()
         self._closing = False
         self._over = False
@@ -200,6 +201,8 @@ class ExecServer:
                 self._have(key.data, key.data.attend, events)
         while self._posted:
             session, event = self._posted.popleft()
+            if isinstance(event, Decided):
+                self._deciding.discard(session)
             self._have(session, session.handle, event)
         now = CLOCK.monotonic()
         for session in list(self._sessions):
@@ -236,10 +239,12 @@ class ExecServer:
         """Begin a session, if what came is a handshake."""
         owned = OwnedFds(numbers)
         problem = None
+        # Who asks and goes, again and again, would else have as many threads started.
+        taken = len(self._sessions | self._deciding)
         if len(data) != 1 or len(numbers) != 1:
             problem = f"{len(data)} bytes and {len(numbers)} descriptors, where one of each is due"
-        elif self._closing or len(self._sessions) >= self._max_sessions:
-            problem = f"there are {len(self._sessions)} sessions already"
+        elif self._closing or taken >= self._max_sessions:
+            problem = f"there are {taken} sessions already"
         else:
             try:
                 stream = StreamSocket.from_fd(numbers[0], max_bytes=self._max_request)
@@ -286,6 +291,7 @@ class ExecServer:
             self.post(session, Decided(self._decision(request)))
 
         threading.Thread(target=ask, name="fdpool-exec-policy", daemon=True).start()
+        self._deciding.add(session)  # until its answer is looked at, in this thread
 
     def _decision(self, request: Request) -> Decision:
         try:

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -318,6 +318,30 @@ def test_too_many_sessions_are_turned_away(pool: Pool) -> None:
             assert third.receive() is None
         wait_until(lambda: not server._sessions)
         still_serves(server)
+
+
+def test_who_asks_and_goes_does_not_have_the_policy_called_without_limit(pool: Pool) -> None:
+    decide = threading.Event()
+    called = []
+
+    def policy(request: Request) -> Deny:
+        called.append(request)
+        decide.wait(20)
+        return Deny("no")
+
+    with serving(pool, policy, max_sessions=3) as server:
+        for _ in range(8):
+            with RawClient(server) as client, suppress(ConnectionError):
+                client.send({"file": "x", "argv": ["x"], "workdir": "/", "env": {}})
+        with RawClient(server) as client:
+            assert client.receive() is None
+        wait_until(lambda: not server._sessions)
+        assert len(called) == 3
+        decide.set()
+        wait_until(lambda: not server._deciding)
+        with RawClient(server) as client:
+            client.send({"file": "x", "argv": ["x"], "workdir": "/", "env": {}})
+            assert client.receive() == {"action": {"Deny": {"reason": "no"}}}
 
 
 def begun(client: RawClient, pids: Path) -> list[psutil.Process]:
