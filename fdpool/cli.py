@@ -27,6 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
         from . import cli_exec
 
+        _fill_standard_streams()
         return cli_exec.main(given[1:])
     try:
         if given[:1] == ["serve"]:
@@ -99,7 +100,12 @@ def _fill_standard_descriptors() -> None:
         if not _is_open(fd):
             os.open(os.devnull, flags)  # gets the lowest number that is free, which is this one
             os.set_inheritable(fd, True)
-    for name in ("stdout", "stderr"):  # for argparse, which prints to them
+    _fill_standard_streams()
+
+
+def _fill_standard_streams() -> None:
+    """For argparse: without a standard error it prints to standard output, or (Python 3.10) fails."""
+    for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, io.StringIO())
 

@@ -399,6 +399,8 @@ def test_bad_usage_of_the_real_command_ends_with_status_2_whatever_is_closed() -
     assert done.stderr.endswith(b"fdpool run: error: no PROGRAM given\n")
     assert done.returncode == 2
     assert in_shell("fdpool run ::: <&- >&- 2>&-").returncode == 2
+    done = in_shell("fdpool exec 2>&-")
+    assert (done.stdout, done.returncode) == (b"", 2)
 
 
 def test_names_cannot_come_from_a_closed_standard_input() -> None:
