@@ -7,6 +7,7 @@ import json
 import os
 import shlex
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -683,6 +684,23 @@ def test_a_descriptor_that_was_inherited_takes_outputs_where_it_stands() -> None
     assert Path("made").read_text() == "".join(["before\n", *contents, "after\n"])
     assert Path("other").read_text() == contents[1] + "after\n"
     assert [line[5] for line in log_lines()] == ["0", "0"]  # received: nobody knows how much of it is whose
+
+
+@pytest.mark.parametrize("name", ["/dev/stderr", "/dev/fd/2"])
+def test_a_socket_that_standard_error_is_takes_errors_as_well(name: str) -> None:
+    """As where systemd has started it."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        command = [*COMMAND, "run", "--err", name, "sh", "-c", "echo said >&2", ":::", os.devnull]
+        subprocess.run(command, stderr=theirs, timeout=60, check=True)
+        assert ours.recv(1000) == b"said\n"
+
+
+def test_what_was_not_inherited_takes_no_output() -> None:
+    for number in range(3, 12):
+        done = run("--no-pipe", "--out", f"/dev/fd/{number}", "echo", ":::", "x")
+        assert done.returncode == 1
+        assert done.stderr.startswith(b"fdpool: x: cannot write to /dev/fd/")
 
 
 @pytest.mark.parametrize("without", ["", "tmpfile"])

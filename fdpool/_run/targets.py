@@ -6,8 +6,8 @@
 Whoever is killed in between leaves nothing, as the kernel frees what has no name (O_TMPFILE, open(2)). A file
 system without such files gets one with a name of its own beside the target.
 
-What is no regular file is written as it is, and so is a file that this process was started with (`--err /dev/stderr`):
-others go on writing there.
+What is no regular file is written as it is, and so is a file or socket that this process was started with
+(`--err /dev/stderr`): others go on writing there.
 """
 
 from __future__ import annotations
@@ -176,11 +176,14 @@ class Targets:
         real = os.path.realpath(path)
         if path.endswith(b"/") or (there is not None and stat.S_ISDIR(there.st_mode)):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+        number = None if there is None else _inherited(path, there)
+        # A socket cannot be opened, whatever its name. What else is no file is opened anew all the same, as what has
+        # the number may be open for reading alone.
+        if there is not None and number is not None and _is_file_or_socket(there):
+            target.share(number)
+            return
         if there is not None and not stat.S_ISREG(there.st_mode):
             target.open_as_it_is()
-            return
-        if there is not None and (number := _inherited(path, there)) is not None:
-            target.share(number)
             return
         folder, last = os.path.split(real)
         status = os.stat(folder)
@@ -195,11 +198,21 @@ class Targets:
         target.open_nameless(real, there)
 
 
+def _is_file_or_socket(status: os.stat_result) -> bool:
+    return stat.S_ISREG(status.st_mode) or stat.S_ISSOCK(status.st_mode)
+
+
 def _inherited(path: bytes, there: os.stat_result) -> int | None:
     """The descriptor of this process that a file's name leads to: as `/dev/fd/N`, or as its standard output or error,
-    whichever name that goes by. None if there is no such."""
+    whichever name that goes by. None if there is no such.
+
+    Raises:
+        OSError: `/dev/fd/N` is none that it was started with, but one of its own.
+    """
     folder, last = os.path.split(path)
     if last.isdigit() and os.path.realpath(folder) == os.path.realpath(b"/dev/fd"):
+        if not os.get_inheritable(int(last)):
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF), path)
         return int(last)
     for number in (1, 2):
         try:
