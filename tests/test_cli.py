@@ -191,6 +191,15 @@ def test_a_name_with_nul_in_it_is_reported_with_advice() -> None:
     assert done.returncode == 1
 
 
+def test_what_is_no_list_of_names_is_refused_soon_and_in_few_words() -> None:
+    done = run("cat", input=b"0000.txt\0" * 200_000)  # as of `find -print0`, without -0
+    assert done.stderr.startswith(
+        b"fdpool: cannot read names from standard input: one has more than 1048576 bytes"
+    )
+    assert (len(done.stderr) < 200, done.returncode) == (True, 2)
+    assert len(run("cat", input=b"0000.txt\0" * 20_000).stderr) < 20_000
+
+
 @pytest.mark.parametrize("arguments", [("cat", ":::"), ("-0", "cat")])
 def test_no_names_are_no_work_and_no_failure(arguments: tuple[str, ...]) -> None:
     done = run(*arguments)

@@ -9,6 +9,9 @@ from collections.abc import Iterable
 from .output import USAGE, Fatal, complain
 
 _BLOCK_BYTES = 256 * 1024
+# Many times what a path (PATH_MAX, 4096) or an argument (128 KiB, execve(2)) can have: a list of another kind. What has
+# come of a name is copied with each block that is read; a list of 60 MB would take half a minute to be refused.
+_LONGEST_BYTES = 1 << 20
 
 
 class Names:
@@ -57,7 +60,7 @@ class Names:
         """Take what standard input has now; waits if that is nothing. The new names.
 
         Raises:
-            Fatal: it cannot be read.
+            Fatal: it cannot be read, or is no list of names.
         """
         try:
             block = os.read(0, _BLOCK_BYTES)
@@ -69,6 +72,9 @@ class Names:
         if not block:
             self.ended = True
             whole = [self._rest]
+        if len(self._rest) > _LONGEST_BYTES:
+            reason = f"one has more than {_LONGEST_BYTES} bytes; they end with a newline, with -0 with NUL"
+            raise Fatal(f"cannot read names from standard input: {reason}", USAGE)
         new = [name for name in whole if name]
         self._ready.extend(new)
         return new

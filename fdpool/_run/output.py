@@ -9,6 +9,7 @@ import os
 import select
 
 _BLOCK_BYTES = 256 * 1024
+_LONGEST_SHOWN = 4096  # PATH_MAX
 
 FAILED, USAGE = 1, 2  # exit statuses
 
@@ -69,9 +70,10 @@ def complain(text: str) -> None:
 
 
 def shown(name: bytes) -> str:
-    """A name for a message: what cannot be printed is escaped, as `ls -b` does it."""
-    text = name.decode("utf-8", "backslashreplace")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    """A name for a message: what cannot be printed is escaped, as `ls -b` does it; what no path can have is cut off."""
+    text = name[:_LONGEST_SHOWN].decode("utf-8", "backslashreplace")
+    escaped = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return escaped + ("..." if len(name) > _LONGEST_SHOWN else "")
 
 
 def said(error: BaseException) -> str:
