@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from . import __version__
 
 _INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,34 +36,50 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             _fill_standard_descriptors()
             return command.main(given[1:])
-        with _interrupted_once():
+        with _told_once():
             return _run(given)
-    except KeyboardInterrupt:
-        return _INTERRUPTED
+    except KeyboardInterrupt as told:
+        return _end_as(told)
+
+
+class _Told(KeyboardInterrupt):
+    """A signal that asks for the end has come: its number."""
 
 
 @contextmanager
-def _interrupted_once() -> Iterator[None]:
-    """In this block the first Ctrl-C raises KeyboardInterrupt, and what comes after it is passed over, for good.
+def _told_once() -> Iterator[None]:
+    """In this block the first signal that asks for the end raises `_Told`; what comes after is passed over, for good.
 
-    Whoever started us may send it on (`timeout` does), so that it comes twice within a millisecond. Then the second
+    Whoever started us may send Ctrl-C on (`timeout` does), so that it comes twice within a millisecond. Then the second
     would end the clearing up after the first, and the exit would wait for the programs. One that is ignored stays so.
     """
-    heeded = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if heeded:
-        signal.signal(signal.SIGINT, _interrupt)
+    before = {number: signal.getsignal(number) for number in _ENDING}
+    heeded = [n for n in _ENDING if before[n] in (signal.SIG_DFL, signal.default_int_handler)]
+
+    def tell(number: int, _frame: object) -> None:
+        # One that comes before this is done does it in here, and raises through it: once in any case. Not SIG_IGN, as
+        # Python would complain of one that has come, and is ignored by the time it is handled.
+        for each in heeded:
+            signal.signal(each, lambda *_: None)
+        raise _Told(number)
+
+    for number in heeded:
+        signal.signal(number, tell)
     try:
         yield
     finally:
-        if heeded and signal.getsignal(signal.SIGINT) is _interrupt:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number in heeded:
+            if signal.getsignal(number) is tell:
+                signal.signal(number, before[number])
 
 
-def _interrupt(number: int, _frame: object) -> None:
-    # A second one that comes before this has happened does it in here, and raises through it: once in any case. Not
-    # SIG_IGN, as Python would complain of one that has come and is ignored by the time it is handled.
-    signal.signal(number, lambda *_: None)
-    raise KeyboardInterrupt
+def _end_as(told: KeyboardInterrupt) -> int:
+    """The status of who was told to end by Ctrl-C; by another signal, this process dies of it."""
+    number = told.args[0] if isinstance(told, _Told) else signal.SIGINT
+    if number != signal.SIGINT:
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+    return _INTERRUPTED
 
 
 def _run(given: list[str]) -> int:

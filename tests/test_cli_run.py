@@ -728,10 +728,16 @@ def test_hundreds_of_outputs_need_few_descriptors() -> None:
 
 
 @pytest.mark.usefixtures("heeding_the_terminal")
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM), (signal.SIGHUP, -signal.SIGHUP)],
+)
 @pytest.mark.parametrize("without", ["", "tmpfile"])
-def test_ctrl_c_leaves_no_half_file_and_no_process(without: str) -> None:
+def test_who_is_told_to_end_leaves_no_half_file_and_no_process(
+    number: signal.Signals, status: int, without: str
+) -> None:
     names = write_files(8)
-    seconds = "98767.1" if without else "98766.1"  # both may run at the same time
+    seconds = f"9876{6 + bool(without)}.1{number}"  # all may run at the same time
     script = f"echo half; : >$1.begun; sleep {seconds} & exec sleep {seconds}"
     with subprocess.Popen(
         [*COMMAND, "run", "-j", "2", "--out", "{.}.out", "sh", "-c", script, "sh", "{}", ":::", *names],
@@ -739,8 +745,8 @@ def test_ctrl_c_leaves_no_half_file_and_no_process(without: str) -> None:
         start_new_session=True,
     ) as program:
         wait_until(lambda: sum(name.endswith(".begun") for name in os.listdir()) == 2)
-        os.killpg(program.pid, signal.SIGINT)
-        assert program.wait(10) == 130
+        os.killpg(program.pid, number)
+        assert program.wait(10) == status
     assert not still_running(seconds)
     assert [name for name in os.listdir() if name.endswith(".out")] == []
     assert leftovers() == []

@@ -26,7 +26,7 @@ from .output import FAILED, Fatal, Progress, complain, copy, write
 from .report import entry, json_line
 from .targets import Targets
 
-OK, INTERRUPTED = 0, 130  # 130: 128 + SIGINT, as shells have it
+OK = 0
 
 # What a pool costs of our descriptors: the control link, the pump and what an import or a fork needs for a
 # moment; then for each worker its two sockets and its pidfd; then for each job on its way the two of its
@@ -60,16 +60,15 @@ def _run_in_pool(options: Options, names: Names, log: Joblog | None) -> int:
     try:
         status = run.until_done()
         pool.shutdown()
-    except KeyboardInterrupt:  # there is no second one (`cli`)
-        status = INTERRUPTED
     except BrokenPipeError:
         status = FAILED  # whoever read our output has gone, as `| head` does: nobody is left to be told
     except Fatal as error:
         complain(str(error))
         status = error.status
-    pool.kill_workers()  # of a pool that has been shut down there are none
-    pool.shutdown()
-    run.close()
+    finally:  # also where Ctrl-C has come, or another signal; there is no second one (`cli`)
+        pool.kill_workers()  # of a pool that has been shut down there are none
+        pool.shutdown()
+        run.close()
     return status
 
 
