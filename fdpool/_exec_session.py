@@ -18,7 +18,7 @@ Frames, JSON, in both directions as a peer in any language speaks them:
     client  {"fds": [n, ...]} with as many descriptors, only after Escalate
     client  {"signal": n}, any number of times (our own addition)
     server  {"exit_code": n}; by a signal: 128 + n, and "signal": n beside it; never started: 126 or 127,
-            and "error": text
+            and "error": text; it is not known how it ended: 125, and "error": text
 """
 
 import signal
@@ -170,7 +170,7 @@ class Decided(NamedTuple):
 
 
 class Finished(NamedTuple):
-    """Event: the command has ended; the return code as `subprocess` has it, or why it never began."""
+    """Event: the command has ended; the return code as `subprocess` has it, or why it has none of its own."""
 
     returncode: int
     error: str | None = None

@@ -21,8 +21,8 @@ and ends as the command does. Or it is denied.
 _EPILOG = """\
 exit status:
   that of the command, and by the same signal if it was one; 126 if it was
-  denied or cannot be executed, 127 if it is not found, 125 if there is no server;
-  2 for bad usage
+  denied or cannot be executed, 127 if it is not found, 125 if there is no server
+  or that has lost the command, which may have run; 2 for bad usage
 """
 
 

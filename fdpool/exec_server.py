@@ -476,7 +476,9 @@ def _finished(command: RunningCommand) -> Finished:
     except CancelledError:
         return Finished(126, "the command was cancelled before it began")
     except Exception as error:
-        return Finished(126, f"{type(error).__name__}: {error}")
+        # 126 and 127 say that nothing ran. A worker that was killed took its command along, however far that was.
+        never_ran = getattr(error, "may_have_run", None) is False
+        return Finished(126 if never_ran else 125, f"{type(error).__name__}: {error}")
 
 
 def _forget_all_in_child() -> None:

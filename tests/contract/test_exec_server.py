@@ -661,6 +661,16 @@ def test_killing_the_client_ends_the_command(pool: Pool) -> None:
         assert outcome(program)[0] == -signal.SIGKILL
 
 
+def test_a_command_that_was_lost_with_its_worker_is_not_said_never_to_have_run() -> None:
+    with Pool(1) as pool, serving(pool) as server:
+        program = start(server, "sh", "-c", "echo begun; exec sleep 1000", stdout=PIPE, stderr=PIPE)
+        assert program.stdout is not None
+        assert program.stdout.readline() == b"begun\n"
+        os.kill(pool.worker_pids()[0], signal.SIGKILL)
+        code, _, err = outcome(program)
+    assert (code, b"WorkerLost" in err) == (125, True)
+
+
 def test_a_command_reads_from_and_writes_to_the_clients_terminal(pool: Pool) -> None:
     ours, theirs = pty.openpty()
     with serving(pool) as server:
