@@ -12,6 +12,7 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import psutil
@@ -161,6 +162,24 @@ def test_a_dry_run_prints_what_a_shell_would_run_and_touches_nothing() -> None:
         == by_shell
         == {"it's a.up": "ONE\n", "b.up": "TWO\n"}
     )
+
+
+def test_a_dry_run_waits_for_names_also_where_reading_them_does_not() -> None:
+    reading, writing = os.pipe()
+    os.set_blocking(reading, False)
+    program = subprocess.Popen([*COMMAND, "run", "--dry-run", "cat"], stdin=reading, stdout=subprocess.PIPE)
+    os.close(reading)
+    assert program.stdout is not None
+    with program.stdout as said:
+        os.write(writing, b"a\n")
+        assert said.readline() == b"cat < a\n"
+        waits = psutil.Process(program.pid)
+        before = sum(waits.cpu_times()[:2])
+        time.sleep(0.5)
+        spent = sum(waits.cpu_times()[:2]) - before
+        os.close(writing)
+    assert program.wait(20) == 0
+    assert spent < 0.05
 
 
 def test_a_dry_run_leaves_out_what_the_log_says_is_done_and_does_not_write_to_it() -> None:

@@ -17,6 +17,7 @@ from collections import deque
 
 from .._cpus import usable_cpus
 from .._links import Waker
+from ..fds import is_readable
 from ..pool import Pool
 from .joblog import Done, Joblog, read_done
 from .jobs import Job, Starter, line_of
@@ -77,6 +78,9 @@ def _print_commands(options: Options, names: Names) -> int:
     seq = 0
     while names.has_batch() or not names.ended:
         if not names.has_batch():
+            is_readable(
+                0, None
+            )  # read(2) does not wait where somebody has set O_NONBLOCK, which all who share it find set
             names.read()
             continue
         seq += 1
