@@ -21,17 +21,20 @@ from .wire import CTRUNC, MALLOC_BYTES, Bytes, Raw, descriptors_in, fds_lost
 STREAM_MAX_BYTES = 64 * 2**20
 HEADER_BYTES = 4
 
+_MANY_PIECES, _SMALL_BYTES = 1024, 1024
+
 
 class _Incoming:
     """A frame that is arriving: its bytes and descriptors so far."""
 
-    __slots__ = ("arrived", "fds", "got_fds", "have", "header", "lost", "pieces", "size")
+    __slots__ = ("arrived", "fds", "gathered", "got_fds", "have", "header", "lost", "pieces", "size")
 
     def __init__(self) -> None:
         self.arrived: list[Raw] = []  # received, not yet looked at
         self.header = b""
         self.size = -1  # of the payload; unknown until the header is whole
         self.pieces: list[bytes] = []
+        self.gathered = 0  # so many pieces at the beginning have been looked at by `_gather`
         self.have = 0  # bytes in the pieces
         self.fds: list[int] = []  # owned; the reader closes them
         self.got_fds = 0  # all that came, also those closed again at once
@@ -85,6 +88,8 @@ class FrameReader:
             if not current.arrived[0][0]:
                 self._end(EOFError(self._where(current)))
             self._own(current)
+            if len(current.pieces) - current.gathered >= _MANY_PIECES:
+                self._gather(current)
         # Each step looks at the state, as a signal handler may have raised after any call before.
         unacceptable = current.lost or current.got_fds > self._max_fds
         if unacceptable:
@@ -142,6 +147,14 @@ class FrameReader:
         return WireError(
             f"a frame came with {current.got_fds} descriptors, above {limit}; all have been closed"
         )
+
+    @staticmethod
+    def _gather(current: _Incoming) -> None:
+        """Join the last pieces if they are small: each takes 33 bytes more, and a hostile peer sends single bytes."""
+        tail = b"".join(current.pieces[current.gathered :])
+        if len(tail) <= _MANY_PIECES * _SMALL_BYTES:
+            current.pieces[current.gathered :] = [tail]
+        current.gathered = len(current.pieces)
 
     @staticmethod
     def _close_fds(current: _Incoming) -> None:

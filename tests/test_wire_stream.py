@@ -224,6 +224,20 @@ def test_a_long_frame_is_read_in_pieces_so_that_memory_follows_what_came() -> No
     assert reader.missing() <= 2**17
 
 
+def test_a_frame_that_comes_byte_by_byte_takes_little_more_memory_than_it_has() -> None:
+    ours, theirs = socket.socketpair()
+    count = 5000
+    with ours, StreamSocket.from_fd(theirs.detach()) as reader:
+        ours.send(struct.pack("<I", count))
+        for n in range(count - 1):
+            ours.send(b"%c" % (n % 256))
+            assert reader.try_receive_bytes() is None
+        assert len(reader._reader._current.pieces) < 1100
+        ours.send(b"x")
+        payload, _ = reader.receive_bytes()
+    assert payload == bytes(n % 256 for n in range(count - 1)) + b"x"
+
+
 @pytest.mark.parametrize(
     "garbage", [b"", b"{", b"\xff\xfe", b"[" * 900, b"1" * 5000 + b"x", b"{}{}", b"[NaN]", b"-Infinity"]
 )
