@@ -206,6 +206,12 @@ def test_a_line_in_the_middle_that_is_none_of_ours_is_named(path: bytes) -> None
         Joblog(path, resume=True)
 
 
+def test_nobody_waits_to_resume_from_a_pipe(path: bytes) -> None:
+    os.mkfifo(path)
+    with pytest.raises(Fatal, match="it is not a regular file"):
+        Joblog(path, resume=True)
+
+
 def test_two_runs_cannot_write_to_one_log(path: bytes) -> None:
     log = Joblog(path, resume=False)
     with pytest.raises(Fatal, match="another run is writing to the log"):

@@ -142,7 +142,7 @@ class Joblog:
         self.done = Done()
         try:
             # Of a FIFO one end alone: with the other here, too, a write would wait for room after its reader has gone.
-            access = os.O_WRONLY if _is_fifo(path) else os.O_RDWR
+            access = os.O_WRONLY if _is_fifo(path) and not resume else os.O_RDWR  # that is refused below
             self._fd = os.open(path, access | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOCTTY, 0o666)
         except OSError as error:
             raise Fatal(f"cannot open the log {self._shown}: {error.strerror}", USAGE) from error
