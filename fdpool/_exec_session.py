@@ -239,6 +239,11 @@ class Session:
         """True while silence on the client's side would be its fault."""
         return self.state in (State.REQUEST, State.DESCRIPTORS)
 
+    @property
+    def takes_descriptors(self) -> bool:
+        """True while they may come from the client."""
+        return self.state is State.DESCRIPTORS
+
     def handle(self, event: Event) -> list[Action]:
         """Move on, by the table."""
         return _TABLE[self.state, type(event)](self, event)

@@ -52,13 +52,16 @@ class FrameReader:
     Of a frame that brings too many descriptors, or has lost some, all are closed on arrival, and the
     error is raised once its last byte has come: the stream stays in step, and the next frame can be
     read. An end of stream, or a length above the limit, is final: every later call raises it again.
+
+    Attributes:
+        max_fds: most descriptors of a frame; may be changed. What has been closed of one that is arriving is gone.
     """
 
-    __slots__ = ("_current", "_ended", "_max_bytes", "_max_fds")
+    __slots__ = ("_current", "_ended", "_max_bytes", "max_fds")
 
     def __init__(self, max_bytes: int, max_fds: int) -> None:
         self._max_bytes = max_bytes
-        self._max_fds = max_fds
+        self.max_fds = max_fds
         self._current = _Incoming()
         self._ended: Exception | None = None
 
@@ -91,7 +94,7 @@ class FrameReader:
             if len(current.pieces) - current.gathered >= _MANY_PIECES:
                 self._gather(current)
         # Each step looks at the state, as a signal handler may have raised after any call before.
-        unacceptable = current.lost or current.got_fds > self._max_fds
+        unacceptable = current.lost or current.got_fds > self.max_fds
         if unacceptable:
             self._close_fds(current)
         if current.size < 0:
@@ -139,11 +142,11 @@ class FrameReader:
         return size
 
     def _complaint(self, current: _Incoming) -> Exception:
-        if current.got_fds <= self._max_fds:
+        if current.got_fds <= self.max_fds:
             lost = fds_lost(current.got_fds, "frame")
             lost.data = b"".join(current.pieces)
             return lost
-        limit = f"the limit max_fds={self._max_fds}"
+        limit = f"the limit max_fds={self.max_fds}"
         return WireError(
             f"a frame came with {current.got_fds} descriptors, above {limit}; all have been closed"
         )

@@ -37,10 +37,10 @@ from ._links import Waker
 from ._log import log
 from ._options import check_count, check_seconds
 from .errors import FdpoolError, FdTransferError, PayloadTooLarge, WireError
-from .fds import LONGEST_POLL_S, OwnedFds, made_above_stdio
+from .fds import LONGEST_POLL_S, SCM_MAX_FD, OwnedFds, made_above_stdio
 from .pool import Pool
 from .running import RunningCommand
-from .sockets import DatagramSocket, StreamSocket
+from .sockets import DatagramSocket, StreamSocket, take_fds
 
 __all__ = ["VARIABLE", "Decision", "Deny", "Escalate", "ExecServer", "Request", "Run"]
 
@@ -247,7 +247,7 @@ class ExecServer:
             problem = f"there are {taken} sessions already"
         else:
             try:
-                stream = StreamSocket.from_fd(numbers[0], max_bytes=self._max_request)
+                stream = StreamSocket.from_fd(numbers[0], max_bytes=self._max_request, max_fds=0)
             except (ValueError, OSError) as error:
                 problem = str(error)
             else:
@@ -376,7 +376,10 @@ class _Served:
             self._command = None
         self._gone = self._gone or isinstance(event, Gone)
         left_before = self._leaving
-        for action in self._session.handle(event):
+        actions = self._session.handle(event)
+        # At no other time: who has not been judged yet could hold hundreds here by frames that he does not finish.
+        take_fds(self.stream, SCM_MAX_FD if self._session.takes_descriptors else 0)
+        for action in actions:
             self._perform(action)
         if self._leaving and (self._gone or isinstance(event, Overdue)):
             self._close()

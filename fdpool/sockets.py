@@ -416,6 +416,11 @@ class StreamSocket(_Face):
         return True
 
 
+def take_fds(stream: StreamSocket, most: int) -> None:
+    """Have `stream` take up to `most` descriptors with a frame; where there are more, all are closed as they come."""
+    stream._reader.max_fds = most
+
+
 class _Sending:
     """See `StreamSocket.outgoing`."""
 

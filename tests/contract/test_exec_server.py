@@ -26,7 +26,7 @@ import fdpool
 from fdpool import Pool
 from fdpool._exec_session import State
 from fdpool.exec_server import VARIABLE, Deny, Escalate, ExecServer, Request, Run
-from fdpool.fds import close_all
+from fdpool.fds import close_all, is_readable
 from tests.conftest import seconds_until_gone, wait_until
 from tests.contract.helpers_programs import warm_pool
 
@@ -267,6 +267,31 @@ def test_descriptors_that_nobody_asked_for_are_closed(pool: Pool) -> None:
         os.close(writing)
         assert client.receive() is None
         assert pipe.read() == b""
+
+
+@pytest.mark.parametrize("state", ["before the policy is asked", "while it thinks", "while the command runs"])
+def test_no_descriptor_is_held_that_comes_at_another_time_with_half_a_frame(pool: Pool, state: str) -> None:
+    decide = threading.Event()
+
+    def policy(_: Request) -> Escalate:
+        decide.wait(20)
+        return Escalate()
+
+    reading, writing = os.pipe()
+    with serving(pool, policy, patience_s=100) as server, RawClient(server) as client:
+        if state != "before the policy is asked":
+            client.send({"file": "sleep", "argv": ["sleep", "1000"], "workdir": "/", "env": {}})
+        if state == "while the command runs":
+            decide.set()
+            assert client.receive() == {"action": "Escalate"}
+            client.send({"fds": []})
+        client.send_raw(b"\x10\0\0\0half", [writing] * 200)
+        os.close(writing)
+        with open(reading, "rb") as pipe:
+            assert is_readable(pipe, 20)
+            assert pipe.read() == b""
+        assert len(server._sessions) == 1
+        decide.set()
 
 
 @pytest.mark.parametrize("fds", [[0], [0, 0], [-1, 1], ["0", "1"], [0, 2**40], "01"])
