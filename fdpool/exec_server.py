@@ -252,12 +252,21 @@ class ExecServer:
                 problem = str(error)
             else:
                 owned.detach()
-                session = _Served(self, stream)
-                self._sessions.add(session)
-                self._selector.register(stream, selectors.EVENT_READ, session)
+                problem = self._begin_session(stream)
         if problem is not None:
             owned.close()
             log(_LOGGER, logging.WARNING, "a handshake was turned away: %s", problem)
+
+    def _begin_session(self, stream: StreamSocket) -> str | None:
+        """Serve the client at the other end; why that cannot be, if it cannot."""
+        session = _Served(self, stream)
+        try:
+            self._selector.register(stream, selectors.EVENT_READ, session)
+        except OSError as error:  # ENOSPC: fs.epoll.max_user_watches (epoll(7))
+            stream.close()
+            return str(error)
+        self._sessions.add(session)
+        return None
 
     def post(self, session: _Served, event: _exec_session.Event) -> None:
         """Have the session handle the event in the server's thread; from any."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import asyncio
+import errno
 import json
 import os
 import pty
@@ -858,6 +859,25 @@ def test_an_error_of_the_servers_own_costs_one_session_only(
             assert client.receive() is None
         still_serves(server)
     assert "ZeroDivisionError" in caplog.text
+
+
+def test_a_client_that_the_kernel_lets_nobody_watch_costs_no_other_session(
+    pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the user watches all that `fs.epoll.max_user_watches` allows (epoll(7))."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with serving(pool) as server, RawClient(server) as client:
+        client.ask(["cat"])
+        with monkeypatch.context() as patch:
+            patch.setattr(server._selector, "register", refuse)
+            with RawClient(server) as refused:
+                assert refused.receive() is None
+        client.send({"fds": []})
+        assert client.receive() == {"exit_code": 0}
+        still_serves(server)
 
 
 def test_a_server_whose_thread_dies_leaves_nobody_waiting(
