@@ -428,12 +428,14 @@ def test_output_to_a_closed_standard_output_is_a_failure_that_is_told() -> None:
 # -- the terminal ----------------------------------------------------------------------------------
 
 
-def on_terminal(*arguments: str, columns: int = 80) -> str:
-    """What `fdpool run` writes to a terminal that is its standard error."""
+def on_terminal(*arguments: str, columns: int = 80, output: bool = False) -> str:
+    """What `fdpool run` writes to a terminal that is its standard error and, if it is to be, its standard output."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 25, columns, 0, 0))
     options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": theirs}
     options["env"] = {**os.environ, "TERM": "xterm"}
+    if output:
+        options["stdout"] = theirs
     with subprocess.Popen([*COMMAND, "run", *arguments], **options):
         os.close(theirs)
         seen = b""
@@ -454,6 +456,14 @@ def test_a_terminal_shows_a_bar_that_gives_way_to_messages() -> None:
     assert "fdpool: missing: cannot open it: No such file or directory" in drawn
     assert drawn[-1] == "[" + "#" * 30 + "] 4 of 4 files, 1 failed"
     assert seen.endswith("\r\n")
+
+
+def test_the_bar_is_not_written_over_a_line_that_a_program_has_not_ended() -> None:
+    seen = on_terminal("-j1", "sh", "-c", "printf shown; exit 3", ":::", "/dev/null", output=True)
+    assert "shown\r\nfdpool: /dev/null: sh exited with code" in seen
+    seen = on_terminal("-j1", "printf", "shown", ":::", *write_files(2), output=True)
+    assert seen.count("shown\r\n\r[") == 2
+    assert on_terminal("-j1", "echo", "shown", ":::", *write_files(2), output=True).count("shown\r\n\r[") == 2
 
 
 def test_the_bar_fits_into_a_narrow_terminal() -> None:

@@ -294,12 +294,15 @@ class _Run:
     def _print_captured(self, job: Job) -> None:
         for number in (1, 2):
             if size := job.size(number):
+                source = job.captured[number].fileno()
                 self._progress.hide()
-                copy(job.captured[number].fileno(), size, number)
+                copy(source, size, number)
+                self._progress.note_output(number, os.pread(source, 1, size - 1))
                 self._watch_reader(number)
 
     def _tell(self, text: str) -> None:
         self._progress.hide()
+        self._progress.begin_line()
         complain(text)
         self._watch_reader(2)
 

@@ -93,6 +93,7 @@ class Progress:
         self._done = self._failed = 0
         self._wanted = os.isatty(2) and os.environ.get("TERM", "dumb") != "dumb"
         self._visible = False
+        self._mid_line = False  # output on a terminal has left the cursor there
         if total:
             self.show()
 
@@ -105,6 +106,7 @@ class Progress:
     def show(self) -> None:
         """Draw the bar."""
         if self._wanted:
+            self.begin_line()
             self._visible = True
             write(2, b"\r" + self._line().encode() + b"\x1b[K")
 
@@ -113,6 +115,16 @@ class Progress:
         if self._visible:
             self._visible = False
             write(2, b"\r\x1b[K")
+
+    def note_output(self, target: int, last: bytes) -> None:
+        """What ends with this byte has been written to `target`."""
+        self._mid_line = last != b"\n" and os.isatty(target)
+
+    def begin_line(self) -> None:
+        """Leave a line that output has not ended, so that nothing is written over it, or behind."""
+        if self._wanted and self._mid_line:
+            self._mid_line = False
+            write(2, b"\n")
 
     def close(self) -> None:
         """Leave the last count standing."""
