@@ -53,8 +53,12 @@ def _told_once() -> Iterator[None]:
     Whoever started us may send Ctrl-C on (`timeout` does), so that it comes twice within a millisecond. Then the second
     would end the clearing up after the first, and the exit would wait for the programs. One that is ignored stays so.
     """
+    import threading  # `exec` does without
+
     before = {number: signal.getsignal(number) for number in _ENDING}
     heeded = [n for n in _ENDING if before[n] in (signal.SIG_DFL, signal.default_int_handler)]
+    if threading.current_thread() is not threading.main_thread():
+        heeded = []  # no other may set handlers, or runs any
 
     def tell(number: int, _frame: object) -> None:
         # One that comes before this is done does it in here, and raises through it: once in any case. Not SIG_IGN, as

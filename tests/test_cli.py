@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import termios
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -529,6 +530,14 @@ def test_a_second_ctrl_c_does_not_disturb_what_the_first_has_begun(monkeypatch: 
     monkeypatch.setattr(loop, "run_all", interrupted_twice)
     assert cli.main(["run", "cat", ":::"]) == 130
     assert said == ["cleared up"]
+
+
+def test_it_may_be_called_in_any_thread() -> None:
+    ended = []
+    thread = threading.Thread(target=lambda: ended.append(cli.main(["run", "true", ":::"])))
+    thread.start()
+    thread.join()
+    assert ended == [0]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
