@@ -174,7 +174,7 @@ def test_a_client_that_has_said_nothing_loses_nothing_by_the_end_of_workers(app:
         assert server.reload().result(60) == 2
         [reloaded] = pids(server)
         silent[1].sendall(b"GET / HTTP/1.0\r\n\r\n")
-        assert read_all(silent[1]).endswith(b"%d" % reloaded)
+        assert b"%d" % reloaded in read_all(silent[1])
         silent[2].close()
         assert int(get(server)[1]) == reloaded
 
