@@ -1,4 +1,4 @@
-"""Functions of `__main__` in a worker, where each comes by value: they share what its initializer has set.
+"""What becomes of functions and classes that come by value.
 
 cloudpickle gives the functions of each payload globals of their own: a copy of what they refer to, as that is in the
 client when they are submitted. What an initializer of `__main__` sets would be where no task sees it. So if there is
@@ -8,13 +8,17 @@ there, as the client's values of that moment, but for what is the worker's own:
     a name that the initializer has assigned, which the client may have, too (`connection = None`)
     an object that it refers to and may have changed (a list, a dictionary, an instance)
 
-Runs in: a worker; but `reduced`, where a function is pickled.
+And a class that comes back to the process that has sent it is left as it is there.
+
+Runs in: a worker; but for `reduced`, where something is pickled, and for classes, where they come back.
 """
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
@@ -92,14 +96,48 @@ def all_code(code: CodeType) -> Iterator[CodeType]:
             yield from all_code(constant)
 
 
-def reduced(function: object, reduction: Any) -> Any:
-    """What cloudpickle makes of a function, changed so that the worker's `__main__` is what it is made in."""
-    if not isinstance(function, FunctionType) or function.__globals__.get("__name__") not in MAIN:
-        return reduction
-    if not isinstance(reduction, tuple) or (reduction[0], *reduction[5:]) != _of_cloudpickle():
-        return reduction  # by reference, or in a way that this release of cloudpickle does not have
-    _, arguments, state, *rest, _ = reduction
-    return _made, arguments, state, *rest, _finished
+def reduced(obj: object, reduction: Any) -> Any:
+    """What cloudpickle makes of a function, changed so that the worker's `__main__` is what it is made in; and of a
+    class, so that it is left alone where it is at home."""
+    if not isinstance(reduction, tuple) or len(reduction) != 6:
+        return reduction  # by reference
+    make, arguments, state, *rest, finish = reduction
+    from cloudpickle import cloudpickle  # 32 ms, and loaded where it is of use
+
+    if isinstance(obj, FunctionType):
+        is_usual = make is cloudpickle._make_function and finish is cloudpickle._function_setstate
+        if is_usual and obj.__globals__.get("__name__") in MAIN:
+            return _made, arguments, state, *rest, _finished
+    elif isinstance(obj, type) and finish is cloudpickle._class_setstate:
+        if obj not in _foreign:
+            _at_home.add(obj)
+        return make, arguments, state, *rest, _class_finished
+    return reduction  # in a way that this release of cloudpickle does not have
+
+
+#: Classes that have travelled by value: those that this process has sent first, and those that it has received.
+_at_home: weakref.WeakSet[type] = weakref.WeakSet()
+_foreign: weakref.WeakSet[type] = weakref.WeakSet()
+os.register_at_fork(
+    after_in_child=_at_home.clear
+)  # a worker's are its client's, which may have changed them since
+
+
+def is_at_home(cls: type) -> bool:
+    """True for a class that this process has sent, and nobody has sent to it."""
+    return cls in _at_home
+
+
+def _class_finished(cls: type, state: Any) -> None:
+    """Give a class its attributes, if it is not this process's own that comes back.
+
+    cloudpickle knows that one by an id, and would put the worker's functions into it, with the globals that those had.
+    """
+    if cls not in _at_home:
+        from cloudpickle import cloudpickle
+
+        _foreign.add(cls)
+        cloudpickle._class_setstate(cls, state)
 
 
 def registered_by_value() -> set[str]:
@@ -109,20 +147,14 @@ def registered_by_value() -> set[str]:
     return found
 
 
-def _of_cloudpickle() -> tuple[Callable[..., Any], Callable[..., object]]:
-    """What makes a function of what its reduction holds, and what finishes it."""
-    from cloudpickle import cloudpickle  # 32 ms, and loaded where it is of use
-
-    return cloudpickle._make_function, cloudpickle._function_setstate
-
-
 def _made(code: object, names: dict[str, Any], *rest: object) -> Any:
     if _shared.names is not None:
         names = _shared.names
     elif _shared.came is not None:
         _shared.names = names
-    make, _ = _of_cloudpickle()
-    return make(code, names, *rest)
+    from cloudpickle import cloudpickle
+
+    return cloudpickle._make_function(code, names, *rest)
 
 
 def _finished(function: Any, state: Any) -> None:
@@ -132,5 +164,6 @@ def _finished(function: Any, state: Any) -> None:
         if _shared.came is not None:
             _shared.came.update(came)
         slots["__globals__"] = {name: value for name, value in came.items() if name not in _shared.own}
-    _, finish = _of_cloudpickle()
-    finish(function, (attributes, slots))
+    from cloudpickle import cloudpickle
+
+    cloudpickle._function_setstate(function, (attributes, slots))

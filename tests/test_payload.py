@@ -20,6 +20,7 @@ import sys
 import textwrap
 import threading
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from types import CodeType, FrameType, SimpleNamespace
 from typing import Any
@@ -655,6 +656,16 @@ def test_a_payload_that_is_not_sent_closes_what_it_has() -> None:
     sent.close()
 
 
+@pytest.fixture
+def no_collector() -> Iterator[None]:
+    """What other tests have left is not to be collected meanwhile, by functions of ours."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("no_collector")
 def test_wherever_a_signal_interrupts_loading_each_descriptor_is_closed_or_still_in_the_callers_list() -> (
     None
 ):
