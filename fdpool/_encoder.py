@@ -14,7 +14,7 @@ from mmap import mmap
 from types import CodeType
 from typing import TYPE_CHECKING, Any
 
-from . import _by_value, _caches, _reducers, _spill
+from . import _by_value, _caches, _frozen, _reducers, _spill
 from ._placement import Outgoing, chain, current, drop_tracebacks
 from .errors import FdpoolError, PayloadTooLarge
 from .fds import SCM_MAX_FD, OwnedFds, duplicate
@@ -115,9 +115,24 @@ class _Sink:
 
 
 class Encoder(Outgoing):
-    """A thread's pickler with all that it fills; kept, as making one costs nearly as much as a small payload does."""
+    """A thread's pickler with all that it fills; kept, as making one costs nearly as much as a small payload does.
 
-    __slots__ = ("buffers", "busy", "chunks", "fresh", "in_band", "outer", "pickler", "sink", "spill_bytes")
+    Attributes:
+        refused: what `try_plainly` was asked for last is not for plain pickle.
+    """
+
+    __slots__ = (
+        "buffers",
+        "busy",
+        "chunks",
+        "fresh",
+        "in_band",
+        "outer",
+        "pickler",
+        "refused",
+        "sink",
+        "spill_bytes",
+    )
 
     def __init__(self, outer: Outgoing | None) -> None:
         super().__init__(SCM_MAX_FD)
@@ -130,15 +145,17 @@ class Encoder(Outgoing):
         self.in_band = 0
         self.sink = _Sink(self.chunks.append)
         self.pickler: pickle.Pickler | None = None
+        self.refused = False
 
     def try_plainly(self, obj: object) -> Payload | None:
         """What `encode` does where all is simple: 2 microseconds, against 3.3. None if it is not, and nothing has
         happened."""
         pickler = self.pickler
+        self.refused = False
         if pickler is None or self.busy or _reducers.is_stale():
             return None
         chunks = self.chunks
-        self.busy = True
+        self.busy = self.refused = True
         simple = small = False
         try:
             pickler.dump(obj)
@@ -170,7 +187,16 @@ class Encoder(Outgoing):
         """`fill` with cloudpickle, after `fill_plainly` has said no."""
         self.clear()
         _reducers.refresh()
-        _cloud_pickler()(self.sink, protocol=5, buffer_callback=self.keep).dump(obj)
+        pickler = _cloud_pickler()(self.sink, protocol=5, buffer_callback=self.keep)
+        pickler.dump(obj)
+        if pickler.froze and any(map(_frozen.may_assign, pickler.parts)):
+            # To globals that one which was pickled for itself may be there to see.
+            self.clear()
+            pickler = _cloud_pickler()(self.sink, protocol=5, buffer_callback=self.keep)
+            pickler.freezes = False
+            pickler.dump(obj)
+        for part in pickler.parts:
+            _frozen.note(part, pickled_by_value)
 
     def fill_plainly(self, obj: object) -> bool:
         """`fill` with plain pickle; False if that fails, or if what it made will not do."""
@@ -285,20 +311,20 @@ def encode(
     explain: Callable[[Exception], FdpoolError],
     fresh: bool = False,
     instead: object = None,
+    plainly: bool = True,
 ) -> Payload:
     """The payload of `obj`; where it cannot be pickled, `explain` makes the error to raise of the original.
 
     Args:
         fresh: as for `_spill.write`.
         instead: what is worth as much, if plain pickle will do for that; `obj` itself has to travel by value then.
+        plainly: try plain pickle first.
     """
     encoder = enter(spill_bytes, max_fds, fresh)
     done = False
     try:
         try:
-            if instead is None:
-                encoder.fill(obj)
-            elif not encoder.fill_plainly(instead):
+            if not plainly or not encoder.fill_plainly(obj if instead is None else instead):
                 encoder.fill_by_value(obj)
         except Exception as error:
             if encoder.failure is not None:
@@ -315,11 +341,17 @@ def encode(
         leave(encoder, keep=done)
 
 
-def pickled_by_value(obj: object) -> bytes:
+def pickled_by_value(obj: object, freezes: bool) -> bytes:
     """What cloudpickle makes of `obj`, which is not to hold descriptors; by a protocol in which no string is short, so
-    that `_needs_values` finds nothing in it."""
+    that `_needs_values` finds nothing in it.
+
+    Args:
+        freezes: what goes with it may be pickled for itself.
+    """
     chunks: list[bytes] = []
-    _cloud_pickler()(_Sink(chunks.append), protocol=3).dump(obj)
+    pickler = _cloud_pickler()(_Sink(chunks.append), protocol=3)
+    pickler.whole, pickler.freezes = obj, freezes
+    pickler.dump(obj)
     return b"".join(chunks)
 
 
@@ -401,7 +433,25 @@ def _cloud_pickler() -> Any:
                 return reducer(obj)
             if type(obj) is CodeType:
                 return _code_with_file_name(base.dispatch_table[CodeType], obj)
-            return _caches.reduced(obj) or _by_value.reduced(obj, base.reducer_override(self, obj))
+            frozen = _frozen.find(obj, alone=False) if self.freezes and obj is not self.whole else None
+            if frozen is not None:
+                self.froze = True
+                return frozen.reduction
+            reduction = base.reducer_override(self, obj)
+            if reduction is not NotImplemented:
+                self.parts.append(obj)
+            return _caches.reduced(obj) or _by_value.reduced(obj, reduction)
 
-        _CloudPickler = type("_CloudPickler", (base,), {"reducer_override": reducer_override})
+        def __init__(self: Any, *args: Any, **options: Any) -> None:
+            base.__init__(self, *args, **options)
+            self.parts = []  # what was pickled by value
+
+        members = {
+            "__init__": __init__,
+            "reducer_override": reducer_override,
+            "freezes": True,
+            "froze": False,  # something that was frozen
+            "whole": None,  # what is not to be, as that is being done
+        }
+        _CloudPickler = type("_CloudPickler", (base,), members)
     return _CloudPickler

@@ -1,11 +1,15 @@
-"""Functions that travel by value, pickled once for as long as nothing has changed that goes with them.
+"""Functions and classes that travel by value, pickled once for as long as nothing has changed that goes with them.
 
-One of `__main__`, a lambda or a closure takes cloudpickle 15 to 60 µs for each task, where one that has a name in a
-module takes 2 µs: a flood of tasks took four times as long. But its pickle depends on more than the function: on the
-values of the globals that it names, of its cells, its defaults. So all that is looked at for each task, by identity (2
-to 4 µs), and only what nobody can change in place may be among it. Others are pickled anew each time.
+One of `__main__`, a lambda or a closure takes cloudpickle 15 to 60 µs for each task, a class 150, where what has a name
+in a module takes 2: a flood of tasks took four times as long, one of instances ten times. But its pickle depends on
+more than the object: on the values of the globals that a function names, of its cells, its defaults, of a class's
+attributes. So all that is looked at for each task, by identity (2 to 10 µs), and only what can be looked at so may be
+among it. Others are pickled anew each time.
 
-Runs in: the client; but `thawed`, where the function is made.
+What is pickled for itself shares no globals with what is beside it in a payload. Nobody can tell, if no function there
+can assign to its globals; else only the function of a task is frozen, and only where all beside it is plain.
+
+Runs in: whoever sends; but `thawed` and what it is made of, where things arrive.
 """
 
 from __future__ import annotations
@@ -15,29 +19,37 @@ import sys
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from itertools import repeat
+from opcode import opmap
 from operator import attrgetter, is_
 from types import (
     BuiltinFunctionType,
     CellType,
+    CodeType,
     EllipsisType,
     FunctionType,
     GenericAlias,
+    GetSetDescriptorType,
+    MemberDescriptorType,
     ModuleType,
     UnionType,
 )
 from typing import Any
 
-from ._by_value import MAIN, are_shared, names_in, registered_by_value
+from ._by_value import MAIN, all_code, are_shared, is_at_home, names_in, registered_by_value
 
-_MOST = 256  # functions; each holds what goes with it
+_MOST = 256  # objects; each holds what goes with it
+_MOST_ITEMS = 64  # of a list or a dictionary, which is looked at item by item
 _LARGEST = 32 * 1024
 _WORTH_IT = 4  # tasks; to freeze one takes as long as two of them are spared
 _MOST_FAILURES = 3
-#: What cloudpickle takes of the globals beside those that a function names.
-_ITS_MODULE = ("__package__", "__name__", "__path__", "__file__")
+
 _MAIN = frozenset(MAIN)
 _CONSTANT = frozenset([type(None), bool, int, float, complex, str, bytes, range, EllipsisType])
-_ATTRIBUTES = attrgetter(
+_CONTENTS = attrgetter("cell_contents")
+_NOTHING = object()
+
+#: What cloudpickle takes of a function, and of its globals beside those that it names.
+_OF_FUNCTION = attrgetter(
     "__code__",
     "__globals__",
     "__defaults__",
@@ -50,27 +62,37 @@ _ATTRIBUTES = attrgetter(
     "__dict__",
     "__annotations__",
 )
-_CONTENTS = attrgetter("cell_contents")
-_NOTHING = object()
+_ITS_MODULE = ("__package__", "__name__", "__path__", "__file__")
+_ASSIGNS = frozenset(opmap[name] for name in ("STORE_GLOBAL", "DELETE_GLOBAL"))
+_REACHES = frozenset(["globals", "vars", "exec", "eval"])
+
+#: And of a class; what its attributes may be that has no contents; and those that are its own, whoever makes it.
+_OF_CLASS = attrgetter("__bases__", "__name__", "__qualname__")
+_DESCRIPTORS = frozenset([GetSetDescriptorType, MemberDescriptorType])
+_MADE_BY_TYPE = ("__dict__", "__weakref__")
 
 
 class Frozen:
-    """Stands in a payload for a function: its pickle. To plain pickle it is as good as data."""
+    """Stands in a payload for a function or class: its pickle. To plain pickle it is as good as data.
 
-    __slots__ = ("_reduction",)
+    Attributes:
+        reduction: as of `__reduce__`.
+    """
+
+    __slots__ = ("reduction",)
 
     def __init__(self, data: bytes) -> None:
-        self._reduction = thawed, (data,)
+        self.reduction = thawed, (data,)
 
     def __reduce__(self) -> tuple[Callable[[bytes], Any], tuple[bytes]]:
-        return self._reduction
+        return self.reduction
 
 
 class _Changeable(Exception):
-    """Something goes with the function that may be changed in place, or that nobody here knows."""
+    """Something goes with the object that nobody here can look at."""
 
 
-# -- in a worker ---------------------------------------------------------------------------------------------------
+# -- where things arrive -------------------------------------------------------------------------------------------
 
 _MOST_RECIPES = 64
 
@@ -130,56 +152,87 @@ def _is_nobodys(value: Any) -> bool:
     )
 
 
-_recipes: dict[bytes, _Recipe | None] = {}
+class _Arrived:
+    """A class that has come by value. A process has one of each, whoever sends it how often.
+
+    Raises:
+        _Changeable: nobody can tell whether it is still as it came.
+    """
+
+    def __init__(self, cls: type) -> None:
+        self._class = weakref.ref(cls)
+        self._company = None if is_at_home(cls) else _Company(cls)
+
+    def make(self) -> type | None:
+        """The class; None if it is to be loaded once more, as it is not what it was."""
+        cls = self._class()
+        if cls is None or self._company is None or self._company.is_the_same(cls):
+            return cls
+        return None
+
+
+_recipes: dict[bytes, _Recipe | _Arrived | None] = {}
 
 
 def thawed(data: bytes) -> Any:
-    """The function; each time another one, with globals of its own, or those of an initializer."""
+    """The function, each time another one, with globals of its own, or those of an initializer; or the class."""
     if are_shared():
         return pickle.loads(data)
     recipe = _recipes.get(data)
-    if recipe is not None:
-        return recipe.make()
-    function = pickle.loads(data)
-    if data not in _recipes:
-        if len(_recipes) >= _MOST_RECIPES:
-            _recipes.clear()
-        try:
-            _recipes[data] = _Recipe(function)
-        except (_Changeable, ValueError):
-            _recipes[data] = None
-    return function
+    made = None if recipe is None else recipe.make()
+    if made is None:
+        made = pickle.loads(data)
+        if recipe is not None or data not in _recipes:
+            _learn(data, made)
+    return made
 
 
-# -- in the client -------------------------------------------------------------------------------------------------
+def _learn(data: bytes, made: Any) -> None:
+    if len(_recipes) >= _MOST_RECIPES:
+        _recipes.clear()
+    try:
+        _recipes[data] = _Arrived(made) if isinstance(made, type) else _Recipe(made)
+    except Exception:  # whatever the objects of others raise as they are looked at
+        _recipes[data] = None
+
+
+# -- where things are sent from ------------------------------------------------------------------------------------
 
 
 class _Company:
-    """What goes with a function, as it was when this was made.
+    """What goes with a function or class, as it was when this was made.
 
     Attributes:
         modules: how many were loaded; cloudpickle looks for submodules that a function may mean.
+        is_pure: no function among it can assign to its globals.
 
     Raises:
         _Changeable: it cannot be told whether it stays the same.
     """
 
-    def __init__(self, function: FunctionType) -> None:
-        self._functions: list[tuple[FunctionType, tuple[Any, ...]]] = []
+    def __init__(self, obj: FunctionType | type) -> None:
+        self.modules = len(sys.modules)
+        self.is_pure = True
+        self._objects: list[tuple[Any, Callable[[Any], tuple[Any, ...]], tuple[Any, ...]]] = []
         self._names: list[tuple[Callable[..., Any], tuple[str, ...], tuple[Any, ...]]] = []
         self._cells: list[tuple[tuple[CellType, ...], tuple[Any, ...]]] = []
-        self._items: list[tuple[Mapping[str, Any], list[str], list[Any]]] = []
-        self.modules = len(sys.modules)
-        self._met = {id(function)}
-        waiting: list[Any] = []
-        self._own = self._meet_function(function, waiting)  # without the function, which may go
-        while waiting:
-            self._meet(waiting.pop(), waiting)
+        self._items: list[tuple[Mapping[Any, Any], list[Any], list[Any]]] = []
+        self._lists: list[tuple[list[Any], list[Any]]] = []
+        self._sets: list[tuple[set[Any], frozenset[Any]]] = []
+        self._met = {id(obj)}
+        self._waiting: list[Any] = []
+        # Without the object itself, which may go.
+        if isinstance(obj, type):
+            self._get_own, self._own = _OF_CLASS, self._of_class(obj)
+        else:
+            self._get_own, self._own = _OF_FUNCTION, self._of_function(obj)
+        while self._waiting:
+            self._meet(self._waiting.pop())
 
-    def is_the_same(self, function: FunctionType) -> bool:
-        """True if nothing has changed, of the function and what goes with it."""
+    def is_the_same(self, obj: Any) -> bool:
+        """True if nothing has changed, of the object and what goes with it."""
         try:
-            if not all(map(is_, _ATTRIBUTES(function), self._own)):
+            if not all(map(is_, self._get_own(obj), self._own)):
                 return False
             for get, names, was in self._names:
                 if not all(map(is_, map(get, names, repeat(_NOTHING)), was)):
@@ -187,47 +240,92 @@ class _Company:
             for items, keys, values in self._items:
                 if (keys or items) and not ([*items] == keys and all(map(is_, items.values(), values))):
                     return False
-            for other, was in self._functions:
-                if not all(map(is_, _ATTRIBUTES(other), was)):
+            for other, get_attributes, was in self._objects:
+                if not all(map(is_, get_attributes(other), was)):
                     return False
+            for members, were in self._lists:
+                if len(members) != len(were) or not all(map(is_, members, were)):
+                    return False
+            if not all(now == was for now, was in self._sets):
+                return False
             return all(all(map(is_, map(_CONTENTS, cells), was)) for cells, was in self._cells)
-        except (ValueError, RuntimeError):
+        except Exception:
             return False  # a cell that has been emptied; a dictionary that another thread changes right now
 
-    def _meet(self, value: Any, waiting: list[Any]) -> None:
+    def _meet(self, value: Any) -> None:
         kind = type(value)
-        if kind in _CONSTANT or id(value) in self._met:
+        if kind in _CONSTANT or kind in _DESCRIPTORS or id(value) in self._met or _is_named(value):
             return
         self._met.add(id(value))
-        if kind is tuple or kind is frozenset:
-            waiting.extend(value)
-        elif _is_named(value):
-            pass
-        elif kind is FunctionType:
-            self._functions.append((value, self._meet_function(value, waiting)))
-        elif _is_alias(value):
-            waiting.extend(_parts(value))
+        if kind is FunctionType:
+            self._objects.append((value, _OF_FUNCTION, self._of_function(value)))
+        elif kind is type:
+            self._objects.append((value, _OF_CLASS, self._of_class(value)))
         else:
-            raise _Changeable
+            self._waiting += self._contents_of(value, kind)
 
-    def _meet_function(self, function: FunctionType, waiting: list[Any]) -> tuple[Any, ...]:
+    def _contents_of(self, value: Any, kind: type) -> Iterable[Any]:
+        if kind is tuple or kind is frozenset:
+            return value  # type: ignore[no-any-return]
+        if kind is staticmethod or kind is classmethod:
+            return (value.__func__,)
+        if kind is property:
+            return value.fget, value.fset, value.fdel
+        if _is_alias(value):
+            return _parts(value)
+        if kind.__module__ == "dataclasses":  # a field, or what marks one
+            return tuple(getattr(value, name, None) for name in ("type", "default", "default_factory"))
+        if kind not in (dict, list, set) or len(value) > _MOST_ITEMS:
+            raise _Changeable
+        members = [*value]
+        if kind is dict:
+            values = [*value.values()]
+            self._items.append((value, members, values))
+            return members + values
+        if kind is list:
+            self._lists.append((value, members))
+        else:
+            self._sets.append((value, frozenset(members)))
+        return members
+
+    def _of_function(self, function: FunctionType) -> tuple[Any, ...]:
+        code = function.__code__
+        self.is_pure = self.is_pure and not may_assign(function)
         get = function.__globals__.get
-        names = (*_ITS_MODULE, *names_in(function.__code__))
+        names = (*_ITS_MODULE, *names_in(code))
         values = tuple(map(get, names, repeat(_NOTHING)))
         self._names.append((get, names, values))
-        waiting.extend(value for value in values[len(_ITS_MODULE) :] if value is not _NOTHING)
+        self._waiting += (value for value in values[len(_ITS_MODULE) :] if value is not _NOTHING)
         if function.__closure__ is not None:
             try:
                 contents = tuple(map(_CONTENTS, function.__closure__))
             except ValueError:
                 raise _Changeable from None
             self._cells.append((function.__closure__, contents))
-            waiting.extend(contents)
+            self._waiting += contents
         for items in (function.__dict__, function.__annotations__, function.__kwdefaults__ or {}):
             self._items.append((items, [*items], [*items.values()]))
-            waiting.extend(items.values())
-        waiting.append(function.__defaults__)
-        return _ATTRIBUTES(function)
+            self._waiting += items.values()
+        self._waiting.append(function.__defaults__)
+        return _OF_FUNCTION(function)
+
+    def _of_class(self, cls: type) -> tuple[Any, ...]:
+        if type(cls) is not type:
+            raise _Changeable  # an Enum, an ABC: what those have beside, nobody here knows
+        attributes = cls.__dict__
+        self._items.append((attributes, [*attributes], [*attributes.values()]))
+        self._waiting += (value for name, value in attributes.items() if name not in _MADE_BY_TYPE)
+        self._waiting += cls.__bases__
+        return _OF_CLASS(cls)
+
+
+def may_assign(obj: object) -> bool:
+    """True for a function that assigns to its globals, or may get at them otherwise."""
+    return isinstance(obj, FunctionType) and any(map(_assigns, all_code(obj.__code__)))
+
+
+def _assigns(code: CodeType) -> bool:
+    return not (_ASSIGNS.isdisjoint(code.co_code[::2]) and _REACHES.isdisjoint(code.co_names))
 
 
 def _is_named(value: Any) -> bool:
@@ -235,9 +333,8 @@ def _is_named(value: Any) -> bool:
     kind = type(value)
     if kind is ModuleType:
         return value.__name__ not in MAIN and sys.modules.get(value.__name__) is value
-    return (isinstance(value, type) or kind is FunctionType or kind is BuiltinFunctionType) and _has_name(
-        value
-    )
+    is_of_kind = isinstance(value, type) or kind is FunctionType or kind is BuiltinFunctionType
+    return is_of_kind and _has_name(value)
 
 
 def _has_name(value: Any) -> bool:
@@ -268,7 +365,7 @@ def _parts(value: Any) -> Iterable[Any]:
 
 
 class _Entry:
-    """A function that has travelled by value.
+    """A function or class that has travelled by value.
 
     Attributes:
         frozen: None before it has travelled twice, and where it cannot be.
@@ -276,10 +373,10 @@ class _Entry:
         failures: how often in a row it was not worth it.
     """
 
-    __slots__ = ("company", "failures", "frozen", "function", "uses")
+    __slots__ = ("company", "failures", "frozen", "obj", "uses")
 
-    def __init__(self, function: FunctionType) -> None:
-        self.function = weakref.ref(function)
+    def __init__(self, obj: FunctionType | type) -> None:
+        self.obj = weakref.ref(obj)
         self.frozen: Frozen | None = None
         self.company: _Company | None = None
         self.uses = 0
@@ -289,19 +386,20 @@ class _Entry:
 _entries: dict[int, _Entry] = {}
 
 
-def find(function: object) -> Frozen | None:
-    """What to pickle in place of a function; None if that is the function itself.
+def find(obj: object, alone: bool = True) -> Frozen | None:
+    """What to pickle in place of a function or class; None if that is the object itself.
 
-    For the function of a task, where all else is plain: what is to share something with it is to be pickled with it.
+    Args:
+        alone: all that is beside it in the payload is plain.
     """
-    entry = _entries.get(id(function))
+    entry = _entries.get(id(obj))
     if entry is None:
         return None
     frozen, company = entry.frozen, entry.company
-    if company is None or entry.function() is not function:
+    if company is None or entry.obj() is not obj or not (alone or company.is_pure):
         return None
     is_complete = company.modules == len(sys.modules)
-    if is_complete and company.is_the_same(function) and not _is_any_registered():  # type: ignore[arg-type]
+    if is_complete and company.is_the_same(obj) and not _is_any_registered():
         entry.uses += 1
         return frozen
     if is_complete:
@@ -311,24 +409,25 @@ def find(function: object) -> Frozen | None:
     return None
 
 
-def note(function: object, pickled: Callable[[object], bytes]) -> None:
-    """A task's function has travelled by value: the second time it is worth being frozen.
+def note(obj: Any, pickled: Callable[[object, bool], bytes]) -> None:
+    """Something has travelled by value: the second time it is worth being frozen, if it is a function or class.
 
     Args:
-        pickled: pickles it by value, so that nothing is in its bytes that gives away what has to travel so.
+        pickled: pickles it by value, so that nothing is in its bytes that gives away what has to travel so; and what
+            goes with it for itself, if told so.
     """
-    if type(function) is not FunctionType or _has_name(function):
+    if not (type(obj) is FunctionType or isinstance(obj, type)) or _has_name(obj):
         return
-    entry = _entries.get(id(function))
-    if entry is None or entry.function() is not function:
+    entry = _entries.get(id(obj))
+    if entry is None or entry.obj() is not obj:
         if len(_entries) >= _MOST:
             _entries.clear()
-        _entries[id(function)] = _Entry(function)
+        _entries[id(obj)] = _Entry(obj)
     elif entry.frozen is None and entry.failures < _MOST_FAILURES and not _is_any_registered():
         try:
-            company = _Company(function)
-            data = pickled(function)
-            if len(data) > _LARGEST or not company.is_the_same(function):
+            company = _Company(obj)
+            data = pickled(obj, company.is_pure)
+            if len(data) > _LARGEST or not company.is_the_same(obj):
                 raise _Changeable
         except Exception:
             entry.failures = _MOST_FAILURES

@@ -13,7 +13,7 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 from . import _diagnosis, _frozen, _spill
-from ._encoder import SPILL_BYTES, Bytes, Encoder, Payload, attempt, encode, enter, leave, pickled_by_value
+from ._encoder import SPILL_BYTES, Bytes, Encoder, Payload, attempt, encode, enter, leave
 from ._naming import attribute_of
 from ._placement import Incoming, chain, current, drop_tracebacks, release, reserve
 from .errors import FdpoolError, NotLoadable, RemoteError, RemoteTraceback
@@ -73,20 +73,20 @@ def dumps_call(
     """A payload of the tuple `(fn, args, kwargs)`; raises as `dumps` does, naming the call's arguments."""
     encoder = current.outgoing
     frozen = _frozen.find(fn)
+    plainly = True
     if spill_bytes == SPILL_BYTES and max_fds == SCM_MAX_FD and type(encoder) is Encoder:
         payload = encoder.try_plainly((fn if frozen is None else frozen, args, kwargs))
         if payload is not None:
             return payload
-    payload = encode(
+        plainly = not encoder.refused
+    return encode(
         (fn, args, kwargs),
         spill_bytes,
         max_fds,
         lambda error: _diagnosis.explain_call(error, fn, args, kwargs, attempt),
         instead=None if frozen is None else (frozen, args, kwargs),
+        plainly=plainly,
     )
-    if frozen is None:
-        _frozen.note(fn, pickled_by_value)
-    return payload
 
 
 def dumps_result(value: object, *, spill_bytes: int = SPILL_BYTES, max_fds: int = SCM_MAX_FD) -> Payload:
@@ -94,16 +94,19 @@ def dumps_result(value: object, *, spill_bytes: int = SPILL_BYTES, max_fds: int 
     if value is None:
         return Payload(_NONE)
     encoder = current.outgoing
+    plainly = True
     if spill_bytes == SPILL_BYTES and max_fds == SCM_MAX_FD and type(encoder) is Encoder:
         payload = encoder.try_plainly(value)
         if payload is not None:
             return payload
+        plainly = not encoder.refused
     try:
         return encode(
             value,
             spill_bytes,
             max_fds,
             lambda error: _diagnosis.explain_value(error, value, "the result", attempt),
+            plainly=plainly,
         )
     except FdpoolError as error:
         error.may_have_run = True

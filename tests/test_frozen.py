@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 import fdpool
 from fdpool import _frozen, payload
 from fdpool._encoder import pickled_by_value
-from tests.payload_helpers import deliver
+from tests.payload_helpers import deliver, in_another_process
 
 SOURCE = """
 import collections
@@ -58,10 +58,15 @@ def leaves_attribute():
     return leaves_attribute.seen
 
 class Own:
-    pass
+    mark = None
+
+THING = Own()
 
 def uses_class():
-    return Own.__name__
+    return Own.mark
+
+def uses_instance():
+    return THING.mark
 """
 
 
@@ -112,15 +117,16 @@ def test_a_function_is_frozen_that_nothing_goes_with_but_what_nobody_changes(mai
         assert send(function)(5) == 120
 
 
-@pytest.mark.parametrize("name", ["uses_list", "uses_class"])
-def test_one_is_not_frozen_that_something_goes_with_that_may_change_in_place(main: Any, name: str) -> None:
+@pytest.mark.parametrize("name", ["uses_list", "uses_class", "uses_instance"])
+def test_what_changes_in_place_is_seen_or_nothing_is_frozen(main: Any, name: str) -> None:
     function = getattr(main, name)
     for number in range(6):
         main.HELD.append(number)
-        main.Own.__name__ = f"Own{number}"
-        made = send(function)
-        assert _frozen.find(function) is None
-        assert made() == (main.HELD if name == "uses_list" else f"Own{number}")
+        main.Own.mark = number
+        main.THING.mark = number
+        for _ in range(4):
+            assert send(function)() == (list(range(number + 1)) if name == "uses_list" else number)
+        assert (_frozen.find(function) is None) == (name == "uses_instance")
 
 
 def test_each_task_has_globals_and_attributes_of_its_own(main: Any) -> None:
@@ -220,7 +226,8 @@ def test_what_a_closure_holds_is_looked_at_too() -> None:
     hold([3])
     for _ in range(4):
         assert send(tell)() == [3]
-        assert _frozen.find(tell) is None
+    held.append(4)
+    assert send(tell)() == [3, 4]
 
 
 def test_two_closures_of_one_code_are_not_mixed_up() -> None:
@@ -247,9 +254,140 @@ def test_a_decorated_function_is_frozen_with_what_it_wraps(main: Any) -> None:
 def test_a_function_that_shares_something_with_an_argument_is_pickled_with_it(main: Any) -> None:
     """Both have the same globals then, as in the program."""
     freeze(main.inner)
-    inner, (counts,), _ = deliver(payload.dumps_call(main.inner, (main.counts,), {}))
-    assert counts() == 2
-    assert inner(0) == (0, 2)
+    for _ in range(4):
+        inner, (counts,), _ = deliver(payload.dumps_call(main.inner, (main.counts,), {}))
+        assert counts() == 2
+        assert inner(0) == (0, 2)
+
+
+def test_a_function_that_assigns_to_a_global_shares_it_with_those_that_go_with_it(main: Any) -> None:
+    exec("def both():\n    counts()\n    return inner(0)", vars(main))
+    for _ in range(4):
+        assert send(main.both)() == (0, 2)
+    exec("def by_name():\n    globals()['NUMBER'] = 9\n    return inner(0)", vars(main))
+    for _ in range(4):
+        assert send(main.by_name)() == (0, 9)
+
+
+CLASSES = """
+import dataclasses
+
+SCALE = 1
+
+def outside(x):
+    return x * SCALE
+
+class Base:
+    held = []
+    by_name = {"a": 1}
+    unit = "m"
+    def __init__(self, x): self.x = x
+    def told(self): return outside(self.x), self.unit, list(self.held), dict(self.by_name)
+    @property
+    def double(self): return 2 * outside(self.x)
+    @classmethod
+    def made(cls, x): return cls(x)
+    @staticmethod
+    def scale(): return SCALE
+
+class Sub(Base):
+    __slots__ = ("slot",)
+    def told(self): return "sub", *super().told()
+
+@dataclasses.dataclass
+class Data:
+    x: int
+    more: list = dataclasses.field(default_factory=list)
+    limit: int = 3
+    def told(self): return self.x, self.more, self.limit, outside(self.x)
+    double = 0
+    @classmethod
+    def made(cls, x): return cls(x)
+    @staticmethod
+    def scale(): return SCALE
+
+def told(obj):
+    return type(obj).__name__, obj.told(), obj.double, type(obj).scale(), type(obj).made(5).told(), type(obj).__doc__
+"""
+
+
+@pytest.fixture
+def classes(main: Any) -> Any:
+    exec(compile(CLASSES, "<program>", "exec"), vars(main))
+    return main
+
+
+IN_CLASSES: dict[str, Callable[[Any, int], object]] = {
+    "nothing": lambda main, number: None,
+    "a global": lambda main, number: setattr(main, "SCALE", number),
+    "an attribute": lambda main, number: setattr(main.Base, "unit", f"{number}"),
+    "a list": lambda main, number: main.Base.held.append(number),
+    "a dictionary": lambda main, number: main.Base.by_name.update(a=number),
+    "a method": lambda main, number: setattr(main.Sub, "told", lambda self: number),
+    "a base's method": lambda main, number: setattr(
+        main.Base, "made", classmethod(lambda cls, x: cls(x + number))
+    ),
+    "a property": lambda main, number: setattr(main.Base, "double", property(lambda self: number)),
+    "a static method": lambda main, number: setattr(main.Data, "scale", staticmethod(lambda: number)),
+    "code": lambda main, number: setattr(main.Base.told, "__code__", (lambda self: (7,)).__code__),
+    "a name": lambda main, number: setattr(main.Data, "__name__", f"Data{number}"),
+    "a default": lambda main, number: setattr(main.Data, "limit", number),
+    "what it says": lambda main, number: setattr(main.Data, "__doc__", f"{number}"),
+    "a new one": lambda main, number: setattr(main.Sub, "held", [number]),
+}
+
+
+@pytest.mark.parametrize("first", IN_CLASSES)
+def test_whatever_changes_in_a_class_goes_with_its_next_instance(first: str, classes: Any) -> None:
+    """In a forked child, as this process would find its own classes."""
+    objects = [classes.Base(2), classes.Sub(3), classes.Data(4)]
+    for number, change in enumerate(("nothing", first, "nothing", "a global", first)):
+        IN_CLASSES[change](classes, 10 + number)
+        for _ in range(3):
+            for obj in objects:
+                assert in_another_process(classes.told, obj) == classes.told(obj), (change, number)
+
+
+def test_a_class_is_frozen_and_the_one_that_arrives_is_the_one_that_came_before(classes: Any) -> None:
+    received: list[Any] = []
+    obj = classes.Data(1)
+    sent = [payload.dumps_call(classes.told, (obj,), {}) for _ in range(5)]
+    assert _frozen.find(classes.Data) is not None
+    child = _in_child([each.body for each in sent])
+    received.extend(child)
+    assert received == [(True, classes.told(obj))] * 5
+
+
+def _in_child(bodies: list[bytes]) -> Any:
+    """For each message, whether its class is that of the first one, and what its call returns."""
+
+    def load_all(bodies: list[bytes]) -> list[Any]:
+        found: list[Any] = []
+        seen: list[Any] = []
+        for body in bodies:
+            function, (obj,), _ = payload.loads(body, [], False)
+            seen.append(type(obj))
+            found.append((type(obj) is seen[0], function(obj)))
+        return found
+
+    return in_another_process(load_all, bodies)
+
+
+def test_what_a_receiver_changes_in_a_class_is_gone_with_the_next_instance(classes: Any) -> None:
+    sent = [payload.dumps_call(classes.told, (classes.Base(1),), {}) for _ in range(6)]
+
+    def change_each(bodies: list[bytes]) -> list[Any]:
+        found = []
+        for body in bodies:
+            function, (obj,), _ = payload.loads(body, [], False)
+            found.append(function(obj))
+            type(obj).unit = "changed"
+            type(obj).held.append(1)
+        return found
+
+    assert (
+        in_another_process(change_each, [each.body for each in sent]) == [classes.told(classes.Base(1))] * 6
+    )
 
 
 def test_an_array_goes_beside_a_frozen_function(main: Any) -> None:
@@ -336,7 +474,7 @@ def test_modules_that_are_registered_by_value_stay_so(main: Any, monkeypatch: py
 
 
 def test_nothing_in_its_bytes_gives_away_what_travels_by_value(main: Any) -> None:
-    data = pickled_by_value(main.outer)
+    data = pickled_by_value(main.outer, True)
     assert b"__main__" in data
     freeze(main.outer)
     sent = payload.dumps_call(main.outer, (1,), {})
