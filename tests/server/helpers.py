@@ -28,6 +28,7 @@ LOOPS = ["asyncio", pytest.param("uvloop", marks=_NO_UVLOOP)]
 #: Loops and dispatching: uvloop accepts by itself; what is handed over, and all with asyncio, comes by the same door.
 WAYS_INTO_ASGI = [
     ("asyncio", "shared"),
+    ("asyncio", "handoff"),
     pytest.param("uvloop", "shared", marks=_NO_UVLOOP),
     pytest.param("uvloop", "handoff", marks=_NO_UVLOOP),
 ]

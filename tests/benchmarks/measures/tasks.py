@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -72,6 +73,60 @@ def flood(name: str, settings: Settings) -> Iterator[Round]:
         yield one_round
 
 
+#: What people write in their scripts: it can be imported from nowhere, so whoever does not fork sends it by value.
+SCRIPT = """
+import dataclasses
+import math
+
+FACTOR = 3
+
+def helper(x):
+    return x * FACTOR
+
+def work(x):
+    return helper(x) + math.floor(0.5)
+
+@dataclasses.dataclass
+class Point:
+    x: int
+    y: int = 0
+    def moved(self, by):
+        return Point(self.x + by, self.y)
+
+def move(point):
+    return point.moved(FACTOR)
+"""
+
+
+@contextmanager
+def flood_of_a_script(name: str, settings: Settings) -> Iterator[Round]:
+    main = sys.modules["__main__"]
+    exec(SCRIPT, vars(main))  # before the pool, whose workers may be forks
+    with peers.opened(name) as pool:
+        tasks = [(number,) for number in range(settings.size)]
+
+        def one_round() -> Outcome:
+            pool.many(main.work, tasks)  # type: ignore[attr-defined]
+            return Outcome(settings.size)
+
+        yield one_round
+
+
+@contextmanager
+def flood_of_instances(name: str, settings: Settings) -> Iterator[Round]:
+    """There and back."""
+    main = sys.modules["__main__"]
+    exec(SCRIPT, vars(main))
+    with peers.opened(name) as pool:
+        tasks = [(main.Point(number),) for number in range(settings.size)]  # type: ignore[attr-defined]
+
+        def one_round() -> Outcome:
+            pool.many(main.move, tasks)  # type: ignore[attr-defined]
+            return Outcome(settings.size)
+
+        yield one_round
+
+
 @contextmanager
 def flood_of_threads(name: str, settings: Settings) -> Iterator[Round]:
     """Eight threads of the client, each with an eighth of the tasks."""
@@ -106,6 +161,8 @@ def flood_of_asyncio(name: str, settings: Settings) -> Iterator[Round]:
 
 
 # mpire hangs when several threads submit (2.10.2): its queues are for one.
+#: Those that can be given functions of a script, by a fork or by value.
+BY_VALUE = ("fdpool", "ppe", "mp", "loky", "pebble")
 FROM_THREADS = tuple(name for name in peers.SUBMITTING if name != "mpire")
 
 MEASURES = (
@@ -130,6 +187,24 @@ MEASURES = (
         rounds=9,
         goals=(ahead_of("ppe", 15), ahead_of("mp", 4)),
         labels={"joblib": "joblib, all in one call, in its own batches"},
+    ),
+    Measure(
+        "flood-script",
+        "Tasks",
+        "10,000 × `submit` of a function of the script, all results; a task",
+        by_peer(flood_of_a_script, BY_VALUE),
+        size=10_000,
+        quick_size=500,
+        rounds=9,
+    ),
+    Measure(
+        "flood-instances",
+        "Tasks",
+        "2,000 × an instance of a data class of the script there, and another back; a task",
+        by_peer(flood_of_instances, BY_VALUE),
+        size=2_000,
+        quick_size=200,
+        rounds=9,
     ),
     Measure(
         "flood-threads",
