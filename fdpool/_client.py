@@ -49,7 +49,7 @@ T = TypeVar("T")
 INBOX_DEPTH = 16
 
 #: Most bytes of a call that travels with others, so that the largest batch fits into a message.
-_LARGEST_IN_BATCH = 1024
+_LARGEST_IN_BATCH = 2048
 
 # What kills from outside; a process's own faults have other signals.
 _OUTSIDE = (signal.SIGKILL, signal.SIGTERM)
