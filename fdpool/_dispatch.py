@@ -522,12 +522,13 @@ class Dispatcher:
         return actions
 
     def _next_batch(self) -> list[tuple[TaskId, bool]]:
-        """Take what goes as one message from the queue: no more than a fair share, so that none is left idle."""
+        """Take what goes as one message from the queue: no more than a fair share, so that none of those is left idle
+        who are to work."""
         queued = self.queued
         tasks = [queued.popitem(last=False)]
         if tasks[0][1]:
             return tasks
-        for _ in range(min(self.batch, len(queued) // len(self._seats)) - 1):
+        for _ in range(min(self.batch, len(queued) // self._sharing()) - 1):
             task = queued.popitem(last=False)
             if task[1]:
                 queued[task[0]] = True
@@ -535,6 +536,13 @@ class Dispatcher:
                 break
             tasks.append(task)
         return tasks
+
+    def _sharing(self) -> int:
+        """How many workers the tasks are for: all, if they wait for something rather than run; else those that work, or
+        as many as can. (A flood for 256 workers takes half of the time so: messages are not of seven tasks.)"""
+        if self._waited >= 0.5:
+            return len(self._seats)
+        return min(len(self._seats), max(self._open - len(self._ranks[0]), self._processors))
 
     def _learn(self, busy_s: float, waited: bool) -> None:
         """Reckon with what tasks have taken of late.

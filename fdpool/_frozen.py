@@ -17,10 +17,9 @@ from __future__ import annotations
 import pickle
 import sys
 import weakref
-import zlib
 from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from itertools import repeat
-from opcode import opmap
 from operator import attrgetter, is_
 from types import (
     BuiltinFunctionType,
@@ -64,7 +63,6 @@ _OF_FUNCTION = attrgetter(
     "__annotations__",
 )
 _ITS_MODULE = ("__package__", "__name__", "__path__", "__file__")
-_ASSIGNS = frozenset(opmap[name] for name in ("STORE_GLOBAL", "DELETE_GLOBAL"))
 _REACHES = frozenset(["globals", "vars", "exec", "eval"])
 
 #: And of a class; what its attributes may be that has no contents; and those that are its own, whoever makes it.
@@ -83,6 +81,8 @@ class Frozen:
     __slots__ = ("reduction",)
 
     def __init__(self, data: bytes) -> None:
+        import zlib  # 0.2 ms, and of use only here
+
         # Half the size or less; and what has arrived before is known by these bytes, and not unpacked again.
         self.reduction = thawed, (zlib.compress(data, 9),)
 
@@ -216,14 +216,20 @@ _recipes: dict[bytes, _Recipe | _Arrived | None] = {}
 def thawed(data: bytes) -> Any:
     """The function, each time another one, with globals of its own, or those of an initializer; or the class."""
     if are_shared():
-        return pickle.loads(zlib.decompress(data))
+        return _unpacked(data)
     recipe = _recipes.get(data)
     made = None if recipe is None else recipe.make()
     if made is None:
-        made = pickle.loads(zlib.decompress(data))
+        made = _unpacked(data)
         if recipe is not None or data not in _recipes:
             _learn(data, made)
     return made
+
+
+def _unpacked(data: bytes) -> Any:
+    import zlib
+
+    return pickle.loads(zlib.decompress(data))
 
 
 def _learn(data: bytes, made: Any) -> None:
@@ -364,7 +370,14 @@ def may_assign(obj: object) -> bool:
 
 
 def _assigns(code: CodeType) -> bool:
-    return not (_ASSIGNS.isdisjoint(code.co_code[::2]) and _REACHES.isdisjoint(code.co_names))
+    return not (_assigning().isdisjoint(code.co_code[::2]) and _REACHES.isdisjoint(code.co_names))
+
+
+@cache
+def _assigning() -> frozenset[int]:
+    from opcode import opmap  # 0.3 ms, and of use only here
+
+    return frozenset(opmap[name] for name in ("STORE_GLOBAL", "DELETE_GLOBAL"))
 
 
 def _is_named(value: Any) -> bool:

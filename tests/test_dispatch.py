@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Sequence
 
+import pytest
+
 from fdpool._dispatch import (
+    LARGEST_BATCH,
     Action,
     BreakPool,
     DismissWorker,
@@ -261,6 +265,20 @@ def test_closing_returns_what_was_not_done() -> None:
         dispatcher.submitted(task)
     assert dispatcher.closed() == [1, 2, 3]
     assert dispatcher.idle
+
+
+@pytest.mark.parametrize(("waited", "most"), [(False, LARGEST_BATCH), (True, 300 // 64)])
+def test_short_tasks_go_in_full_messages_however_many_workers_there_are(waited: bool, most: int) -> None:
+    """But where they wait for something, all workers are to have some."""
+    dispatcher = of_two_processors(64, 1e-6, waited)
+    for task in itertools.count(1000):
+        dispatcher.submitted(task, alone=False)
+        if len(dispatcher.queued) == 300:
+            break
+    slot = next(slot for slot in range(64) if dispatcher.given(slot))
+    done = dispatcher.given(slot)
+    actions = dispatcher.finished(slot, done, 1e-6 * len(done), waited)
+    assert max(len(action.tasks) for action in actions if isinstance(action, SendTasks)) == most
 
 
 def of_two_processors(workers: int, busy_s: float, waited: bool = False) -> Dispatcher:
