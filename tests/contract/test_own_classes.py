@@ -138,3 +138,54 @@ def test_classes_go_through_a_pool_in_a_task_and_come_back(tmp_path: Path) -> No
             assert type(p) is Point and is_as(own)
     """
     run(tmp_path, body)
+
+
+def test_whatever_changes_and_whoever_is_killed_each_task_has_what_there_was_as_it_was_submitted(
+    tmp_path: Path,
+) -> None:
+    """Functions and classes are pickled once, and known where they have been before; workers are killed, too."""
+    body = """
+    import contextlib, os, random, signal
+
+    held, named = [0], {"a": 1}
+
+    def helper(x): return x * SCALE + named["a"] + held[-1]
+    def work(p): return p.scaled(), helper(p.x), vars(type(p).made(SCALE))
+    def counts():
+        global SCALE
+        SCALE += 1
+        return SCALE
+
+    def change(dice):
+        global SCALE
+        which = dice.randrange(5)
+        if which == 0: SCALE = dice.randint(1, 9)
+        elif which == 1: named["a"] = dice.randint(1, 9)
+        elif which == 2: held[:] = [*held[-2:], dice.randint(1, 9)]
+        elif which == 3: Point.unit = f"{dice.random()}"
+        else: Sub.made = classmethod(lambda cls, x, by=dice.random(): cls(x + by))
+
+    dice, done = random.Random(1), 0
+    with fdpool.Pool(2) as pool:
+        for turn in range(60):
+            tasks = []
+            for number in range(dice.randint(1, 40)):
+                if dice.random() < 0.1:
+                    change(dice)
+                p = dice.choice((Point, Sub))(number)
+                tasks.append((pool.submit(work, p), work(p)))
+                tasks.append((pool.submit(p.scaled), p.scaled()))
+                tasks.append((pool.submit(counts), SCALE + 1))
+                tasks.append((pool.submit(lambda: helper(number)), helper(number)))
+            if turn % 6 == 5:
+                with contextlib.suppress(ProcessLookupError, IndexError):
+                    os.kill(dice.choice(pool.worker_pids()), signal.SIGKILL)
+            for future, expected in tasks:
+                try:
+                    assert future.result(30) == expected
+                    done += 1
+                except fdpool.WorkerLost:
+                    pass
+    assert done > 3000, done
+    """
+    run(tmp_path, body)
