@@ -118,9 +118,8 @@ def reduced(obj: object, reduction: Any) -> Any:
 #: Classes that have travelled by value: those that this process has sent first, and those that it has received.
 _at_home: weakref.WeakSet[type] = weakref.WeakSet()
 _foreign: weakref.WeakSet[type] = weakref.WeakSet()
-os.register_at_fork(
-    after_in_child=_at_home.clear
-)  # a worker's are its client's, which may have changed them since
+# A forked worker's are its client's, which may have changed them since.
+os.register_at_fork(after_in_child=_at_home.clear)
 
 
 def is_at_home(cls: type) -> bool:

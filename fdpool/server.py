@@ -222,7 +222,6 @@ class Server:
             BindFailed: it cannot be listened somewhere.
             ServerFailed: no worker can be booted, or there are too few descriptors for so many. Nothing is left.
             RuntimeError: it was started before; or a module starts it as it is imported, which its workers do, too.
-            RuntimeError: it was started before.
         """
         loop = self._launch(lambda _: None)
         try:

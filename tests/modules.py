@@ -1,4 +1,4 @@
-"""Running a module of the tests as a program."""
+"""Running a module of the tests, or a script, as a program."""
 
 from __future__ import annotations
 
@@ -17,4 +17,18 @@ def run_module(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         text=True,
         timeout=60,
         check=False,
+    )
+
+
+def run_script(folder: Path, code: str) -> subprocess.CompletedProcess[str]:
+    """`python program.py` of this code, which finds fdpool; for a minute at most."""
+    script = folder / "program.py"
+    script.write_text(code)
+    return subprocess.run(
+        [sys.executable, str(script)],
+        check=False,
+        capture_output=True,
+        text=True,
+        env={"PYTHONPATH": str(Path(__file__).parents[1])},
+        timeout=60,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import sys
+import textwrap
 import types
 import weakref
 from collections.abc import Callable, Iterator
@@ -18,9 +19,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import fdpool
 from fdpool import _frozen, payload
 from fdpool._encoder import pickled_by_value
+from tests.modules import run_script
 from tests.payload_helpers import deliver, in_another_process
 
 SOURCE = """
@@ -526,20 +527,7 @@ def test_functions_of_main_are_as_quick_to_send_as_others_and_do_as_before(tmp_p
             assert {pool.submit(work, 1).result() for _ in range(20)} == {5}
     print("done")
     """
-    import subprocess
-    import textwrap
-
-    script = tmp_path / "program.py"
-    script.write_text(textwrap.dedent(code))
-    root = Path(fdpool.__file__).parent.parent
-    done = subprocess.run(
-        [sys.executable, str(script)],
-        capture_output=True,
-        check=False,
-        text=True,
-        env={"PYTHONPATH": str(root)},
-        timeout=60,
-    )
+    done = run_script(tmp_path, textwrap.dedent(code))
     assert (done.stdout, done.stderr) == ("done\n", "")
 
 

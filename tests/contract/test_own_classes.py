@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
 import pytest
 
-import fdpool
+from tests.modules import run_script
 
-ROOT = Path(fdpool.__file__).parent.parent
 CLASSES = """
 import dataclasses, enum, sys
 import fdpool
@@ -54,17 +51,8 @@ def change(p):
 """
 
 
-def run(folder: Path, body: str, *options: str) -> None:
-    script = folder / "program.py"
-    script.write_text(CLASSES + textwrap.dedent(body) + "\nprint('done')\n")
-    done = subprocess.run(
-        [sys.executable, *options, str(script)],
-        check=False,
-        capture_output=True,
-        text=True,
-        env={"PYTHONPATH": str(ROOT)},
-        timeout=60,
-    )
+def run(folder: Path, body: str) -> None:
+    done = run_script(folder, CLASSES + textwrap.dedent(body) + "\nprint('done')\n")
     assert (done.stdout, done.stderr) == ("done\n", "")
 
 

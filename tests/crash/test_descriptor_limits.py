@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import wait
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -351,18 +352,25 @@ def test_the_memory_of_a_task_is_looked_at_again_where_no_descriptor_was_left_to
         assert pool.submit(square, 3).result(timeout=20) == 9
 
 
+@contextmanager
+def unseen_worker(missing: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[SlotLink]:
+    """What is held of a worker at which nobody can look, for want of a descriptor, or of what looks, too."""
+    link = SlotLink(0)
+    link.pid = os.getpid()
+    monkeypatch.setitem(sys.modules, "psutil", psutil if missing == "descriptor" else None)
+    with room_for(0):
+        yield link
+    link.pid = None
+    link.close()
+
+
 @pytest.mark.parametrize("missing", ["descriptor", "module"])
 def test_what_a_worker_holds_is_nothing_where_nobody_can_look(
     missing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """T3: what looks may not be loaded yet, and it takes descriptors to load it."""
-    link = SlotLink(0)
-    link.pid = os.getpid()
-    monkeypatch.setitem(sys.modules, "psutil", psutil if missing == "descriptor" else None)
-    with room_for(0):
+    with unseen_worker(missing, monkeypatch) as link:
         assert link.memory_bytes() == 0
-    link.pid = None
-    link.close()
 
 
 @pytest.mark.parametrize("missing", ["descriptor", "module"])
@@ -370,13 +378,8 @@ def test_a_worker_is_not_taken_to_be_dead_where_nobody_can_look(
     missing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """T3, without pidfds: whoever asks looks again."""
-    link = SlotLink(0)
-    link.pid = os.getpid()
-    monkeypatch.setitem(sys.modules, "psutil", psutil if missing == "descriptor" else None)
-    with room_for(0):
+    with unseen_worker(missing, monkeypatch) as link:
         assert not link.has_died()
-    link.pid = None
-    link.close()
 
 
 @pytest.mark.parametrize("room", [20, 80])

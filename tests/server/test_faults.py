@@ -1421,23 +1421,26 @@ def test_a_wsgi_worker_without_descriptors_serves_all_as_they_get_free(threads: 
             client.close()  # which lets the next one in
 
 
+#: The end of a program that has made its `server`: it serves with no descriptor left.
+SERVES_AT_ITS_LIMIT = """
+import resource
+server.start()
+taken = [os.open(os.devnull, os.O_RDONLY) for _ in range(40)]
+highest = max(int(name) for name in os.listdir("/proc/self/fd"))
+resource.setrlimit(resource.RLIMIT_NOFILE, (highest, 4096))
+try:
+    while True:
+        taken.append(os.open(os.devnull, os.O_RDONLY))
+except OSError:
+    log.info("full", extra={"event": "full"})
+server.wait(60)
+"""
+
+
 def test_a_server_without_descriptors_hands_over_all_the_same(tmp_path: Path) -> None:
     """S9, T3, where the server accepts."""
-    body = """
-    import resource
-    server = fdpool.Server(pid, "127.0.0.1:0", workers=2, dispatch="handoff")
-    server.start()
-    taken = [os.open(os.devnull, os.O_RDONLY) for _ in range(40)]
-    highest = max(int(name) for name in os.listdir("/proc/self/fd"))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (highest, 4096))
-    try:
-        while True:
-            taken.append(os.open(os.devnull, os.O_RDONLY))
-    except OSError:
-        log.info("full", extra={"event": "full"})
-    server.wait(60)
-    """
-    with program(tmp_path, body) as server:
+    body = 'server = fdpool.Server(pid, "127.0.0.1:0", workers=2, dispatch="handoff")'
+    with program(tmp_path, body + SERVES_AT_ITS_LIMIT) as server:
         port = port_in(server.expect("started"))
         server.expect("full")
         workers = {record["worker_pid"] for record in server.heard if record["event"] == "worker_ready"}
@@ -1455,23 +1458,13 @@ def test_a_server_without_descriptors_gives_the_silent_away(tmp_path: Path) -> N
     """S9, T3: or those who have said nothing would leave no room for those who do."""
     pytest.importorskip("waitress")
     body = """
-    import resource
-    def hello(environ, start_response):
-        start_response("200 OK", [("Content-Length", "5")])
-        return [b"hello"]
-    server = fdpool.Server(hello, "127.0.0.1:0", workers=2, dispatch="handoff")
-    server.start()
-    taken = [os.open(os.devnull, os.O_RDONLY) for _ in range(40)]
-    highest = max(int(name) for name in os.listdir("/proc/self/fd"))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (highest, 4096))
-    try:
-        while True:
-            taken.append(os.open(os.devnull, os.O_RDONLY))
-    except OSError:
-        log.info("full", extra={"event": "full"})
-    server.wait(60)
-    """
-    with program(tmp_path, body) as server, contextlib.ExitStack() as clients:
+def hello(environ, start_response):
+    start_response("200 OK", [("Content-Length", "5")])
+    return [b"hello"]
+
+server = fdpool.Server(hello, "127.0.0.1:0", workers=2, dispatch="handoff")
+"""
+    with program(tmp_path, body + SERVES_AT_ITS_LIMIT) as server, contextlib.ExitStack() as clients:
         port = port_in(server.expect("started"))
         server.expect("full")
         silent = [clients.enter_context(socket.create_connection(("127.0.0.1", port), 20)) for _ in range(20)]

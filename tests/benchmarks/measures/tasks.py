@@ -7,9 +7,10 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 from .. import peers
 from .._measure import Measure, Outcome, Round, Settings, ahead_of, by_peer, within
@@ -99,32 +100,27 @@ def move(point):
 
 
 @contextmanager
-def flood_of_a_script(name: str, settings: Settings) -> Iterator[Round]:
+def of_a_script(name: str, fn: str, arguments: Callable[[Any], list[Any]]) -> Iterator[Round]:
+    """A task of the function of `SCRIPT` for each argument, which are made of the module that has run it."""
     main = sys.modules["__main__"]
     exec(SCRIPT, vars(main))  # before the pool, whose workers may be forks
     with peers.opened(name) as pool:
-        tasks = [(number,) for number in range(settings.size)]
+        tasks = [(argument,) for argument in arguments(main)]
 
         def one_round() -> Outcome:
-            pool.many(main.work, tasks)  # type: ignore[attr-defined]
-            return Outcome(settings.size)
+            pool.many(getattr(main, fn), tasks)
+            return Outcome(len(tasks))
 
         yield one_round
 
 
-@contextmanager
-def flood_of_instances(name: str, settings: Settings) -> Iterator[Round]:
+def flood_of_a_script(name: str, settings: Settings) -> AbstractContextManager[Round]:
+    return of_a_script(name, "work", lambda _: list(range(settings.size)))
+
+
+def flood_of_instances(name: str, settings: Settings) -> AbstractContextManager[Round]:
     """There and back."""
-    main = sys.modules["__main__"]
-    exec(SCRIPT, vars(main))
-    with peers.opened(name) as pool:
-        tasks = [(main.Point(number),) for number in range(settings.size)]  # type: ignore[attr-defined]
-
-        def one_round() -> Outcome:
-            pool.many(main.move, tasks)  # type: ignore[attr-defined]
-            return Outcome(settings.size)
-
-        yield one_round
+    return of_a_script(name, "move", lambda main: list(map(main.Point, range(settings.size))))
 
 
 @contextmanager
