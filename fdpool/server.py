@@ -434,6 +434,8 @@ class Server:
         now = CLOCK.monotonic()
         workers = []
         for link in sorted(loop.crew.links.copy().values(), key=lambda each: (each.slot, each.number)):
+            if link.lost:
+                continue
             try:
                 seen = link.see()
             except ValueError:

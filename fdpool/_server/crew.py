@@ -51,6 +51,9 @@ class Hears(Protocol):
     def worker_closed(self, number: int) -> None:
         """The worker accepts nothing any more."""
 
+    def worker_lost(self, number: int) -> None:
+        """The worker, which served, is dead; `worker_ended` follows as soon as somebody knows how it ended."""
+
     def worker_ended(self, number: int, why: str) -> None:
         """The worker is not there any more, or never was."""
 
@@ -86,6 +89,7 @@ class Crew:
         self.links: dict[int, WorkerLink] = {}
         self.started = 0
         self.failure = ""
+        self._watched: set[int] = set()  # numbers of workers of whose death the kernel tells
         self._reopened_logs = False
         # The last failed boot of which the log has it all: its generation, its traceback.
         self._told = (0, "")
@@ -167,8 +171,10 @@ class Crew:
 
     def _heed(self, link: WorkerLink, message: dict[str, Any]) -> None:
         said = message.get("say")
-        if said == "ready":
-            if link.stuck or link.killed:
+        if said == "hello":
+            self._watch_for_death(link)
+        elif said == "ready":
+            if link.stuck or link.killed or link.lost:
                 return  # too late: its end is under way
             link.ready_at = CLOCK.monotonic()
             news.say_of(
@@ -190,6 +196,29 @@ class Crew:
             self._boss.worker_closed(link.number)
         elif said == "failed":
             link.why, link.traceback = in_one_line(str(message["why"])), str(message["traceback"]).rstrip()
+
+    def _watch_for_death(self, link: WorkerLink) -> None:
+        if link.pidfd is not None and link.number not in self._watched:
+            try:
+                self._turns.watch(link.pidfd, partial(self._lost, link))
+            except OSError:
+                return  # others have all that the kernel may watch for this user; the pool says it, too
+            self._watched.add(link.number)
+
+    def _stop_watching(self, link: WorkerLink) -> None:
+        if link.pidfd is not None and link.number in self._watched:
+            self._turns.unwatch(link.pidfd)
+            self._watched.discard(link.number)
+
+    def _lost(self, link: WorkerLink) -> None:
+        """The kernel says that the worker is dead. Its pool will, and how it ended, but two processes and 2 ms later: so
+        that another one is there the sooner, it is started now, and what this one has left goes to others."""
+        self._stop_watching(link)
+        if link.ready_at is not None and not (link.draining or self._boss.stopping):
+            link.lost = True
+            if self._handoff is not None:
+                self._handoff.gone(link.number)
+            self._boss.worker_lost(link.number)
 
     def _ended(self, link: WorkerLink, end: End) -> None:
         """The pool says that the worker's task has ended, in whichever way."""
@@ -213,6 +242,7 @@ class Crew:
         self._boss.worker_ended(link.number, why)
 
     def _let_go(self, link: WorkerLink) -> None:
+        self._stop_watching(link)
         if self._handoff is not None:
             self._handoff.gone(link.number)
         link.close()

@@ -57,6 +57,8 @@ class WorkerLink:
         traceback: of a failed boot.
         killed: the server has killed it, or is about to.
         stuck: because it had not moved on.
+        lost: it served, and is dead; how it ended is not known yet.
+        pidfd: readable once it is dead; None before its hello, and where the kernel has none.
     """
 
     def __init__(self, number: int, slot: int, generation: int) -> None:
@@ -71,9 +73,10 @@ class WorkerLink:
         self.traceback = ""
         self.killed = False
         self.stuck = False
+        self.lost = False
         self.draining = False
         self.stopped_since: float | None = None  # SIGSTOP
-        self._pidfd: int | None = None
+        self.pidfd: int | None = None
         self._future: Future[str] | None = None
         self.control, self._theirs = StreamSocket.pair(max_bytes=_MAX_MESSAGE, max_fds=1)
         try:
@@ -127,7 +130,7 @@ class WorkerLink:
         message, numbers = received
         if isinstance(message, dict) and message.get("say") == "hello" and self.pid is None:
             self.pid = int(message["pid"])
-            self._pidfd, numbers = (above_stdio(numbers[0]), numbers[1:]) if numbers else (None, [])
+            self.pidfd, numbers = (above_stdio(numbers[0]), numbers[1:]) if numbers else (None, [])
         close_all(numbers)
         return message if isinstance(message, dict) else None
 
@@ -175,8 +178,8 @@ class WorkerLink:
 
     def _signal(self, number: int) -> bool:
         try:
-            if self._pidfd is not None:
-                signal.pidfd_send_signal(self._pidfd, number)
+            if self.pidfd is not None:
+                signal.pidfd_send_signal(self.pidfd, number)
             elif self.pid is not None:
                 os.kill(self.pid, number)
         except OSError:
@@ -185,9 +188,9 @@ class WorkerLink:
 
     def close(self) -> None:
         """Close everything held for it; safe to call again."""
-        if self._pidfd is not None:
-            os.close(self._pidfd)
-            self._pidfd = None
+        if self.pidfd is not None:
+            os.close(self.pidfd)
+            self.pidfd = None
         self.control.close()
         self._theirs.close()
         self._page.close()

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 GAVE_UP = 3  # exit code: no worker can be booted (gunicorn says the same)
 _LAST_S = 0.5  # of the grace: for what workers have begun, when nothing else is waited for any more
 _STEP_S = 0.02
+_LAST_WORDS_LOOKS = 50  # for how many steps it is waited to be told how the last worker that was lost has ended
 _HANDSHAKE_S = 0.5  # a connection on its way may still come to a listener that gets no others any more
 _SCALE_LOOKS = 500  # for how many steps it is waited until such a listener's queue is empty
 _NO_STEERING = "%d workers stay: the kernel cannot keep connections from a listener of dispatch='reuseport'"
@@ -126,7 +127,7 @@ class Loop:
             Reloaded: self._note_reloaded,
             Abandoned: self._note_abandoned,
             GaveUp: self._note_gave_up,
-            Over: self._note_over,
+            Over: partial(self._note_over, _LAST_WORDS_LOOKS),
         }
 
     # -- for the server, from any thread -------------------------------------------------------------------
@@ -450,6 +451,10 @@ class Loop:
     def worker_closed(self, number: int) -> None:
         self._perform(self._plan.closed(number, CLOCK.monotonic()))
 
+    def worker_lost(self, number: int) -> None:
+        self._watch.forget(number)
+        self._perform(self._plan.exited(number, CLOCK.monotonic()))
+
     def worker_ended(self, number: int, why: str) -> None:
         self._watch.forget(number)
         self._perform(self._plan.exited(number, CLOCK.monotonic(), why))
@@ -502,10 +507,10 @@ class Loop:
         self._failure = action.why
         say("gave_up", "the server gives up: %s", action.why, level=logging.CRITICAL, reason=action.why)
 
-    def _note_over(self, over: Over) -> None:
+    def _note_over(self, looks: int, over: Over) -> None:
         self.succession.dismiss(self._plan.settings.grace_s)  # where the plan has given up, nobody has yet
-        if self.succession.is_leaving:
-            self.turns.later(_STEP_S, partial(self._note_over, over))
+        if self.succession.is_leaving or (looks and self.crew.links):
+            self.turns.later(_STEP_S, partial(self._note_over, max(0, looks - 1), over))
             return
         say("stopped", "the server has ended", exit_code=self.exit_code)
         self._on_event("over")

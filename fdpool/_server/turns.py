@@ -48,11 +48,11 @@ class Turns:
         action()
         self.later(pause_s, lambda: self.every(pause_s, action))
 
-    def watch(self, source: HasFileno, action: Action) -> None:
+    def watch(self, source: int | HasFileno, action: Action) -> None:
         """Have `action` called whenever `source` is readable."""
         self._selector.register(source, selectors.EVENT_READ, action)
 
-    def unwatch(self, source: HasFileno) -> None:
+    def unwatch(self, source: int | HasFileno) -> None:
         """Do not look at `source` any more; before it is closed (hazard M27)."""
         self._selector.unregister(source)
 

@@ -85,7 +85,7 @@ class Watch:
             return
         self.next_look = now + self._pause_s
         for link in links:
-            if link.ready_at is None:
+            if link.ready_at is None or link.lost:
                 continue
             seen = link.see()
             why = judge(seen, now, self._request_timeout_s) or self._stopped(link, now)

@@ -94,6 +94,41 @@ def test_a_killed_worker_costs_the_one_connection_that_it_was_serving() -> None:
         assert set(answers) == set(pids(server)) != {victim}
 
 
+@pytest.mark.parametrize("dispatch", DISPATCHES)
+def test_a_death_is_seen_to_before_the_worker_s_supervisor_tells_of_it(dispatch: str) -> None:
+    """S8: it has other things to do, perhaps; here, none at all."""
+    with Server(fail_or_pid, ANY_PORT, workers=2, dispatch=dispatch) as server:
+        victim, other = pids(server)
+        supervisor = psutil.Process(victim).parent()
+        supervisor.suspend()
+        try:
+            os.kill(victim, signal.SIGKILL)
+            wait_until(lambda: victim not in [each.pid for each in server.stats().workers])
+            assert {ask(server)[0] for _ in range(10)} == {other}
+            assert server.stats().started == 3  # another one is asked for already
+        finally:
+            supervisor.resume()
+        wait_until(lambda: len(pids(server)) == 2)
+
+
+def test_how_a_worker_died_is_said_where_the_server_ends_meanwhile(caplog: pytest.LogCaptureFixture) -> None:
+    """S8: the server knows that it is dead, and not yet how."""
+    with records(caplog) as logged, Server(fail_or_pid, ANY_PORT, workers=1) as server:
+        [victim] = pids(server)
+        supervisor = psutil.Process(victim).parent()
+        supervisor.suspend()
+        try:
+            os.kill(victim, signal.SIGKILL)
+            wait_until(lambda: victim not in [each.pid for each in server.stats().workers])
+            stopping = threading.Thread(target=server.stop, args=(0,))
+            stopping.start()
+            wait_until(lambda: logged("stopping"))
+        finally:
+            supervisor.resume()
+        stopping.join()
+    assert "SIGKILL" in [each for each in logged("worker_exited") if each.worker_pid == victim][0].reason
+
+
 def test_what_a_dead_worker_has_not_taken_is_served_as_soon_as_the_server_has_room_for_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

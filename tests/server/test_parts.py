@@ -771,6 +771,7 @@ class Still:
     pid = None
     ready_at = 0.0
     stopped_since = None
+    lost = False
 
     def __init__(self) -> None:
         self.since: float | None = 0.0
