@@ -19,20 +19,18 @@ import logging
 import math
 import os
 import socket
-import sys
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping, Sequence
 from typing import Any
 
 import uvicorn
 from uvicorn.middleware import proxy_headers
 
-from .. import _own_sockets
 from .._clock import CLOCK
 from .._log import log
-from ..fds import duplicate
-from . import room
+from .by_loop import ByLoop, accepts_well
 from .context import Order, ServerWorker
-from .doors import Door, HandedOver
+from .courtesy import Courtesy
+from .doors import Door, Listening
 from .intake import Connections, Intake
 from .progress import BEGUN, FINISHED
 
@@ -53,10 +51,6 @@ Message = MutableMapping[str, Any]
 Application = Callable[[Any, Any, Any], Awaitable[None]]
 
 _LOGGER = "fdpool.server"
-# libuv accepts at most one connection of a listener each time that it polls, and polls up to 48 times in a turn; and
-# the application is to have some, too.
-_KEPT_FREE = 64
-_KEPT_FREE_PER_LISTENER = 64
 _BEAT_S = 0.2  # rarer than uvicorn's ticks, so that it wakes nobody up as long as there are those
 _CLOSE = (b"connection", b"close")
 _FORWARDED = frozenset([b"x-forwarded-for", b"x-forwarded-proto"])  # which uvicorn's middleware looks at
@@ -121,8 +115,8 @@ class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may no
         self._app = app
         self._worker = worker
         self._door = door
-        self._loop_accepts = False  # the loop itself, and nothing comes by the door
-        self._margin = 0  # of descriptors, for what the loop accepts
+        self._by_loop: ByLoop | None = None  # the loop itself accepts, and nothing comes by the door
+        self._courtesy: Courtesy | None = None
         self._serving_loop: asyncio.AbstractEventLoop | None = None
         self._order: tuple[float, bool] | None = None  # a drain's end, and whether everybody leaves
         self._beat_s = min(_BEAT_S, (request_timeout_s or math.inf) / 4)
@@ -137,48 +131,34 @@ class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may no
         yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        loop = asyncio.get_running_loop()
         self.server_state.connections = self._connections
-        own: list[socket.socket] = []
-        # With TLS nothing is known of what the loop has accepted until hands are shaken; no drain is to cut that off.
-        if not isinstance(self._door, HandedOver) and self.config.ssl is None and _accepts_well(loop):
-            listeners = sockets or []
-            self._margin = _KEPT_FREE + _KEPT_FREE_PER_LISTENER * len(listeners)
-            self._loop_accepts = room.unseen(self._margin) >= 0
-            if self._loop_accepts:
-                self._connections.unseen, self._connections.look = 0, self._look_for_room
-                # The door keeps its own. (A socket's `dup` would set O_NONBLOCK anew, which all workers share.)
-                own = [_own_sockets.adopt(duplicate(listener.fileno())) for listener in listeners]
-        try:
-            await super().startup(sockets=own)
-        except BaseException:
-            for listener in own:
-                listener.close()
-            raise
+        await super().startup(sockets=[])
         if self.should_exit or not self.started:
             return
-        self._serving_loop = loop
+        self._serving_loop = asyncio.get_running_loop()
         try:
-            self._begin_serving()
+            await self._begin_serving(self._serving_loop)
         except BaseException:
-            # uvicorn does not; and uvloop, as it is closed, would wait for these for ever, if warnings are errors.
-            for server in self.servers:
-                server.close()
+            # uvicorn does not; and uvloop, as it is closed, would wait for what is open, if warnings are errors.
+            self._take_no_more(self._serving_loop)
             raise
 
-    def _begin_serving(self) -> None:
+    async def _begin_serving(self, loop: asyncio.AbstractEventLoop) -> None:
         os.register_at_fork(after_in_child=self._forget_in_child)
         _fix_log_level()
         self._beat()
-        if not self._loop_accepts:
-            self._open_intake()
+        # With TLS nothing is known of what the loop has accepted until hands are shaken; no drain is to cut that off.
+        if isinstance(self._door, Listening) and self.config.ssl is None and accepts_well(loop):
+            await self._accept_by_loop(loop)
+        if self._by_loop is None:
+            self._accept_by_intake()
         self.on_started()
         if self._order is not None:
             self._begin_draining()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         # Where uvicorn ends by itself (`limit_max_requests`) nobody has told us to drain. The door closes its own.
-        self._intake.close(asyncio.get_running_loop())
+        self._take_no_more(asyncio.get_running_loop())
         await super().shutdown(sockets=[])
 
     def drain(self, until: float, leaving: bool) -> None:
@@ -204,9 +184,7 @@ class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may no
     def _stop_accepting(self) -> None:
         loop = self._serving_loop
         assert loop is not None
-        self._intake.close(loop)
-        for server in self.servers:
-            server.close()
+        self._take_no_more(loop)
         self._worker.closed()
         loop.call_soon(self._have_all)  # uvicorn hears of what uvloop has accepted in the next turn
 
@@ -232,14 +210,16 @@ class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may no
         """The loop turns. Said in each of uvicorn's ticks, and so often as it ends, or where those are too rare."""
         assert self._serving_loop is not None
         self._worker.progress.beat()
+        if self._courtesy is not None:
+            self._courtesy.beat()
         if self._next_beat is not None:
             self._next_beat.cancel()
         self._next_beat = self._serving_loop.call_later(self._beat_s, self._beat)
 
     async def on_tick(self, counter: int) -> bool:
         self._beat()
-        if self._loop_accepts and counter % 10 == 0:  # once a second: others have had time to open something
-            self._connections.unseen = 0
+        if self._by_loop is not None and counter % 10 == 0:  # once a second
+            self._by_loop.look_soon()
         if self._order is not None:
             now = CLOCK.monotonic()
             until, _ = self._order
@@ -263,51 +243,54 @@ class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may no
             if cycle is not None:
                 cycle.disconnected = True
 
-    # -- connections that the loop accepts ----------------------------------------------------------------
+    # -- where connections come from ----------------------------------------------------------------------
 
-    def _look_for_room(self) -> float:
-        """How many more the loop may accept before the next look."""
-        unseen = room.unseen(self._margin)
-        if unseen >= 0 or self._serving_loop is None or self._order is not None:
-            return unseen
-        self._accept_by_intake()
-        return math.inf
+    async def _accept_by_loop(self, loop: asyncio.AbstractEventLoop) -> None:
+        by_loop = ByLoop(
+            loop,
+            self._door.filenos(),
+            self.config.backlog,
+            self._make_protocol,
+            self._connections,
+            self._accept_by_intake,
+        )
+        if not by_loop.has_room():
+            return
+        self._by_loop = by_loop
+        self._courtesy = by_loop.courtesy = self._courtesy_of(
+            loop, lambda: len(self._connections), by_loop.stop, by_loop.go_on
+        )
+        await by_loop.open()
 
     def _accept_by_intake(self) -> None:
-        """Take connections by the door from now on: at the limit of descriptors, libuv accepts and closes.
+        """Take connections by the door from now on: at the limit of descriptors, libuv accepts and closes."""
+        loop = self._serving_loop
+        assert loop is not None
+        self._by_loop = None
+        intake = self._intake
+        self._courtesy = intake.courtesy = self._courtesy_of(loop, intake.count, intake.pause, intake.go_on)
+        intake.open(loop, self._make_protocol, self.config.ssl)
 
-        What the loop has accepted until now stays uvicorn's, which hears of it in its own time.
-        """
-        self._loop_accepts = False
-        for server in self.servers:
-            server.close()
-        self._open_intake()
+    def _courtesy_of(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        count: Callable[[], int],
+        stop: Callable[[], object],
+        go_on: Callable[[], object],
+    ) -> Courtesy | None:
+        balance = self._door.balance
+        if balance is None:
+            return None
+        return Courtesy(balance, loop, self._door.filenos(), count, stop, go_on)
 
-    def _open_intake(self) -> None:
-        assert self._serving_loop is not None
+    def _make_protocol(self) -> Any:
         make: Any = self.config.http_protocol_class
-        self._intake.open(
-            self._serving_loop,
-            lambda: make(config=self.config, server_state=self.server_state, app_state=self.lifespan.state),
-            self.config.ssl,
-        )
+        return make(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
 
-
-def _accepts_well(loop: asyncio.AbstractEventLoop) -> bool:
-    """Whether the loop is to accept by itself, as long as there are descriptors.
-
-    So it is with uvloop, in which requests that come one by one, each on a connection of its own, take 1.4 times the
-    CPU by way of the door.
-
-    asyncio's own loop accepts as we do; but it makes a listener non-blocking that was given (hazard M17), where no
-    descriptor is left it tries and logs `backlog` times in a turn, and as it stops it loses what it has just accepted
-    (https://github.com/python/cpython/issues/109564). libuv before 1.45 accepts in a turn as long as clients come,
-    and that may be more than there are descriptors for (https://github.com/libuv/libuv/pull/3696).
-    """
-    if isinstance(loop, asyncio.SelectorEventLoop):
-        return False
-    version_of_libuv = getattr(sys.modules.get("uvloop.loop"), "libuv_get_version", lambda: 0x012D00)
-    return bool(version_of_libuv() >= 0x012D00)
+    def _take_no_more(self, loop: asyncio.AbstractEventLoop) -> None:
+        if self._by_loop is not None:
+            self._by_loop.close()
+        self._intake.close(loop)
 
 
 def _fix_log_level() -> None:

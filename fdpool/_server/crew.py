@@ -12,6 +12,7 @@ from .._own_sockets import OwnSocket
 from ..errors import FdpoolError, PoolShutDown
 from ..payload import Payload
 from . import checks, news
+from .balance import Loads
 from .context import Order
 from .link import End, WorkerLink, in_one_line
 
@@ -86,6 +87,8 @@ class Crew:
         self._listeners = listeners
         self._handoff = handoff
         self._boss = boss
+        # Of those who accept from the same listeners; `dispatch="handoff"` sees to that itself.
+        self._loads = None if handoff is not None or listeners.are_apart else Loads()
         self.links: dict[int, WorkerLink] = {}
         self.started = 0
         self.failure = ""
@@ -132,6 +135,7 @@ class Crew:
                 order,
                 inbox,
                 self._listeners.of(link.slot),
+                None if self._loads is None else self._loads.fd,
                 self._task.app,
                 lambda end: self._turns.post(partial(self._ended, link, end)),
             )
@@ -193,6 +197,7 @@ class Crew:
         elif said == "retire":
             self._boss.worker_retires(link.number, str(message["why"]))
         elif said == "closed":
+            self._takes_no_more(link)
             self._boss.worker_closed(link.number)
         elif said == "failed":
             link.why, link.traceback = in_one_line(str(message["why"])), str(message["traceback"]).rstrip()
@@ -211,11 +216,12 @@ class Crew:
             self._watched.discard(link.number)
 
     def _lost(self, link: WorkerLink) -> None:
-        """The kernel says that the worker is dead. Its pool will, and how it ended, but two processes and 2 ms later: so
-        that another one is there the sooner, it is started now, and what this one has left goes to others."""
+        """The kernel says that the worker is dead. Its pool will, and how it ended, but 2 ms later: so that another one
+        is there the sooner, it is started now, and what this one has left goes to others."""
         self._stop_watching(link)
         if link.ready_at is not None and not (link.draining or self._boss.stopping):
             link.lost = True
+            self._takes_no_more(link)
             if self._handoff is not None:
                 self._handoff.gone(link.number)
             self._boss.worker_lost(link.number)
@@ -241,8 +247,17 @@ class Crew:
         self._let_go(link)
         self._boss.worker_ended(link.number, why)
 
+    def _takes_no_more(self, link: WorkerLink) -> None:
+        """Have nobody leave connections to it, unless another one takes them in its slot."""
+        if self._loads is None:
+            return
+        others = (each for each in self.links.values() if each is not link and each.slot == link.slot)
+        if not any(other.ready_at is not None and not (other.draining or other.lost) for other in others):
+            self._loads.absent(link.slot)
+
     def _let_go(self, link: WorkerLink) -> None:
         self._stop_watching(link)
+        self._takes_no_more(link)
         if self._handoff is not None:
             self._handoff.gone(link.number)
         link.close()
@@ -268,6 +283,7 @@ class Crew:
         link = self.links.get(number)
         if link is not None:
             link.draining = True
+            self._takes_no_more(link)
             if self._handoff is not None:
                 self._handoff.closing(number)
             link.tell({"do": "drain", "grace_s": grace_s, "leaving": leaving})
@@ -324,3 +340,5 @@ class Crew:
         for link in list(self.links.values()):
             link.close()
         self.links.clear()
+        if self._loads is not None:
+            self._loads.close()

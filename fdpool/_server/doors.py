@@ -17,6 +17,7 @@ from .._log import log
 from .._reserve import Reserve
 from ..fds import close_all
 from .accept import Acceptor
+from .balance import Balance
 from .progress import Progress
 
 _LOGGER = "fdpool.server"
@@ -29,7 +30,13 @@ _PAUSE_S = 0.05  # where no descriptor is left
 
 
 class Door(Protocol):
-    """A source of connections."""
+    """A source of connections.
+
+    Attributes:
+        balance: with the others who take from it, if there may be any, and it is wanted.
+    """
+
+    balance: Balance | None
 
     def filenos(self) -> list[int]:
         """What to poll for reading; empty once closed."""
@@ -50,7 +57,8 @@ class Door(Protocol):
 class Listening:
     """Listeners that others accept from as well; owned."""
 
-    def __init__(self, listeners: Sequence[socket.socket]) -> None:
+    def __init__(self, listeners: Sequence[socket.socket], balance: Balance | None = None) -> None:
+        self.balance = balance
         self._listeners = {listener.fileno(): listener for listener in listeners}
         self._acceptor = Acceptor()
 
@@ -71,6 +79,8 @@ class Listening:
         for listener in self._listeners.values():
             listener.close()
         self._listeners = {}
+        if self.balance is not None:
+            self.balance.leave()
         self._acceptor.close()
 
 
@@ -79,6 +89,8 @@ class HandedOver:
 
     What is not taken stays in the kernel's queue, where the server can fetch it back.
     """
+
+    balance: Balance | None = None
 
     def __init__(self, fd: int, progress: Progress) -> None:
         self._inbox: _own_sockets.OwnSocket | None = _own_sockets.own(fd)

@@ -19,6 +19,7 @@ from typing import Any
 
 from .._clock import CLOCK
 from .._log import log
+from .courtesy import Courtesy
 from .doors import Door, HandedOver
 from .pace import Pace
 from .progress import Progress
@@ -48,8 +49,12 @@ class Connections(set[Any]):
         if self.unseen < 0:
             self.unseen = self.look()
 
-    def tell(self, gone: Callable[[], None]) -> None:
-        """Call `gone()` as one goes, from now on."""
+    def tell(self, gone: Callable[[], object] | None) -> None:
+        """Call `gone()` as one goes, from now on; None: nothing."""
+        if gone is None:
+            self.__dict__.pop("discard", None)
+            self.__dict__.pop("remove", None)
+            return
 
         def discard(connection: Any) -> None:
             set.discard(self, connection)
@@ -69,7 +74,12 @@ class Intake:
         door: closed by `close`.
         connections: those that uvicorn has.
         begun: says how many requests have begun so far.
+
+    Attributes:
+        courtesy: towards other workers, if there may be any.
     """
+
+    courtesy: Courtesy | None = None
 
     def __init__(
         self, door: Door, progress: Progress, connections: Connections, begun: Callable[[], int]
@@ -83,6 +93,7 @@ class Intake:
         self._make_protocol: Callable[[], Any] = object
         self._ssl: ssl.SSLContext | None = None
         self._open = 0
+        self._granted = 0  # so many more are taken before it is asked whether others are to go first
         self._beginning = False  # the request of a connection that was taken is about to
         self._paused: set[int] = set()  # where nothing is taken for a while, as no descriptor is left
         self._adopting: dict[socket.socket, asyncio.Task[None]] = {}  # until TLS has shaken hands
@@ -102,14 +113,31 @@ class Intake:
         self._open = len(self._connections)
         # As one goes, the server hands more by what is counted, and the door has a descriptor in reserve again.
         self._connections.tell(self._one_has_gone)
-        for fileno in self._door.filenos():
-            loop.add_reader(fileno, self._take, fileno)
+        self.go_on()
 
     def close(self, loop: asyncio.AbstractEventLoop) -> None:
         """Take no more; safe to call again. What is polled is not to be closed (hazard M27)."""
+        if self.courtesy is not None:
+            self.courtesy.close()
         for fileno in self._door.filenos():
             loop.remove_reader(fileno)
         self._door.close()
+
+    def count(self) -> int:
+        """How many there are, less those that a turn takes at once: it may well have so many more than others."""
+        return max(0, len(self._connections) + len(self._adopting) - self._pace.at_once)
+
+    def pause(self) -> None:
+        """Take none for now."""
+        assert self._loop is not None
+        for fileno in self._door.filenos():
+            self._loop.remove_reader(fileno)
+
+    def go_on(self) -> None:
+        """Take those that come."""
+        assert self._loop is not None
+        for fileno in self._door.filenos():
+            self._loop.add_reader(fileno, self._take, fileno)
 
     def cut_off(self) -> None:
         """Close connections whose clients have not finished the handshake: uvicorn has yet to hear of those."""
@@ -135,13 +163,18 @@ class Intake:
             self._adopt(connection, said)
 
     def _take_several(self, fileno: int) -> None:
+        self._pace.turns(CLOCK.monotonic())
         for _ in range(self._pace.at_once):
             connection = self._door.take(fileno)
             if connection is None:
                 self._pace.took_all()
-                return
+                break
+            self._granted -= 1
             self._adopt(connection)
-        self._pace.left_some(CLOCK.monotonic(), self._begun())
+        else:
+            self._pace.left_some(CLOCK.monotonic(), self._begun())
+        if self.courtesy is not None and self._granted <= 0:
+            self._granted = self.courtesy.spare()
 
     def _look_again(self) -> None:
         assert self._loop is not None
@@ -190,6 +223,8 @@ class Intake:
         # After this turn: one that becomes a WebSocket goes, and comes again at once.
         assert self._loop is not None
         self._loop.call_soon(self._count_open)
+        if self.courtesy is not None:
+            self.courtesy.one_has_gone()
 
     def _count_open(self) -> None:
         before = self._open

@@ -92,6 +92,7 @@ class WorkerLink:
         order: Order,
         inbox: OwnSocket | None,
         listeners: Sequence[socket.socket],
+        loads: int | None,
         app: Payload,
         on_end: Callable[[End], object],
     ) -> None:
@@ -109,6 +110,7 @@ class WorkerLink:
             Fd(self._page.fd),
             None if inbox is None else Fd(inbox),
             list(listeners),
+            None if loads is None else Fd(loads),
             [Fd(number) for number in (app.fds.numbers if app.fds else ())],
         )
         self._future = future

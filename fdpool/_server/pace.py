@@ -11,6 +11,7 @@ Pure. Not thread-safe: the loop's.
 from __future__ import annotations
 
 _MOMENT_S = 0.002
+_WHILE_S = 0.05
 _MOST = 32  # of eight each costs a quick request 4 % more
 
 
@@ -24,6 +25,14 @@ class Pace:
     def __init__(self) -> None:
         self.at_once = 1
         self._since: tuple[float, int] | None = None  # moment, and requests begun until then
+        self._last_turn = 0.0
+
+    def turns(self, now: float) -> None:
+        """A turn is about to take some. After a while without any, nobody knows how long requests take, and of a burst
+        of connections others are to have their share."""
+        if now - self._last_turn > _WHILE_S:
+            self.at_once = 1
+        self._last_turn = now
 
     def left_some(self, now: float, begun: int) -> None:
         """A turn has taken all that it may, and there may be more, so that the next one does not wait for anything.

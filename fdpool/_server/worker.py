@@ -27,6 +27,7 @@ from .._log import log
 from ..fds import Fd
 from ..sockets import StreamSocket
 from . import apps, doors, failures
+from .balance import Balance
 from .context import Face, Order, ServerWorker, become
 from .logs import reopen_logs
 from .progress import STACKS_AT, Progress
@@ -45,6 +46,7 @@ def main(
     page: Fd,
     inbox: Fd | None,
     listeners: Sequence[socket.socket],
+    loads: Fd | None,
     app_fds: Sequence[Fd],
 ) -> str:
     """Boot and serve as the task of a pool's worker; returns why it has ended."""
@@ -53,9 +55,11 @@ def main(
     _write_stacks_to(page.fileno())
     progress = Progress(page.fileno())
     worker = ServerWorker(order.slot, order.generation, progress, lambda message: _tell(stream, message))
-    door: doors.Door = (
-        doors.Listening(listeners) if inbox is None else doors.HandedOver(inbox.detach(), progress)
-    )
+    door: doors.Door
+    if inbox is not None:
+        door = doors.HandedOver(inbox.detach(), progress)
+    else:
+        door = doors.Listening(listeners, None if loads is None else Balance(loads.fileno(), order.slot))
     try:
         return _boot_and_serve(order, stream, worker, door, listeners, [fd.detach() for fd in app_fds])
     finally:

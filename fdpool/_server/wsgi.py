@@ -26,6 +26,7 @@ from .._clock import CLOCK
 from .._log import log
 from ..fds import is_readable
 from .context import Order, ServerWorker
+from .courtesy import PolledCourtesy
 from .doors import Door, Listening
 from .inline import InlineTasks
 from .threads import Threads
@@ -98,19 +99,22 @@ class WsgiFace:
             )
             for listener in listeners
         ]
-        channel = _channel_class(worker, door, self._tasks)
+        self._courtesy: PolledCourtesy | None = None
+        if door.balance is not None:
+            self._courtesy = PolledCourtesy(door.balance, door.filenos(), threads)
+        channel = _channel_class(worker, door, self._tasks, self._has_open)
         for server in self._servers:
             server.channel_class = channel
             self._guard(server.trigger)
             self._tasks.prepare(server)
             server.next_channel_cleanup = math.inf  # `_close_idle` does it
             if accepts:
-                _accept_by(server, door, self._takes)
+                _accept_by(server, door, self._takes, self._leaves_it)
             else:
                 server.del_channel()  # never to be polled: the server hands its connections over
         if not accepts:
             for fileno in door.filenos():
-                self._map[fileno] = _Intake(fileno, door, worker, self._servers, self._takes)
+                self._map[fileno] = _Intake(fileno, door, self._servers, self._takes, self._has_open)
 
     def serve(self, ready: Callable[[], None]) -> None:
         with self._tasks.running():
@@ -198,14 +202,34 @@ class WsgiFace:
 
     def _takes(self) -> bool:
         """True if a connection that comes now would be taken."""
-        return self._tasks.may_take and not self._door.pause_s()
+        return self._tasks.may_take and not self._pause_s()
+
+    def _pause_s(self) -> float:
+        """For how long none is to be taken."""
+        return self._door.pause_s() or (
+            0.0 if self._courtesy is None else self._courtesy.pause_s(self._count_open())
+        )
+
+    def _leaves_it(self) -> bool:
+        """True if a connection that has come is left to other workers for now."""
+        return self._courtesy is not None and self._courtesy.leaves_it(self._count_open())
+
+    def _count_open(self) -> int:
+        return sum(len(server.active_channels) for server in self._servers)
+
+    def _has_open(self) -> None:
+        """A connection has come, or gone."""
+        count = self._count_open()
+        self._worker.progress.has_open(count)
+        if self._courtesy is not None:
+            self._courtesy.has(count)
 
     def _timeout_s(self) -> float:
         """For how long a turn of the loop may wait."""
         if self._tasks.has_waiting:
             return 0.0
         timeout_s = _TURN_S if self._until is None else 0.05
-        return max(0.001, min(timeout_s, self._door.pause_s() or timeout_s))
+        return max(0.001, min(timeout_s, self._pause_s() or timeout_s))
 
     def _has_drained(self, until: float) -> bool:
         now = CLOCK.monotonic()
@@ -217,13 +241,13 @@ class WsgiFace:
         return not channels or now >= until
 
 
-def _accept_by(server: Any, door: Door, takes: Callable[[], bool]) -> None:
+def _accept_by(server: Any, door: Door, takes: Callable[[], bool], leaves_it: Callable[[], bool]) -> None:
     """Have a waitress server take its connections as every worker does, the limit of descriptors included."""
     fileno = server.socket.fileno()
     readable = server.readable
 
     def handle_accept() -> None:
-        connection = door.take(fileno)
+        connection = None if leaves_it() else door.take(fileno)
         if connection is not None:
             _take_on(server, connection)
 
@@ -250,15 +274,15 @@ class _Intake:
         self,
         fileno: int,
         door: Door,
-        worker: ServerWorker,
         servers: Sequence[Any],
         takes: Callable[[], bool],
+        has_open: Callable[[], None],
     ) -> None:
-        self._worker = worker
         self._fileno = fileno
         self._door = door
         self._servers = servers
         self._takes = takes
+        self._has_open = has_open
 
     def readable(self) -> bool:
         return self._takes()
@@ -284,10 +308,7 @@ class _Intake:
         if connection is None:
             return
         _take_on(self._server_for(connection), connection)
-        self._count_open()
-
-    def _count_open(self) -> None:
-        self._worker.progress.has_open(sum(len(server.active_channels) for server in self._servers))
+        self._has_open()
 
     def _server_for(self, connection: socket.socket) -> Any:
         """Of which listener the connection is: it tells the application its port."""
@@ -303,7 +324,7 @@ class _Intake:
         """For wasyncore.close_all."""
 
 
-def _channel_class(worker: ServerWorker, door: Door, tasks: Tasks) -> type[Any]:
+def _channel_class(worker: ServerWorker, door: Door, tasks: Tasks, has_open: Callable[[], None]) -> type[Any]:
     """waitress's connection, with its requests told, and its answers marked while the worker drains."""
     task_base: Any = tasks.task_class
     channel_base: Any = tasks.channel_class
@@ -381,7 +402,7 @@ def _channel_class(worker: ServerWorker, door: Door, tasks: Tasks) -> type[Any]:
 
         def handle_close(self) -> None:
             super().handle_close()
-            worker.progress.has_open(len(self.server.active_channels))
+            has_open()
             door.ended()
 
     return Channel

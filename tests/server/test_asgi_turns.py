@@ -23,10 +23,12 @@ pytest.importorskip("uvicorn")
 from fdpool import wire
 from fdpool._server import room
 from fdpool._server.asgi import AsgiFace
+from fdpool._server.balance import LEAD, Balance, Loads
 from fdpool._server.context import Order, ServerWorker
 from fdpool._server.doors import HANDED, Door, HandedOver, Listening
 from fdpool._server.progress import Progress, SeenPage
 from fdpool._server.steering import queued
+from fdpool.fds import duplicate
 from tests.server.helpers import Load, read_all
 
 with contextlib.suppress(ImportError):
@@ -49,12 +51,14 @@ def serve(
     inbox: socket.socket | None = None,
     request_timeout_s: float | None = None,
     loop: str = "asyncio",
+    loads: Loads | None = None,
 ) -> None:
     """Serve `hello` until drained; `on_ready` runs in the loop.
 
     Args:
         listener: accepted from, if there is no inbox; owned.
         inbox: where connections are handed over; owned.
+        loads: this is the first of workers that have those.
     """
     pytest.importorskip(loop)
     # A client may keep its connection for longer than uvicorn's 5 seconds until it asks again, on a busy machine.
@@ -62,7 +66,10 @@ def serve(
     order = Order(0, 1, None, b"", False, "asgi", None, None, request_timeout_s, 128, options)
     page = SeenPage()
     worker = ServerWorker(0, 1, Progress(page.fd), lambda message: None)
-    door: Door = Listening([listener]) if inbox is None else HandedOver(inbox.detach(), worker.progress)
+    balance = None if loads is None else Balance(loads.fd, 0)
+    door: Door = (
+        Listening([listener], balance) if inbox is None else HandedOver(inbox.detach(), worker.progress)
+    )
     face = AsgiFace(hello, order, worker, door, [listener])
     try:
         face.serve(lambda: on_ready(face, page))
@@ -89,6 +96,7 @@ def test_connections_accepted_in_the_turn_of_a_drain_are_served() -> None:
             clients.append(client)
         wait_until(lambda: queued(listener) == 5)  # a client may be connected a moment before
         face._server._intake._pace.at_once = 5
+        face._server._intake._pace.turns = lambda now: None  # it would forget that, after so long a time
         asyncio.get_running_loop().call_soon(drain)
 
     serve(listener, connect)
@@ -188,7 +196,7 @@ def test_no_connection_is_lost_as_the_door_is_taken_in_the_midst_of_traffic(
             assert read_all(client).endswith(b"hello")
 
     def go_on(face: AsgiFace, _page: SeenPage) -> None:
-        assert face._server._loop_accepts
+        assert face._server._by_loop is not None
         scenario.append(threads.submit(clients, face))
 
     def clients(face: AsgiFace) -> None:
@@ -294,3 +302,91 @@ def test_the_loop_is_seen_to_turn_whatever_uvicorn_is_about(
     with ThreadPoolExecutor(1) as threads:
         serve(socket.create_server(("127.0.0.1", 0)), go_on, request_timeout_s=request_timeout_s, loop=loop)
     scenario[0].result()
+
+
+# -- beside others -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
+def test_a_worker_with_more_connections_than_another_lets_that_one_go_first(
+    loop: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """S1: until that has as many, or this one has fewer; and it drains meanwhile as ever."""
+    monkeypatch.setattr("fdpool._server.courtesy._HEAD_START_S", 60.0)
+    listener = socket.create_server(("127.0.0.1", 0))
+    address = listener.getsockname()
+    loads = Loads()
+    other = Balance(loads.fd, 1)
+    other.tell(0)
+    kept: list[socket.socket] = []
+    many = 8 * LEAD
+
+    def connect(most: int) -> int:
+        """Keep connections, one after the other, until one is not answered; how many are."""
+        for answered in range(most):
+            client = socket.create_connection(address)
+            kept.append(client)
+            client.settimeout(0.3)
+            try:
+                answer(client)
+            except TimeoutError:
+                return answered
+        return most
+
+    def clients(face: AsgiFace) -> None:
+        try:
+            assert LEAD <= connect(many) <= many / 2  # it does not look at each
+            waiting = kept[-1]
+            waiting.settimeout(20.0)
+            other.tell(many)
+            assert waiting.recv(1000).startswith(b"HTTP/1.1 200")
+            assert connect(1) == 1
+            other.tell(0)
+            assert connect(many) < many
+            waiting = kept.pop()
+            waiting.settimeout(20.0)
+            while kept:  # with fewer it leads no more
+                kept.pop().close()
+            assert waiting.recv(1000).startswith(b"HTTP/1.1 200")
+            waiting.close()
+            assert connect(many) < many
+        finally:
+            face.drain(30.0, True)
+
+    def go_on(face: AsgiFace, _page: SeenPage) -> None:
+        scenario.append(threads.submit(clients, face))
+
+    scenario: list[Future[None]] = []
+    with ThreadPoolExecutor(1) as threads, socket.socket(fileno=duplicate(listener.fileno())) as left:
+        serve(listener, go_on, loop=loop, loads=loads)
+        scenario[0].result()
+        assert queued(left) == 1  # for the other one
+    for client in kept:
+        client.close()
+    loads.close()
+
+
+@pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
+def test_what_another_worker_does_not_take_is_taken(loop: str) -> None:
+    """S1: it computes, say; and each time in a row that it is waited for, more are taken until the next time."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    address = listener.getsockname()
+    loads = Loads()
+    Balance(loads.fd, 1).tell(0)
+
+    def clients(face: AsgiFace) -> None:
+        try:
+            with contextlib.ExitStack() as kept:
+                for _ in range(100):
+                    answer(kept.enter_context(socket.create_connection(address)))
+        finally:
+            face.drain(30.0, True)
+
+    def go_on(face: AsgiFace, _page: SeenPage) -> None:
+        scenario.append(threads.submit(clients, face))
+
+    scenario: list[Future[None]] = []
+    with ThreadPoolExecutor(1) as threads:
+        serve(listener, go_on, loop=loop, loads=loads)
+    scenario[0].result()
+    loads.close()

@@ -126,7 +126,7 @@ def test_how_a_worker_died_is_said_where_the_server_ends_meanwhile(caplog: pytes
         finally:
             supervisor.resume()
         stopping.join()
-    assert "SIGKILL" in [each for each in logged("worker_exited") if each.worker_pid == victim][0].reason
+    assert "SIGKILL" in next(each for each in logged("worker_exited") if each.worker_pid == victim).reason
 
 
 def test_what_a_dead_worker_has_not_taken_is_served_as_soon_as_the_server_has_room_for_it(
