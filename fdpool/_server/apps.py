@@ -15,6 +15,8 @@ from typing import Any, Literal, get_args
 
 Interface = Literal["handler", "socketserver", "asgi", "wsgi", "listeners"]
 INTERFACES: tuple[str, ...] = get_args(Interface)
+#: Those that speak HTTP: clients speak first, and what says nothing for long is no usual request.
+HTTP = ("asgi", "wsgi")
 
 _LISTENERS_NAMES = ("listeners", "sockets")
 

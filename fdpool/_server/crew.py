@@ -11,7 +11,7 @@ from .._clock import CLOCK
 from .._own_sockets import OwnSocket
 from ..errors import FdpoolError, PoolShutDown
 from ..payload import Payload
-from . import checks, news
+from . import apps, checks, news
 from .balance import Loads
 from .context import Order
 from .link import End, WorkerLink, in_one_line
@@ -192,7 +192,7 @@ class Crew:
             self._pools.interface = link.interface = str(message["interface"])
             if self._handoff is not None:
                 most = checks.handed_at_most(link.interface, self._task.order.threads)
-                self._handoff.opened(link.number, most, link.interface in ("asgi", "wsgi"))
+                self._handoff.opened(link.number, most, link.interface in apps.HTTP)
             self._boss.worker_ready(link.number)
         elif said == "retire":
             self._boss.worker_retires(link.number, str(message["why"]))

@@ -326,7 +326,7 @@ class Handoff:
                 break
             connection = self._acceptor.accept(listener)
             if connection is None:
-                if self._is_paused():
+                if self._pauses():
                     return
                 break
             if connection.gettimeout() is not None:
@@ -336,8 +336,8 @@ class Handoff:
             number = self._who() if self._hand_over(self._seats[number], connection) else None
         self._pump()
 
-    def _is_paused(self) -> bool:
-        """True if nothing can be accepted for a while, as no descriptor is left; those of the silent are given away."""
+    def _pauses(self) -> bool:
+        """If no descriptor is left, give away those of the silent, and accept nothing for a while; True if so."""
         if self._acceptor.paused_until <= CLOCK.monotonic():
             return False
         self._held.extend(self._silent.release())

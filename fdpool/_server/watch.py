@@ -12,6 +12,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, NamedTuple
 
 from .._clock import CLOCK
+from .apps import HTTP
 from .progress import Seen
 
 if TYPE_CHECKING:
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 _LOOK_S = 0.5
 _MOST_STOPPED_S = 10.0  # how long a worker may be stopped (SIGSTOP), if requests have no limit
 _SLOW_S = 30.0  # without moving on, which the log is to say even if nothing has a limit
-_NEVER_LONG = ("asgi", "wsgi")  # interfaces where a request that says nothing for so long is no usual one
 
 
 class Verdict(Enum):
@@ -105,7 +105,7 @@ class Watch:
     def _is_slow(self, link: "WorkerLink", seen: Seen, now: float) -> bool:
         """True once for each time that it stands still."""
         since = now - seen.stuck_s(now)
-        if now - since <= _SLOW_S or link.interface not in _NEVER_LONG:
+        if now - since <= _SLOW_S or link.interface not in HTTP:
             return False
         known = self._told.get(link.number, -math.inf)
         self._told[link.number] = since
