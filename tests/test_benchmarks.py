@@ -125,6 +125,15 @@ def test_a_server_is_loaded_and_what_comes_of_it_is_counted(seconds: float, keep
     assert 0 < min(load.latencies) <= max(load.latencies) <= whole_s
 
 
+@pytest.mark.skipif(shutil.which("wrk") is None, reason="wrk is not here")
+def test_clients_that_wait_between_requests_send_as_many_as_that_makes() -> None:
+    with servers.serving("fdpool", "asgi") as server:
+        load = _http_load.load(server.address, connections=4, keep_alive=True, seconds=1.0, pause_ms=10)
+    assert (
+        4 < load.answered < 4 * 100 * load.seconds * 1.5
+    )  # a hundred a second each, where nothing takes time
+
+
 def test_a_load_that_nobody_answers_is_an_error() -> None:
     with pytest.raises(RuntimeError, match="requests were lost"):
         _http_load.load("tcp://127.0.0.1:1", connections=1, keep_alive=True, seconds=0.1)

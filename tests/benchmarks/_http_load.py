@@ -1,4 +1,4 @@
-"""As many requests as a server bears: by wrk where this machine has it, else by our own client.
+"""As many requests as a server bears, or so many as are wanted: by wrk where it is here, else by a client of ours.
 
 wrk is written in C and leaves the processors to the server. Our client checks each answer, and takes as much of them as
 the server does: a fast server waits for it. Latencies of wrk count who would have come while others waited, too
@@ -50,29 +50,36 @@ def client() -> str:
     return " ".join(said.split()[:2])
 
 
-def load(address: str, *, connections: int, keep_alive: bool, seconds: float) -> Load:
+def load(address: str, *, connections: int, keep_alive: bool, seconds: float, pause_ms: int = 0) -> Load:
     """Have `connections` requests on their way for so long; wrk knows whole seconds only.
+
+    Args:
+        pause_ms: for how long a client waits after an answer, on average, before it asks again.
 
     Raises:
         RuntimeError: a request was lost, or none was answered.
     """
     if shutil.which("wrk") is not None and seconds >= 1:
-        return _by_wrk(address, connections, keep_alive, seconds)
-    return _by_ours(address, connections, keep_alive, seconds)
+        return _by_wrk(address, connections, keep_alive, seconds, pause_ms)
+    return _by_ours(address, connections, keep_alive, seconds, pause_ms)
 
 
-def _by_ours(address: str, connections: int, keep_alive: bool, seconds: float) -> Load:
+def _by_ours(address: str, connections: int, keep_alive: bool, seconds: float, pause_ms: int) -> Load:
     before_s = time.process_time()
-    tally = Client(address, connections=connections, keep_alive=float(keep_alive)).run(seconds)
+    # It bears some thousands a second itself, and is not to wait for itself.
+    rps = min(1000.0, connections * 1000 / pause_ms) if pause_ms else None
+    tally = Client(address, rps=rps, connections=connections, keep_alive=float(keep_alive)).run(seconds)
     if tally.lost or not tally.ok:
         raise RuntimeError(f"requests were lost: {tally.as_json()}")
     samples = tally.latencies[:: len(tally.latencies) // _SAMPLES + 1]
     return Load(tally.ok, tally.seconds, samples, time.process_time() - before_s)
 
 
-def _by_wrk(address: str, connections: int, keep_alive: bool, seconds: float) -> Load:
+def _by_wrk(address: str, connections: int, keep_alive: bool, seconds: float, pause_ms: int) -> Load:
     with tempfile.NamedTemporaryFile("w", suffix=".lua") as script:
         script.write(_SCRIPT.replace("SAMPLES", str(_SAMPLES)))
+        if pause_ms:
+            script.write(f"function delay() return math.random(0, {2 * pause_ms}) end\n")
         script.flush()
         command = ["wrk", "-t", "1", "-c", str(connections), "-d", f"{round(seconds)}s"]
         command += [] if keep_alive else ["-H", "Connection: close"]

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from statistics import quantiles
 from typing import Any
 
 import psutil
@@ -41,6 +42,28 @@ def throughput(name: str, form: str, keep_alive: bool, settings: Settings) -> It
             cpu_s = tree_cpu_s() - before_s - load.cpu_s
             cost_s = load.seconds / load.answered
             return Outcome(value=cost_s, cpu_s=cpu_s / load.answered, samples=load.latencies)
+
+        yield one_round
+
+
+@contextmanager
+def latency(name: str, form: str, pause_ms: int, settings: Settings) -> Iterator[Round]:
+    """The time in which 99 of 100 requests were answered, of as many a second from each server as 32 clients send that
+    wait for `pause_ms` after each answer; on kept connections that are opened anew in each round."""
+    with servers.serving(name, form) as server:
+
+        def one_round() -> Outcome:
+            before_s = tree_cpu_s()
+            load = _http_load.load(
+                server.address,
+                connections=_CONNECTIONS,
+                keep_alive=True,
+                seconds=settings.size / 1000,
+                pause_ms=pause_ms,
+            )
+            cpu_s = tree_cpu_s() - before_s - load.cpu_s
+            p99_s = quantiles(load.latencies, n=100)[-1]
+            return Outcome(value=p99_s, cpu_s=cpu_s / load.answered, samples=load.latencies)
 
         yield one_round
 
@@ -198,6 +221,28 @@ MEASURES = (
         "serve-wsgi-threads",
         "a request to a WSGI application, each on a connection of its own, 32 at a time; workers of four threads",
         _sides(throughput, "wsgi", False, names=("fdpool", "gunicorn-threads")),
+        goals=(ahead_of("gunicorn-threads", 1),),
+        **_REQUESTS,
+    ),
+    _measure(
+        "serve-wsgi-kept",
+        "a request to a WSGI application, on 32 kept connections; workers of four threads",
+        _sides(throughput, "wsgi", True, names=("fdpool", "gunicorn-threads")),
+        goals=(ahead_of("gunicorn-threads", 1),),
+        **_REQUESTS,
+    ),
+    _measure(
+        "serve-asgi-p99",
+        "99 of 100 requests to an ASGI application are answered in, at some 25,000 a second on 32 kept connections",
+        _sides(latency, "asgi", 1, names=(*_ASGI, "fdpool-handoff")),
+        goals=_AHEAD,
+        **_REQUESTS,
+    ),
+    _measure(
+        "serve-wsgi-p99",
+        "99 of 100 requests to a WSGI application are answered in, at some 5,000 a second on 32 kept connections; "
+        "workers of four threads",
+        _sides(latency, "wsgi", 5, names=("fdpool", "gunicorn-threads")),
         goals=(ahead_of("gunicorn-threads", 1),),
         **_REQUESTS,
     ),
