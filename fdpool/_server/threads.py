@@ -18,11 +18,25 @@ from waitress.task import ThreadedTaskDispatcher, WSGITask
 
 from .._clock import CLOCK
 
+_MOST_WITH_HEADER = 64 * 1024  # of a longer block the copy costs more than a system call
 _NO_LOG = logging.Logger("fdpool.server.queue", logging.CRITICAL)
 
 
 class ThreadsTask(WSGITask):  # type: ignore[misc]  # waitress has no types
     """A request, whose thread tells that it is about to be free: before the loop is woken for the answer."""
+
+    def write(self, data: Any) -> None:
+        # waitress sends the header by itself, and then the block: a system call more for most answers, and a packet;
+        # and for each the thread lets go of the interpreter's lock, and waits for it with the others.
+        if self.wrote_header or not data or len(data) > _MOST_WITH_HEADER:
+            super().write(data)
+            return
+        channel = self.channel
+        channel.holds_header = True
+        try:
+            super().write(data)
+        finally:
+            channel.let_go_of_header()
 
     def service(self) -> None:
         try:
@@ -32,7 +46,28 @@ class ThreadsTask(WSGITask):  # type: ignore[misc]  # waitress has no types
 
 
 class ThreadsChannel(HTTPChannel):  # type: ignore[misc]
-    """waitress's connection, which tells the dispatcher as it has a thread, and lets go of it."""
+    """waitress's connection, which tells the dispatcher as it has a thread, and lets go of it.
+
+    Attributes:
+        holds_header: what is written next is a header, and goes with what comes after it.
+    """
+
+    holds_header = False
+    _header = b""
+
+    def write_soon(self, data: Any) -> Any:
+        if self.holds_header:
+            self.holds_header, self._header = False, data
+            return len(data)
+        if self._header:
+            self._header, data = b"", self._header + data
+        return super().write_soon(data)
+
+    def let_go_of_header(self) -> None:
+        """Send it by itself, if nothing has come after it."""
+        self.holds_header = False
+        if self._header:
+            self.write_soon(b"")
 
     def service(self) -> None:
         tasks = self.server.task_dispatcher

@@ -114,7 +114,8 @@ def test_one_thread_is_the_main_thread_and_the_application_is_told(threads: int)
 # -- answers -----------------------------------------------------------------------------------------------
 
 
-def test_an_answer_leaves_with_its_header_in_one_piece(tmp_path: Path) -> None:
+@THREADS
+def test_an_answer_leaves_with_its_header_in_one_piece(threads: int, tmp_path: Path) -> None:
     log = tmp_path / "sent"
 
     def note_what_is_sent(worker: ServerWorker) -> None:
@@ -128,12 +129,27 @@ def test_an_answer_leaves_with_its_header_in_one_piece(tmp_path: Path) -> None:
 
         socket.socket.send = noted  # type: ignore[method-assign]
 
-    with Server(wsgi, ANY_PORT, workers=1, threads=1, on_worker_start=note_what_is_sent) as server:
+    with Server(wsgi, ANY_PORT, workers=1, threads=threads, on_worker_start=note_what_is_sent) as server:
         with connect(server) as client:
             client.sendall(b"GET / HTTP/1.0\r\n\r\n")
             answer = read_all(client)
     assert answer.startswith(b"HTTP/1.0 200 OK")
     assert log.read_bytes() == b"%d\n" % len(answer)
+
+
+@THREADS
+def test_a_header_that_nothing_comes_after_is_sent(threads: int) -> None:
+    def app(environ: Any, start_response: Any) -> list[bytes]:
+        start_response("204 No Content", [("X-Path", environ["PATH_INFO"])])
+        return [b"which is ignored"]
+
+    with Server(app, ANY_PORT, workers=1, threads=threads) as server:
+        with connect(server) as client:
+            client.sendall(b"GET /first HTTP/1.0\r\n\r\n")
+            answer = read_all(client)
+    assert answer.startswith(b"HTTP/1.0 204 No Content")
+    assert b"X-Path: /first" in answer
+    assert answer.endswith(b"\r\n\r\n")
 
 
 @pytest.mark.parametrize("answer", [with_write, with_length, without_length])
