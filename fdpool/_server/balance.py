@@ -14,10 +14,8 @@ import os
 
 from .. import _platform
 from ..fds import above_stdio, mapped
-from .checks import MOST_WORKERS
 
 ABSENT = 0xFFFF_FFFF
-_BYTES = 4 * MOST_WORKERS
 _NEIGHBOURS = (
     32  # with so many at most a worker compares: more would be 1 µs for each connection that it looks at
 )
@@ -32,19 +30,23 @@ _MOST_IN_VAIN = 8
 
 
 class Loads:
-    """The server's side. Makes the file, whose descriptor is its own until `close`."""
+    """The server's side. Makes the file, whose descriptor is its own until `close`.
 
-    def __init__(self) -> None:
+    Args:
+        slots: so many there may be.
+    """
+
+    def __init__(self, slots: int) -> None:
         self.fd = above_stdio(_platform.anonymous_file("fdpool-loads"))
         try:
-            os.ftruncate(self.fd, _BYTES)
+            os.ftruncate(self.fd, 4 * slots)
             # Its workers have the descriptor.
             _platform.seal(self.fd, _platform.SEAL_SHRINK | _platform.SEAL_GROW | _platform.SEAL_SEAL)
             self._words = _words(self.fd)
         except BaseException:
             os.close(self.fd)
             raise
-        for slot in range(MOST_WORKERS):
+        for slot in range(slots):
             self._words[slot] = ABSENT
 
     def absent(self, slot: int) -> None:
@@ -71,7 +73,8 @@ class Balance:
         self._words = _words(fd)
         self._slot: int | None = slot
         first = slot - slot % _NEIGHBOURS
-        self._neighbours = [each for each in range(first, first + _NEIGHBOURS) if each != slot]
+        last = min(first + _NEIGHBOURS, len(self._words))
+        self._neighbours = [each for each in range(first, last) if each != slot]
         self.look()
         self._in_vain = 0
         self._unhindered = 0
@@ -123,4 +126,4 @@ class Balance:
 
 
 def _words(fd: int) -> memoryview:
-    return memoryview(mapped(fd, _BYTES, mmap.MAP_SHARED)).cast("I")
+    return memoryview(mapped(fd, os.fstat(fd).st_size, mmap.MAP_SHARED)).cast("I")

@@ -14,12 +14,15 @@ Runs in: the thread of the worker's loop, all of it.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from .._clock import CLOCK
 from ..fds import is_readable
 from .balance import LEAD, Balance
+
+if TYPE_CHECKING:  # 1 MiB, which a WSGI worker need not have
+    import asyncio
 
 _HEAD_START_S = 0.002
 _LOOK_S = 0.1

@@ -88,7 +88,7 @@ class Crew:
         self._handoff = handoff
         self._boss = boss
         # Of those who accept from the same listeners; `dispatch="handoff"` sees to that itself.
-        self._loads = None if handoff is not None or listeners.are_apart else Loads()
+        self._loads = None if handoff is not None or listeners.are_apart else Loads(checks.MOST_WORKERS)
         self.links: dict[int, WorkerLink] = {}
         self.started = 0
         self.failure = ""

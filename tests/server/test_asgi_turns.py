@@ -315,7 +315,7 @@ def test_a_worker_with_more_connections_than_another_lets_that_one_go_first(
     monkeypatch.setattr("fdpool._server.courtesy._HEAD_START_S", 60.0)
     listener = socket.create_server(("127.0.0.1", 0))
     address = listener.getsockname()
-    loads = Loads()
+    loads = Loads(8)
     other = Balance(loads.fd, 1)
     other.tell(0)
     kept: list[socket.socket] = []
@@ -371,7 +371,7 @@ def test_what_another_worker_does_not_take_is_taken(loop: str) -> None:
     """S1: it computes, say; and each time in a row that it is waited for, more are taken until the next time."""
     listener = socket.create_server(("127.0.0.1", 0))
     address = listener.getsockname()
-    loads = Loads()
+    loads = Loads(8)
     Balance(loads.fd, 1).tell(0)
 
     def clients(face: AsgiFace) -> None:

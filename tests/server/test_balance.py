@@ -20,7 +20,7 @@ from tests.server.helpers import ANY_PORT, pids, port_of
 
 @pytest.fixture
 def loads() -> Iterator[Loads]:
-    made = Loads()
+    made = Loads(8)
     yield made
     made.close()
 
