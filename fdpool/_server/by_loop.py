@@ -84,7 +84,7 @@ class ByLoop:
         """Have the loop accept.
 
         Raises:
-            OSError: no descriptor is left, and none is taken.
+            OSError: no descriptor is left. It is to be closed then, as after anything else that is raised.
         """
         for fileno in self._filenos:
             # The door keeps its own. (A socket's `dup` would set O_NONBLOCK anew, which all workers share.)
@@ -93,7 +93,6 @@ class ByLoop:
                 server = await self._loop.create_server(self._make_protocol, sock=own, backlog=self._backlog)
             except BaseException:
                 own.close()
-                self.stop()
                 raise
             self._servers.append(server)
         self._connections.tell(None)
@@ -120,8 +119,10 @@ class ByLoop:
     async def _open_again(self) -> None:
         try:
             await self.open()
-        except OSError:
-            self._give_up()
+        except Exception as error:
+            self._give_up()  # whatever it was: who accepts no more is to accept in the other way
+            if not isinstance(error, OSError):
+                raise
         finally:
             self._opening = None
             if self._closed:

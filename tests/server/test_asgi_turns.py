@@ -8,10 +8,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import gc
 import itertools
 import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -389,4 +391,54 @@ def test_what_another_worker_does_not_take_is_taken(loop: str) -> None:
     with ThreadPoolExecutor(1) as threads:
         serve(listener, go_on, loop=loop, loads=loads)
     scenario[0].result()
+    loads.close()
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EMFILE, "none is left"), ValueError("a defect")])
+def test_who_cannot_accept_again_after_it_stood_back_takes_the_door(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """T3: and does not stay deaf."""
+    monkeypatch.setattr("fdpool._server.courtesy._HEAD_START_S", 60.0)
+    listener = socket.create_server(("127.0.0.1", 0))
+    address = listener.getsockname()
+    loads = Loads(8)
+    other = Balance(loads.fd, 1)
+    other.tell(0)
+
+    async def create_server(*_: Any, **__: Any) -> Any:
+        raise error
+
+    def clients(face: AsgiFace) -> None:
+        try:
+            with contextlib.ExitStack() as kept:
+                for _ in range(8 * LEAD):
+                    client = kept.enter_context(socket.create_connection(address))
+                    client.settimeout(0.3)
+                    try:
+                        answer(client)
+                    except TimeoutError:
+                        break
+                by_loop: Any = face._server._by_loop
+                loop = by_loop._loop
+                by_loop._loop = SimpleNamespace(create_server=create_server, create_task=loop.create_task)
+                other.tell(8 * LEAD)
+                client.settimeout(20.0)
+                assert client.recv(1000).startswith(b"HTTP/1.1 200")
+                assert face._server._by_loop is None
+                answer(kept.enter_context(socket.create_connection(address)))
+        finally:
+            face.drain(30.0, True)
+
+    def go_on(face: AsgiFace, _page: SeenPage) -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context["exception"]))
+        scenario.append(threads.submit(clients, face))
+
+    told: list[Any] = []
+    scenario: list[Future[None]] = []
+    with ThreadPoolExecutor(1) as threads:
+        serve(listener, go_on, loop="uvloop", loads=loads)
+    scenario[0].result()
+    gc.collect()
+    assert told == [error] * isinstance(error, ValueError)
     loads.close()
