@@ -308,6 +308,22 @@ def test_the_loop_is_seen_to_turn_whatever_uvicorn_is_about(
 
 # -- beside others -----------------------------------------------------------------------------------------
 
+MANY = 8 * LEAD
+
+
+def connect_until_left_waiting(address: Any, kept: list[socket.socket], most: int) -> int:
+    """Keep connections, one after the other, until one is not answered, the last of `kept`; how many are."""
+    for answered in range(most):
+        client = socket.create_connection(address)
+        kept.append(client)
+        client.settimeout(0.3)
+        try:
+            answer(client)
+        except TimeoutError:
+            client.settimeout(20.0)
+            return answered
+    return most
+
 
 @pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
 def test_a_worker_with_more_connections_than_another_lets_that_one_go_first(
@@ -321,37 +337,25 @@ def test_a_worker_with_more_connections_than_another_lets_that_one_go_first(
     other = Balance(loads.fd, 1)
     other.tell(0)
     kept: list[socket.socket] = []
-    many = 8 * LEAD
 
     def connect(most: int) -> int:
-        """Keep connections, one after the other, until one is not answered; how many are."""
-        for answered in range(most):
-            client = socket.create_connection(address)
-            kept.append(client)
-            client.settimeout(0.3)
-            try:
-                answer(client)
-            except TimeoutError:
-                return answered
-        return most
+        return connect_until_left_waiting(address, kept, most)
 
     def clients(face: AsgiFace) -> None:
         try:
-            assert LEAD <= connect(many) <= many / 2  # it does not look at each
+            assert LEAD <= connect(MANY) <= MANY / 2  # it does not look at each
             waiting = kept[-1]
-            waiting.settimeout(20.0)
-            other.tell(many)
+            other.tell(MANY)
             assert waiting.recv(1000).startswith(b"HTTP/1.1 200")
             assert connect(1) == 1
             other.tell(0)
-            assert connect(many) < many
+            assert connect(MANY) < MANY
             waiting = kept.pop()
-            waiting.settimeout(20.0)
             while kept:  # with fewer it leads no more
                 kept.pop().close()
             assert waiting.recv(1000).startswith(b"HTTP/1.1 200")
             waiting.close()
-            assert connect(many) < many
+            assert connect(MANY) < MANY
         finally:
             face.drain(30.0, True)
 
@@ -411,22 +415,14 @@ def test_who_cannot_accept_again_after_it_stood_back_takes_the_door(
 
     def clients(face: AsgiFace) -> None:
         try:
-            with contextlib.ExitStack() as kept:
-                for _ in range(8 * LEAD):
-                    client = kept.enter_context(socket.create_connection(address))
-                    client.settimeout(0.3)
-                    try:
-                        answer(client)
-                    except TimeoutError:
-                        break
-                by_loop: Any = face._server._by_loop
-                loop = by_loop._loop
-                by_loop._loop = SimpleNamespace(create_server=create_server, create_task=loop.create_task)
-                other.tell(8 * LEAD)
-                client.settimeout(20.0)
-                assert client.recv(1000).startswith(b"HTTP/1.1 200")
-                assert face._server._by_loop is None
-                answer(kept.enter_context(socket.create_connection(address)))
+            assert connect_until_left_waiting(address, kept, MANY) < MANY
+            by_loop: Any = face._server._by_loop
+            loop = by_loop._loop
+            by_loop._loop = SimpleNamespace(create_server=create_server, create_task=loop.create_task)
+            other.tell(MANY)
+            assert kept[-1].recv(1000).startswith(b"HTTP/1.1 200")
+            assert face._server._by_loop is None
+            assert connect_until_left_waiting(address, kept, 1) == 1
         finally:
             face.drain(30.0, True)
 
@@ -435,10 +431,13 @@ def test_who_cannot_accept_again_after_it_stood_back_takes_the_door(
         scenario.append(threads.submit(clients, face))
 
     told: list[Any] = []
+    kept: list[socket.socket] = []
     scenario: list[Future[None]] = []
     with ThreadPoolExecutor(1) as threads:
         serve(listener, go_on, loop="uvloop", loads=loads)
     scenario[0].result()
+    for client in kept:
+        client.close()
     gc.collect()
     assert told == [error] * isinstance(error, ValueError)
     loads.close()

@@ -32,16 +32,8 @@ def throughput(name: str, form: str, keep_alive: bool, settings: Settings) -> It
     with servers.serving(name, form) as server:
 
         def one_round() -> Outcome:
-            before_s = tree_cpu_s()
-            load = _http_load.load(
-                server.address,
-                connections=_CONNECTIONS,
-                keep_alive=keep_alive,
-                seconds=settings.size / 1000,
-            )
-            cpu_s = tree_cpu_s() - before_s - load.cpu_s
-            cost_s = load.seconds / load.answered
-            return Outcome(value=cost_s, cpu_s=cpu_s / load.answered, samples=load.latencies)
+            load, cpu_s = _loaded(server, settings, keep_alive)
+            return Outcome(value=load.seconds / load.answered, cpu_s=cpu_s, samples=load.latencies)
 
         yield one_round
 
@@ -53,19 +45,26 @@ def latency(name: str, form: str, pause_ms: int, settings: Settings) -> Iterator
     with servers.serving(name, form) as server:
 
         def one_round() -> Outcome:
-            before_s = tree_cpu_s()
-            load = _http_load.load(
-                server.address,
-                connections=_CONNECTIONS,
-                keep_alive=True,
-                seconds=settings.size / 1000,
-                pause_ms=pause_ms,
-            )
-            cpu_s = tree_cpu_s() - before_s - load.cpu_s
+            load, cpu_s = _loaded(server, settings, True, pause_ms)
             p99_s = quantiles(load.latencies, n=100)[-1]
-            return Outcome(value=p99_s, cpu_s=cpu_s / load.answered, samples=load.latencies)
+            return Outcome(value=p99_s, cpu_s=cpu_s, samples=load.latencies)
 
         yield one_round
+
+
+def _loaded(
+    server: servers.Server, settings: Settings, keep_alive: bool, pause_ms: int = 0
+) -> tuple[_http_load.Load, float]:
+    """What comes of a load for `size` milliseconds, and the CPU of the server for each request, in seconds."""
+    before_s = tree_cpu_s()
+    load = _http_load.load(
+        server.address,
+        connections=_CONNECTIONS,
+        keep_alive=keep_alive,
+        seconds=settings.size / 1000,
+        pause_ms=pause_ms,
+    )
+    return load, (tree_cpu_s() - before_s - load.cpu_s) / load.answered
 
 
 @contextmanager
