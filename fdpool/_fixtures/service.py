@@ -198,14 +198,20 @@ class Services:
                 os.close(lock)
 
     def _make_folder(self) -> None:
-        try:
-            os.mkdir(self._folder, 0o700)
-        except FileExistsError:
-            found = os.lstat(self._folder)
+        """Make it, if it is not there; it may go at any time, as the last keeper does."""
+        while True:
+            try:
+                os.mkdir(self._folder, 0o700)
+                return
+            except FileExistsError:
+                pass
+            try:
+                found = os.lstat(self._folder)
+            except FileNotFoundError:
+                continue
             if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
-                raise PermissionError(
-                    f"{self._folder} is not a folder that only this user may enter"
-                ) from None
+                raise PermissionError(f"{self._folder} is not a folder that only this user may enter")
+            return
 
 
 def _name_of(app: Any) -> str:

@@ -120,6 +120,22 @@ def test_a_program_s_arguments_may_be_what_serve_takes(tmp_path: Path) -> None:
         services.close()
 
 
+def test_the_folder_of_services_may_go_as_another_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    services = Services(str(tmp_path))
+    mkdir, there = os.mkdir, iter([True])
+
+    def mkdir_as_it_goes(path: str, mode: int) -> None:
+        if next(there, False):
+            raise FileExistsError(path)  # and it has gone by the time that it is looked at
+        mkdir(path, mode)
+
+    monkeypatch.setattr(os, "mkdir", mkdir_as_it_goes)
+    services._make_folder()
+    os.rmdir(services._folder)
+
+
 def test_one_that_cannot_be_started_fails_every_holder_with_the_reason(tmp_path: Path) -> None:
     def fails(listening: socket.socket, ready: object) -> None:
         raise LookupError("no such database")
