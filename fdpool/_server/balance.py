@@ -89,7 +89,7 @@ class Balance:
         self._others: list[int] = [each for each in self._neighbours if self._words[each] != ABSENT]
 
     def leads(self, connections: int) -> bool:
-        """True if another who accepts has far fewer than so many, which are open here."""
+        """True if another who accepts has far fewer than so many, which are open here; it is told as by `tell`."""
         return self._more_until_lead(connections) == 0
 
     def spare(self, connections: int) -> int | None:

@@ -132,32 +132,32 @@ class PolledCourtesy:
 
     Args:
         filenos: of the listeners; borrowed.
+        count: says how many connections this worker has.
         threads: it takes connections as it has threads free for them; so what counts is how many more there are.
     """
 
-    def __init__(self, balance: Balance, filenos: Sequence[int], threads: int) -> None:
+    def __init__(
+        self, balance: Balance, filenos: Sequence[int], count: Callable[[], int], threads: int
+    ) -> None:
         self._balance = balance
         self._filenos = list(filenos)
+        self._count = count
         self._threads = threads
         self._next_look = 0.0
         self._head_start_until: float | None = None
         self._granted = 0  # so many more are taken, whatever others have
-        self._told: int | None = None
-        self.has(0)
+        self.tell()
 
-    def has(self, connections: int) -> None:
-        """So many are open."""
-        more = max(0, connections - self._threads)
-        if more != self._told:
-            self._told = more
-            self._balance.tell(more)
+    def tell(self) -> None:
+        """Have others know how many this worker has."""
+        self._balance.tell(self._more())
 
-    def leaves_it(self, connections: int) -> bool:
+    def leaves_it(self) -> bool:
         """True if one that has come is left to others for now."""
         if self._granted:
             self._granted -= 1
             return False
-        more = connections - self._threads
+        more = self._more()
         if more < LEAD:
             return False  # whatever others have
         now = CLOCK.monotonic()
@@ -171,14 +171,17 @@ class PolledCourtesy:
         self._granted = 0 if spare is None else spare - 1
         return False
 
-    def pause_s(self, connections: int) -> float:
+    def pause_s(self) -> float:
         """For how long others have a head start; 0.0 if they have none, or this worker does not lead any more."""
         if self._head_start_until is None:
             return 0.0
-        if self._balance.leads(max(0, connections - self._threads)):
+        if self._balance.leads(self._more()):
             left_s = self._head_start_until - CLOCK.monotonic()
             if left_s > 0:
                 return left_s
             self._balance.left_to_others(taken=not any(map(is_readable, self._filenos)))
         self._head_start_until = None
         return 0.0
+
+    def _more(self) -> int:
+        return max(0, self._count() - self._threads)

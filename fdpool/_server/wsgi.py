@@ -101,8 +101,8 @@ class WsgiFace:
         ]
         self._courtesy: PolledCourtesy | None = None
         if door.balance is not None:
-            self._courtesy = PolledCourtesy(door.balance, door.filenos(), threads)
-        channel = _channel_class(worker, door, self._tasks, self._has_open)
+            self._courtesy = PolledCourtesy(door.balance, door.filenos(), self._count_open, threads)
+        channel = _channel_class(worker, door, self._tasks, self._tell_open)
         for server in self._servers:
             server.channel_class = channel
             self._guard(server.trigger)
@@ -114,7 +114,7 @@ class WsgiFace:
                 server.del_channel()  # never to be polled: the server hands its connections over
         if not accepts:
             for fileno in door.filenos():
-                self._map[fileno] = _Intake(fileno, door, self._servers, self._takes, self._has_open)
+                self._map[fileno] = _Intake(fileno, door, self._servers, self._takes, self._tell_open)
 
     def serve(self, ready: Callable[[], None]) -> None:
         with self._tasks.running():
@@ -206,23 +206,20 @@ class WsgiFace:
 
     def _pause_s(self) -> float:
         """For how long none is to be taken."""
-        return self._door.pause_s() or (
-            0.0 if self._courtesy is None else self._courtesy.pause_s(self._count_open())
-        )
+        return self._door.pause_s() or (0.0 if self._courtesy is None else self._courtesy.pause_s())
 
     def _leaves_it(self) -> bool:
         """True if a connection that has come is left to other workers for now."""
-        return self._courtesy is not None and self._courtesy.leaves_it(self._count_open())
+        return self._courtesy is not None and self._courtesy.leaves_it()
 
     def _count_open(self) -> int:
         return sum(len(server.active_channels) for server in self._servers)
 
-    def _has_open(self) -> None:
-        """A connection has come, or gone."""
-        count = self._count_open()
-        self._worker.progress.has_open(count)
+    def _tell_open(self) -> None:
+        """A connection has come by the server's hand, or gone."""
+        self._worker.progress.has_open(self._count_open())
         if self._courtesy is not None:
-            self._courtesy.has(count)
+            self._courtesy.tell()
 
     def _timeout_s(self) -> float:
         """For how long a turn of the loop may wait."""
@@ -276,13 +273,13 @@ class _Intake:
         door: Door,
         servers: Sequence[Any],
         takes: Callable[[], bool],
-        has_open: Callable[[], None],
+        tell_open: Callable[[], None],
     ) -> None:
         self._fileno = fileno
         self._door = door
         self._servers = servers
         self._takes = takes
-        self._has_open = has_open
+        self._tell_open = tell_open
 
     def readable(self) -> bool:
         return self._takes()
@@ -308,7 +305,7 @@ class _Intake:
         if connection is None:
             return
         _take_on(self._server_for(connection), connection)
-        self._has_open()
+        self._tell_open()
 
     def _server_for(self, connection: socket.socket) -> Any:
         """Of which listener the connection is: it tells the application its port."""
@@ -324,7 +321,9 @@ class _Intake:
         """For wasyncore.close_all."""
 
 
-def _channel_class(worker: ServerWorker, door: Door, tasks: Tasks, has_open: Callable[[], None]) -> type[Any]:
+def _channel_class(
+    worker: ServerWorker, door: Door, tasks: Tasks, tell_open: Callable[[], None]
+) -> type[Any]:
     """waitress's connection, with its requests told, and its answers marked while the worker drains."""
     task_base: Any = tasks.task_class
     channel_base: Any = tasks.channel_class
@@ -402,7 +401,7 @@ def _channel_class(worker: ServerWorker, door: Door, tasks: Tasks, has_open: Cal
 
         def handle_close(self) -> None:
             super().handle_close()
-            has_open()
+            tell_open()
             door.ended()
 
     return Channel

@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from fdpool._server.balance import ABSENT, LEAD, Balance, Loads
+from fdpool._server.courtesy import PolledCourtesy
 from fdpool.server import Server
 from tests.process_state import wait_until
 from tests.server.applications import asgi, wsgi
@@ -75,6 +76,19 @@ def test_one_that_has_left_tells_nothing_more(loads: Loads) -> None:
     leaving.tell(0)
     other.look()
     assert not other.leads(6 + LEAD)
+
+
+def test_what_others_see_is_what_a_worker_has(loads: Loads) -> None:
+    mine, other = Balance(loads.fd, 0), Balance(loads.fd, 1)
+    other.tell(0)
+    connections = 5
+    courtesy = PolledCourtesy(mine, [], lambda: connections, threads=1)
+    connections = 6  # one has come
+    assert courtesy.leaves_it()
+    connections = 5  # and gone
+    courtesy.tell()
+    other.look()
+    assert other.leads(4 + LEAD)
 
 
 WAYS = [
