@@ -116,7 +116,6 @@ class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may no
         self._worker = worker
         self._door = door
         self._by_loop: ByLoop | None = None  # the loop itself accepts, and nothing comes by the door
-        self._courtesy: Courtesy | None = None
         self._serving_loop: asyncio.AbstractEventLoop | None = None
         self._order: tuple[float, bool] | None = None  # a drain's end, and whether everybody leaves
         self._beat_s = min(_BEAT_S, (request_timeout_s or math.inf) / 4)
@@ -210,8 +209,9 @@ class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may no
         """The loop turns. Said in each of uvicorn's ticks, and so often as it ends, or where those are too rare."""
         assert self._serving_loop is not None
         self._worker.progress.beat()
-        if self._courtesy is not None:
-            self._courtesy.beat()
+        courtesy = (self._intake if self._by_loop is None else self._by_loop).courtesy
+        if courtesy is not None:
+            courtesy.beat()
         if self._next_beat is not None:
             self._next_beat.cancel()
         self._next_beat = self._serving_loop.call_later(self._beat_s, self._beat)
@@ -257,7 +257,7 @@ class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may no
         if not by_loop.has_room():
             return
         self._by_loop = by_loop
-        self._courtesy = by_loop.courtesy = self._courtesy_of(
+        by_loop.courtesy = self._courtesy_of(
             loop, lambda: len(self._connections), by_loop.stop, by_loop.go_on
         )
         await by_loop.open()
@@ -268,7 +268,7 @@ class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may no
         assert loop is not None
         self._by_loop = None
         intake = self._intake
-        self._courtesy = intake.courtesy = self._courtesy_of(loop, intake.count, intake.pause, intake.go_on)
+        intake.courtesy = self._courtesy_of(loop, intake.count, intake.pause, intake.go_on)
         intake.open(loop, self._make_protocol, self.config.ssl)
 
     def _courtesy_of(

@@ -52,11 +52,9 @@ class Hears(Protocol):
     def worker_closed(self, number: int) -> None:
         """The worker accepts nothing any more."""
 
-    def worker_lost(self, number: int) -> None:
-        """The worker, which served, is dead; `worker_ended` follows as soon as somebody knows how it ended."""
-
     def worker_ended(self, number: int, why: str) -> None:
-        """The worker is not there any more, or never was."""
+        """The worker is not there any more, or never was. Of one that served it may be said twice: as it is dead, and
+        when somebody knows how it ended."""
 
     @property
     def stopping(self) -> bool:
@@ -221,10 +219,8 @@ class Crew:
         self._stop_watching(link)
         if link.ready_at is not None and not (link.draining or self._boss.stopping):
             link.lost = True
-            self._takes_no_more(link)
-            if self._handoff is not None:
-                self._handoff.gone(link.number)
-            self._boss.worker_lost(link.number)
+            self._give_it_no_more(link)
+            self._boss.worker_ended(link.number, "")
 
     def _ended(self, link: WorkerLink, end: End) -> None:
         """The pool says that the worker's task has ended, in whichever way."""
@@ -255,11 +251,15 @@ class Crew:
         if not any(other.ready_at is not None and not (other.draining or other.lost) for other in others):
             self._loads.absent(link.slot)
 
-    def _let_go(self, link: WorkerLink) -> None:
-        self._stop_watching(link)
+    def _give_it_no_more(self, link: WorkerLink) -> None:
+        """It is not there any more: what it has left goes to others. Safe to call again."""
         self._takes_no_more(link)
         if self._handoff is not None:
             self._handoff.gone(link.number)
+
+    def _let_go(self, link: WorkerLink) -> None:
+        self._stop_watching(link)
+        self._give_it_no_more(link)
         link.close()
 
     # -- what they are told --------------------------------------------------------------------------------

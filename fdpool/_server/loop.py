@@ -47,9 +47,8 @@ if TYPE_CHECKING:
 GAVE_UP = 3  # exit code: no worker can be booted (gunicorn says the same)
 _LAST_S = 0.5  # of the grace: for what workers have begun, when nothing else is waited for any more
 _STEP_S = 0.02
-_LAST_WORDS_LOOKS = (
-    50  # for how many steps it is waited to be told how the last worker that was lost has ended
-)
+# For how many steps it is waited to be told how the last worker that was lost has ended.
+_LAST_WORDS_LOOKS = 50
 _HANDSHAKE_S = 0.5  # a connection on its way may still come to a listener that gets no others any more
 _SCALE_LOOKS = 500  # for how many steps it is waited until such a listener's queue is empty
 _NO_STEERING = "%d workers stay: the kernel cannot keep connections from a listener of dispatch='reuseport'"
@@ -452,10 +451,6 @@ class Loop:
 
     def worker_closed(self, number: int) -> None:
         self._perform(self._plan.closed(number, CLOCK.monotonic()))
-
-    def worker_lost(self, number: int) -> None:
-        self._watch.forget(number)
-        self._perform(self._plan.exited(number, CLOCK.monotonic()))
 
     def worker_ended(self, number: int, why: str) -> None:
         self._watch.forget(number)
