@@ -325,119 +325,123 @@ def connect_until_left_waiting(address: Any, kept: list[socket.socket], most: in
     return most
 
 
-@pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
-def test_a_worker_with_more_connections_than_another_lets_that_one_go_first(
-    loop: str, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def loads() -> Iterator[Loads]:
+    made = Loads(8)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def other(loads: Loads) -> Balance:
+    """Another worker, that accepts and has no connections."""
+    balance = Balance(loads.fd, 1)
+    balance.tell(0)
+    return balance
+
+
+def serve_to(
+    clients: Callable[[AsgiFace], None], listener: socket.socket, loop: str, loads: Loads, told: list[Any]
 ) -> None:
-    """S1: until that has as many, or this one has fewer; and it drains meanwhile as ever."""
-    monkeypatch.setattr("fdpool._server.courtesy._HEAD_START_S", 60.0)
-    listener = socket.create_server(("127.0.0.1", 0))
-    address = listener.getsockname()
-    loads = Loads(8)
-    other = Balance(loads.fd, 1)
-    other.tell(0)
-    kept: list[socket.socket] = []
+    """Serve while `clients(face)` runs, beside the other workers that `loads` is of; `told` gets what the loop is told
+    of errors that nobody has handled."""
 
-    def connect(most: int) -> int:
-        return connect_until_left_waiting(address, kept, most)
-
-    def clients(face: AsgiFace) -> None:
+    def run(face: AsgiFace) -> None:
         try:
-            assert LEAD <= connect(MANY) <= MANY / 2  # it does not look at each
-            waiting = kept[-1]
-            other.tell(MANY)
-            assert waiting.recv(1000).startswith(b"HTTP/1.1 200")
-            assert connect(1) == 1
-            other.tell(0)
-            assert connect(MANY) < MANY
-            waiting = kept.pop()
-            while kept:  # with fewer it leads no more
-                kept.pop().close()
-            assert waiting.recv(1000).startswith(b"HTTP/1.1 200")
-            waiting.close()
-            assert connect(MANY) < MANY
-        finally:
-            face.drain(30.0, True)
-
-    def go_on(face: AsgiFace, _page: SeenPage) -> None:
-        scenario.append(threads.submit(clients, face))
-
-    scenario: list[Future[None]] = []
-    with ThreadPoolExecutor(1) as threads, socket.socket(fileno=duplicate(listener.fileno())) as left:
-        serve(listener, go_on, loop=loop, loads=loads)
-        scenario[0].result()
-        assert queued(left) == 1  # for the other one
-    for client in kept:
-        client.close()
-    loads.close()
-
-
-@pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
-def test_what_another_worker_does_not_take_is_taken(loop: str) -> None:
-    """S1: it computes, say; and each time in a row that it is waited for, more are taken until the next time."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    address = listener.getsockname()
-    loads = Loads(8)
-    Balance(loads.fd, 1).tell(0)
-
-    def clients(face: AsgiFace) -> None:
-        try:
-            with contextlib.ExitStack() as kept:
-                for _ in range(100):
-                    answer(kept.enter_context(socket.create_connection(address)))
-        finally:
-            face.drain(30.0, True)
-
-    def go_on(face: AsgiFace, _page: SeenPage) -> None:
-        scenario.append(threads.submit(clients, face))
-
-    scenario: list[Future[None]] = []
-    with ThreadPoolExecutor(1) as threads:
-        serve(listener, go_on, loop=loop, loads=loads)
-    scenario[0].result()
-    loads.close()
-
-
-@pytest.mark.parametrize("error", [OSError(errno.EMFILE, "none is left"), ValueError("a defect")])
-def test_who_cannot_accept_again_after_it_stood_back_takes_the_door(
-    error: Exception, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """T3: and does not stay deaf."""
-    monkeypatch.setattr("fdpool._server.courtesy._HEAD_START_S", 60.0)
-    listener = socket.create_server(("127.0.0.1", 0))
-    address = listener.getsockname()
-    loads = Loads(8)
-    other = Balance(loads.fd, 1)
-    other.tell(0)
-
-    async def create_server(*_: Any, **__: Any) -> Any:
-        raise error
-
-    def clients(face: AsgiFace) -> None:
-        try:
-            assert connect_until_left_waiting(address, kept, MANY) < MANY
-            by_loop: Any = face._server._by_loop
-            loop = by_loop._loop
-            by_loop._loop = SimpleNamespace(create_server=create_server, create_task=loop.create_task)
-            other.tell(MANY)
-            assert kept[-1].recv(1000).startswith(b"HTTP/1.1 200")
-            assert face._server._by_loop is None
-            assert connect_until_left_waiting(address, kept, 1) == 1
+            clients(face)
         finally:
             face.drain(30.0, True)
 
     def go_on(face: AsgiFace, _page: SeenPage) -> None:
         asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context["exception"]))
-        scenario.append(threads.submit(clients, face))
+        scenario.append(threads.submit(run, face))
 
-    told: list[Any] = []
-    kept: list[socket.socket] = []
     scenario: list[Future[None]] = []
     with ThreadPoolExecutor(1) as threads:
-        serve(listener, go_on, loop="uvloop", loads=loads)
+        serve(listener, go_on, loop=loop, loads=loads)
     scenario[0].result()
+
+
+@pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
+def test_a_worker_with_more_connections_than_another_lets_that_one_go_first(
+    loop: str, loads: Loads, other: Balance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """S1: until that has as many, or this one has fewer; and it drains meanwhile as ever."""
+    monkeypatch.setattr("fdpool._server.courtesy._HEAD_START_S", 60.0)
+    listener = socket.create_server(("127.0.0.1", 0))
+    address = listener.getsockname()
+    kept: list[socket.socket] = []
+    told: list[Any] = []
+
+    def connect(most: int) -> int:
+        return connect_until_left_waiting(address, kept, most)
+
+    def clients(_face: AsgiFace) -> None:
+        assert LEAD <= connect(MANY) <= MANY / 2  # it does not look at each
+        waiting = kept[-1]
+        other.tell(MANY)
+        assert waiting.recv(1000).startswith(b"HTTP/1.1 200")
+        assert connect(1) == 1
+        other.tell(0)
+        assert connect(MANY) < MANY
+        waiting = kept.pop()
+        while kept:  # with fewer it leads no more
+            kept.pop().close()
+        assert waiting.recv(1000).startswith(b"HTTP/1.1 200")
+        waiting.close()
+        assert connect(MANY) < MANY
+
+    with socket.socket(fileno=duplicate(listener.fileno())) as left:
+        serve_to(clients, listener, loop, loads, told)
+        assert queued(left) == 1  # for the other one
+    for client in kept:
+        client.close()
+    assert told == []
+
+
+@pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
+@pytest.mark.usefixtures("other")
+def test_what_another_worker_does_not_take_is_taken(loop: str, loads: Loads) -> None:
+    """S1: it computes, say; and each time in a row that it is waited for, more are taken until the next time."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    address = listener.getsockname()
+    told: list[Any] = []
+
+    def clients(_face: AsgiFace) -> None:
+        with contextlib.ExitStack() as kept:
+            for _ in range(100):
+                answer(kept.enter_context(socket.create_connection(address)))
+
+    serve_to(clients, listener, loop, loads, told)
+    assert told == []
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EMFILE, "none is left"), ValueError("a defect")])
+def test_who_cannot_accept_again_after_it_stood_back_takes_the_door(
+    error: Exception, loads: Loads, other: Balance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """T3: and does not stay deaf."""
+    monkeypatch.setattr("fdpool._server.courtesy._HEAD_START_S", 60.0)
+    listener = socket.create_server(("127.0.0.1", 0))
+    address = listener.getsockname()
+    kept: list[socket.socket] = []
+    told: list[Any] = []
+
+    async def create_server(*_: Any, **__: Any) -> Any:
+        raise error
+
+    def clients(face: AsgiFace) -> None:
+        assert connect_until_left_waiting(address, kept, MANY) < MANY
+        by_loop: Any = face._server._by_loop
+        loop = by_loop._loop
+        by_loop._loop = SimpleNamespace(create_server=create_server, create_task=loop.create_task)
+        other.tell(MANY)
+        assert kept[-1].recv(1000).startswith(b"HTTP/1.1 200")
+        assert face._server._by_loop is None
+        assert connect_until_left_waiting(address, kept, 1) == 1
+
+    serve_to(clients, listener, "uvloop", loads, told)
     for client in kept:
         client.close()
     gc.collect()
     assert told == [error] * isinstance(error, ValueError)
-    loads.close()
