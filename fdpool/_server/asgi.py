@@ -19,6 +19,7 @@ import logging
 import math
 import os
 import socket
+import time
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping, Sequence
 from typing import Any
 
@@ -32,6 +33,7 @@ from .context import Order, ServerWorker
 from .courtesy import Courtesy
 from .doors import Door, Listening
 from .intake import Connections, Intake
+from .pace import Weight
 from .progress import BEGUN, FINISHED
 
 # uvicorn imports these, and what they stand for (httptools, websockets, uvloop), as it first needs them: in each worker
@@ -51,6 +53,7 @@ Message = MutableMapping[str, Any]
 Application = Callable[[Any, Any, Any], Awaitable[None]]
 
 _LOGGER = "fdpool.server"
+_TICK_S = 0.1  # of uvicorn
 _BEAT_S = 0.2  # rarer than uvicorn's ticks, so that it wakes nobody up as long as there are those
 _CLOSE = (b"connection", b"close")
 _FORWARDED = frozenset([b"x-forwarded-for", b"x-forwarded-proto"])  # which uvicorn's middleware looks at
@@ -122,6 +125,10 @@ class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may no
         self._next_beat: asyncio.TimerHandle | None = None
         self._connections = Connections()
         self._intake = Intake(door, worker.progress, self._connections, lambda: app.begun)
+        self._weight = Weight()
+        self._weighed_at = math.inf
+        self._loop_may_accept = False  # it does while requests are quick
+        self._is_shared = isinstance(door, Listening)
         self._has_all = False  # uvicorn knows every connection that was accepted before the drain
         self._idle_at = math.inf  # when idle connections are closed
 
@@ -147,10 +154,12 @@ class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may no
         _fix_log_level()
         self._beat()
         # With TLS nothing is known of what the loop has accepted until hands are shaken; no drain is to cut that off.
-        if isinstance(self._door, Listening) and self.config.ssl is None and accepts_well(loop):
-            await self._accept_by_loop(loop)
-        if self._by_loop is None:
+        self._loop_may_accept = self._is_shared and self.config.ssl is None and accepts_well(loop)
+        by_loop = self._prepare_by_loop(loop) if self._loop_may_accept else None
+        if by_loop is None:
             self._accept_by_intake()
+        else:
+            await by_loop.open()
         self.on_started()
         if self._order is not None:
             self._begin_draining()
@@ -212,6 +221,7 @@ class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may no
         courtesy = (self._intake if self._by_loop is None else self._by_loop).courtesy
         if courtesy is not None:
             courtesy.beat()
+        self._weigh_requests(self._serving_loop)
         if self._next_beat is not None:
             self._next_beat.cancel()
         self._next_beat = self._serving_loop.call_later(self._beat_s, self._beat)
@@ -245,25 +255,50 @@ class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may no
 
     # -- where connections come from ----------------------------------------------------------------------
 
-    async def _accept_by_loop(self, loop: asyncio.AbstractEventLoop) -> None:
+    def _weigh_requests(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Where they keep the loop for long, take each by itself: who waits meanwhile may be another worker's, and is
+        nobody's loss if this one is killed."""
+        now = loop.time()
+        is_long = self._weight.is_long(time.thread_time(), now - self._weighed_at - _TICK_S, self._app.begun)
+        self._weighed_at = now
+        if not self._is_shared or self._order is not None:
+            return
+        self._intake.one_by_one = is_long
+        if is_long and self._by_loop is not None:
+            self._by_loop.close()
+            self._accept_by_intake()
+        elif self._loop_may_accept and not is_long and self._by_loop is None:
+            by_loop = self._prepare_by_loop(loop)
+            if by_loop is not None:
+                self._intake.rest()
+                by_loop.go_on()
+
+    def _prepare_by_loop(self, loop: asyncio.AbstractEventLoop) -> ByLoop | None:
+        """What has the loop accept once it is opened; None if there are too few descriptors."""
         by_loop = ByLoop(
             loop,
             self._door.filenos(),
             self.config.backlog,
             self._make_protocol,
             self._connections,
-            self._accept_by_intake,
+            self._have_no_room,
         )
         if not by_loop.has_room():
-            return
+            self._loop_may_accept = False
+            return None
         self._by_loop = by_loop
         by_loop.courtesy = self._courtesy_of(
             loop, lambda: len(self._connections), by_loop.stop, by_loop.go_on
         )
-        await by_loop.open()
+        return by_loop
+
+    def _have_no_room(self) -> None:
+        """At the limit of descriptors, libuv accepts and closes."""
+        self._loop_may_accept = False
+        self._accept_by_intake()
 
     def _accept_by_intake(self) -> None:
-        """Take connections by the door from now on: at the limit of descriptors, libuv accepts and closes."""
+        """Take connections by the door from now on."""
         loop = self._serving_loop
         assert loop is not None
         self._by_loop = None

@@ -95,6 +95,8 @@ class ByLoop:
                 own.close()
                 raise
             self._servers.append(server)
+        if self._closed:
+            return  # meanwhile: others look after the connections
         self._connections.tell(None)
         self._connections.look = self._look
         self.look_soon()

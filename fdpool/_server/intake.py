@@ -4,7 +4,8 @@ What is taken is lost with the worker if that is killed, and an event loop begin
 taken the connection. So of what the server hands over, the next one is taken when the request of the one before has
 begun, and it has what its client has sent by then: the server fetches back what is still in the inbox. (To take many in
 a turn would spare a quick request on a connection of its own an eighth of its CPU, with uvloop.) From listeners that
-are shared several are taken at once where requests are quick (`pace`).
+are shared several are taken at once where requests are quick, and each by itself where they keep the loop for long
+(`pace`).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from .pace import Pace
 from .progress import Progress
 
 _LOGGER = "fdpool.server"
+_KEPT_FOR_ONE_MORE = 4
 _FIRST_BYTES = 64 * 1024
 
 
@@ -77,6 +79,7 @@ class Intake:
 
     Attributes:
         courtesy: towards other workers, if there may be any.
+        one_by_one: the next one is taken when the request of the one before has begun.
     """
 
     courtesy: Courtesy | None = None
@@ -85,6 +88,7 @@ class Intake:
         self, door: Door, progress: Progress, connections: Connections, begun: Callable[[], int]
     ) -> None:
         self._door = door
+        self.one_by_one = isinstance(door, HandedOver)
         self._progress = progress
         self._connections = connections
         self._begun = begun
@@ -94,7 +98,7 @@ class Intake:
         self._ssl: ssl.SSLContext | None = None
         self._open = 0
         self._granted = 0  # so many more are taken before it is asked whether others are to go first
-        self._beginning = False  # the request of a connection that was taken is about to
+        self._beginning = 0  # so many requests of connections that were taken are about to
         self._paused: set[int] = set()  # where nothing is taken for a while, as no descriptor is left
         self._adopting: dict[socket.socket, asyncio.Task[None]] = {}  # until TLS has shaken hands
 
@@ -123,6 +127,14 @@ class Intake:
             loop.remove_reader(fileno)
         self._door.close()
 
+    def rest(self) -> None:
+        """Take none, and look after no others, until it is opened again."""
+        if self.courtesy is not None:
+            self.courtesy.close()
+            self.courtesy = None
+        self.pause()
+        self._paused.clear()
+
     def count(self) -> int:
         """How many there are, less those that a turn takes at once: it may well have so many more than others."""
         return max(0, len(self._connections) + len(self._adopting) - self._pace.at_once)
@@ -150,17 +162,24 @@ class Intake:
             self._loop.remove_reader(fileno)
             self._paused.add(fileno)
             self._loop.call_later(pause_s, self._look_again)
-        elif isinstance(self._door, HandedOver):
+        elif self.one_by_one:
             self._take_one(fileno)
         else:
             self._take_several(fileno)
 
     def _take_one(self, fileno: int) -> None:
-        if not self._beginning and (connection := self._door.take(fileno)) is not None:
+        if self._beginning < self._most_beginning() and (connection := self._door.take(fileno)) is not None:
             # With TLS it is the handshake that begins, and that takes as long as the client likes.
             said = _received(connection) if self._ssl is None else b""
-            self._beginning = bool(said)
+            self._beginning += bool(said)
+            self._granted -= 1
             self._adopt(connection, said)
+            self._let_others_go_first()
+
+    def _most_beginning(self) -> int:
+        """Where many keep their connections, what those ask is lost with the worker, too; and as turns take long then,
+        whoever comes would wait for long."""
+        return 1 if isinstance(self._door, HandedOver) else 1 + len(self._connections) // _KEPT_FOR_ONE_MORE
 
     def _take_several(self, fileno: int) -> None:
         self._pace.turns(CLOCK.monotonic())
@@ -173,6 +192,9 @@ class Intake:
             self._adopt(connection)
         else:
             self._pace.left_some(CLOCK.monotonic(), self._begun())
+        self._let_others_go_first()
+
+    def _let_others_go_first(self) -> None:
         if self.courtesy is not None and self._granted <= 0:
             self._granted = self.courtesy.spare()
 
@@ -215,7 +237,7 @@ class Intake:
         finally:
             if said:
                 # The loop makes the connection before it wakes us up: what that has scheduled, the request, has begun.
-                self._beginning = False
+                self._beginning -= 1
             del self._adopting[connection]
             self._count_open()
 

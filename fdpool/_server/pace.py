@@ -1,9 +1,10 @@
-"""How many connections an event loop takes in one turn: as many as it begins in two milliseconds.
+"""How many connections an event loop takes in one turn: as many as it begins in two milliseconds; and whether to take
+none before the one before has begun.
 
 Several that are taken in one turn share what it costs: with one in each turn a quick request on a connection of its own
 takes up to a third more. But what is taken is lost with its worker if that is killed, and no other can have it; and an
 event loop begins a request some four turns after it has taken the connection. So where requests compute, each turn
-takes one.
+takes one; and where they keep the loop for long, the next one is taken when the one before has begun.
 
 Pure. Not thread-safe: the loop's.
 """
@@ -13,6 +14,8 @@ from __future__ import annotations
 _MOMENT_S = 0.002
 _WHILE_S = 0.05
 _MOST = 32  # of eight each costs a quick request 4 % more
+_LONG_S = 0.0005  # with uvloop, to take each by itself costs a fiftieth of it
+_OFTEN_LATE_S = 0.005  # where others want the processors
 
 
 class Pace:
@@ -51,3 +54,26 @@ class Pace:
     def took_all(self) -> None:
         """There are no more for now: time that passes from here on may be idle."""
         self._since = None
+
+
+class Weight:
+    """Looks, every so often, at how long requests keep the loop from others."""
+
+    def __init__(self) -> None:
+        self._long = False
+        self._since: tuple[float, int] | None = None  # processor time, and requests begun until then
+
+    def is_long(self, cpu_s: float, late_s: float, begun: int) -> bool:
+        """Whether a request keeps the loop for long, by those that have begun since this was last asked.
+
+        Args:
+            cpu_s: processor time that the loop's thread has had so far.
+            late_s: how much later this is asked than it was to be: so it shows if they wait in the loop for something.
+            begun: requests begun so far.
+        """
+        if self._since is not None and begun > self._since[1]:
+            busy_s = max(cpu_s - self._since[0], late_s - _OFTEN_LATE_S)
+            each_s = busy_s / (begun - self._since[1])
+            self._long = each_s > (_LONG_S / 2 if self._long else _LONG_S)
+        self._since = cpu_s, begun
+        return self._long

@@ -157,7 +157,7 @@ def taken_by(form: str, threads: int, dispatch: str) -> int:
     it has begun.
 
     A thread takes one as it can begin it; so does an event loop of what it is handed, in its next turn. From a listener
-    an event loop takes one in each turn where it need not hurry (`fdpool._server.pace`), and begins that three turns
+    an event loop takes one in each turn where requests are quick (`fdpool._server.pace`), and begins that three turns
     after it.
     """
     if form == "asgi":

@@ -23,7 +23,7 @@ from tests.process_state import wait_until
 pytest.importorskip("uvicorn")
 
 from fdpool import wire
-from fdpool._server import room
+from fdpool._server import asgi, room
 from fdpool._server.asgi import AsgiFace
 from fdpool._server.balance import LEAD, Balance, Loads
 from fdpool._server.context import Order, ServerWorker
@@ -445,3 +445,42 @@ def test_who_cannot_accept_again_after_it_stood_back_takes_the_door(
         client.close()
     gc.collect()
     assert told == [error] * isinstance(error, ValueError)
+
+
+@pytest.mark.parametrize("busy", [0, MANY], ids=["who leads", "who does not"])
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_no_connection_is_lost_as_requests_take_long_and_are_quick_in_turns(
+    busy: int, loop: str, loads: Loads, other: Balance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """S1: the door is taken, and left to the loop again, in every few beats."""
+    by_loop: list[bool] = []
+    weigh = asgi._Server._weigh_requests
+
+    def weigh_and_note(server: asgi._Server, running: asyncio.AbstractEventLoop) -> None:
+        weigh(server, running)
+        by_loop.append(server._by_loop is not None)
+
+    def request() -> None:
+        with socket.create_connection(address) as client:
+            client.sendall(b"GET / HTTP/1.0\r\n\r\n")
+            assert read_all(client).endswith(b"hello")
+
+    def clients(_face: AsgiFace) -> None:
+        with contextlib.ExitStack() as kept, Load(request, clients=8) as load:
+            by_loop.clear()
+            while len(by_loop) < 60 and not told:
+                load.go_on(50)
+                answer(kept.enter_context(socket.create_connection(address)))
+        assert not load.failed
+
+    other.tell(busy)
+    long = itertools.cycle([True, True, False])
+    monkeypatch.setattr("fdpool._server.asgi._BEAT_S", 0.01)
+    monkeypatch.setattr("fdpool._server.pace.Weight.is_long", lambda *_: next(long))
+    monkeypatch.setattr(asgi._Server, "_weigh_requests", weigh_and_note)
+    listener = socket.create_server(("127.0.0.1", 0))
+    address = listener.getsockname()
+    told: list[Any] = []
+    serve_to(clients, listener, loop, loads, told)
+    assert told == []
+    assert set(by_loop) == ({True, False} if loop == "uvloop" else {False})

@@ -159,25 +159,34 @@ def test_what_a_dead_worker_has_not_taken_is_served_as_soon_as_the_server_has_ro
 
 
 @pytest.mark.parametrize("loop", LOOPS)
-@pytest.mark.parametrize("quick", [0, 500])
+@pytest.mark.parametrize(
+    ("dispatch", "before", "path"),
+    [("handoff", 0, ""), ("handoff", 500, "/quick"), ("shared", 30, "/compute"), ("shared", 30, "/wait")],
+)
 def test_a_killed_event_loop_costs_what_it_had_begun_and_none_that_waits(
-    loop: str, quick: int, tmp_path: Path
+    loop: str, dispatch: Any, before: int, path: str, tmp_path: Path
 ) -> None:
-    """S8: those that its worker has not begun are served by the next one, also where requests were quick until now."""
+    """S8: those that its worker has not begun are served by the next one; where it is handed them also if requests were
+    quick until now, and where workers share listeners if they kept the loop for long."""
     pytest.importorskip("uvicorn")
     begun = tmp_path / "begun"
-    for path in (begun, tmp_path / "first", tmp_path / "rest"):
-        path.touch()
-    app = asgi_answering(partial(hold_loop, tmp_path))
+    for file in (begun, tmp_path / "first", tmp_path / "rest"):
+        file.touch()
     options = {"loop": loop}
     with (
-        Server(app, ANY_PORT, workers=1, dispatch="handoff", options=options) as server,
+        Server(
+            asgi_answering(partial(hold_loop, tmp_path)),
+            ANY_PORT,
+            workers=1,
+            dispatch=dispatch,
+            options=options,
+        ) as server,
         contextlib.ExitStack() as clients,
     ):
         [victim] = pids(server)
-        if quick:
-            with Load(lambda: get(server, "/quick"), clients=8) as load:
-                load.go_on(quick)
+        if before:
+            with Load(lambda: get(server, path), clients=8) as load:
+                load.go_on(before)
             assert not load.failed
             begun.write_text("")
         clients.enter_context(connect(server)).sendall(b"GET /first HTTP/1.0\r\n\r\n")

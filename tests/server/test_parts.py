@@ -34,7 +34,7 @@ from fdpool._server.accept import Acceptor
 from fdpool._server.handoff import Handoff, Laden, _Seat, choose
 from fdpool._server.listeners import Listeners, keys_of
 from fdpool._server.logs import reopen_logs
-from fdpool._server.pace import Pace
+from fdpool._server.pace import Pace, Weight
 from fdpool._server.progress import Progress, Seen, SeenPage
 from fdpool._server.steering import queued, steer
 from fdpool._server.succession import Succession
@@ -678,6 +678,18 @@ def test_turns_in_which_nothing_is_begun_and_idle_time_say_nothing_of_how_long_r
     pace.took_all()
     pace.left_some(200.0, 5)
     assert pace.at_once == 8
+
+
+def test_requests_are_long_that_keep_the_loop_for_half_a_millisecond_by_computing_or_waiting() -> None:
+    weight = Weight()
+    assert not weight.is_long(40.0, 9.0, 100)  # what was before says nothing
+    assert not weight.is_long(40.1, 0.0, 600)
+    assert weight.is_long(40.2, 0.0, 700)
+    assert weight.is_long(40.2, 0.0, 700)  # none has begun
+    assert weight.is_long(40.23, 0.0, 800)
+    assert not weight.is_long(40.25, 0.0, 900)
+    assert not weight.is_long(40.25, 0.004, 901)  # others may have had the processor
+    assert weight.is_long(40.25, 0.1, 902)
 
 
 # -- progress --------------------------------------------------------------------------------------------------
