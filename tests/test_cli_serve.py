@@ -179,6 +179,40 @@ def test_what_goes_wrong_in_a_worker_is_a_line_of_json_too(app_dir: Path) -> Non
     assert server.text == []
 
 
+@pytest.mark.parametrize(
+    ("app", "logger", "library"),
+    [("app", "uvicorn.error", "uvicorn"), ("wsgi", "waitress", "waitress")],
+)
+def test_what_speaks_http_logs_in_the_same_form(app: str, logger: str, library: str, app_dir: Path) -> None:
+    pytest.importorskip(library)
+    (app_dir / "shop.py").write_text(
+        "async def app(scope, receive, send):\n    raise ValueError('that went wrong')\n"
+        "def wsgi(environ, start_response):\n    raise ValueError('that went wrong')\n"
+    )
+    options = ["--option", "lifespan=off"] if app == "app" else []
+    with serve(app_dir, *options, target=f"shop:{app}") as server:
+        with socket.create_connection(_place(server.address)) as client:
+            client.sendall(b"GET / HTTP/1.0\r\n\r\n")
+            assert b" 500 " in client.recv(1000)
+        wait_until(lambda: any(each.get("logger") == logger for each in server.events))
+        [failed] = [each for each in server.events if each.get("logger") == logger]
+        assert "ValueError: that went wrong" in failed["traceback"]
+        assert (failed["level"], failed["pid"] in server.workers()) == ("error", True)
+    assert server.text == []
+
+
+def test_an_application_that_configures_logging_is_left_to_it(app_dir: Path) -> None:
+    (app_dir / "shop.py").write_text(
+        "import logging\nlogging.basicConfig(format='its own form: %(message)s')\n"
+        "def handle(connection, address): logging.getLogger('shop').warning('said')\n"
+    )
+    with serve(app_dir) as server:
+        with socket.create_connection(_place(server.address)) as client:
+            assert client.recv(100) == b""
+        wait_until(lambda: bool(server.text))
+        assert server.text == ["its own form: said\n"]
+
+
 # -- reloading -------------------------------------------------------------------------------------
 
 
@@ -191,6 +225,42 @@ def test_a_reload_by_the_pid_file_brings_new_code(app_dir: Path) -> None:
         server.wait_for("reloaded")
         assert answer(server.address).startswith("second ")
     assert not pid_file.exists()
+
+
+def test_a_release_that_is_put_in_place_by_a_symbolic_link_is_what_comes_next(tmp_path: Path) -> None:
+    """By a reload, and by an upgrade, of which the program itself is begun in the new one."""
+    link = tmp_path / "current"
+    for release in ("first", "second", "third"):
+        (tmp_path / release).mkdir()
+        body = HANDLER.replace('TEXT = "first"', f'TEXT = "{release} " + os.path.basename(os.getcwd())')
+        (tmp_path / release / "shop.py").write_text(body)
+
+    def put_in_place(release: str) -> None:
+        (tmp_path / "new").symlink_to(release)
+        (tmp_path / "new").rename(link)
+
+    put_in_place("first")
+    in_link = ("/bin/sh", "-c", 'cd "$0" && exec "$@"', str(link))
+    with served("-b", "127.0.0.1:0", "-w", "1", "shop:handle", under=in_link) as server:
+        assert answer(server.address).startswith("first first ")
+        put_in_place("second")
+        server.tell(signal.SIGHUP)
+        server.wait_for("reloaded")
+        assert answer(server.address).startswith("second first ")
+        put_in_place("third")
+        upgraded(server)
+        assert answer(server.address).startswith("third third ")
+
+
+def test_a_folder_that_is_named_wrongly_in_the_environment_is_not_looked_at(app_dir: Path) -> None:
+    """PWD is that of a program whose child was started elsewhere."""
+    (app_dir / "elsewhere").mkdir()
+    (app_dir / "elsewhere" / "shop.py").write_text("this is no Python")
+    in_folder = ("/bin/sh", "-c", 'cd "$0" && PWD=$0/elsewhere exec "$@"', str(app_dir))
+    with served("-b", "127.0.0.1:0", "-w", "1", "shop:handle", under=in_folder) as server:
+        assert answer(server.address).startswith("first ")
+        upgraded(server)
+        assert answer(server.address).startswith("first ")
 
 
 def test_a_file_that_changes_reloads_and_broken_code_does_not_get_in(app_dir: Path) -> None:
@@ -517,6 +587,19 @@ def test_what_serves_http_is_named_where_it_is_not_installed(
     assert "Traceback" not in done.stderr
 
 
+def test_what_serves_http_is_named_also_where_the_application_was_not_said_to_need_it(app_dir: Path) -> None:
+    (app_dir / "sitecustomize.py").write_text("import sys\nsys.modules['waitress'] = None\n")
+    (app_dir / "shop.py").write_text("def app(environ, start_response): pass\n")
+    env = {"PYTHONPATH": f"{app_dir}:{ROOT}"}
+    done = run("-b", "127.0.0.1:0", "-w", "1", "shop:app", env=env)
+    assert done.returncode == 3
+    assert (
+        "failed to boot: ModuleNotFoundError: an application of the kind 'wsgi' is served by waitress, "
+        in done.stderr
+    )
+    assert "pip install 'fdpool[wsgi]'" in done.stderr
+
+
 # -- --check ---------------------------------------------------------------------------------------
 
 
@@ -603,6 +686,16 @@ def test_a_check_of_listeners_apart_says_where_they_cannot_be(app_dir: Path) -> 
             ("--option", "bogus=1"),
             "shop:wsgi",
             "cannot serve shop:wsgi as wsgi: ValueError: Unknown adjustment 'bogus'",
+        ),
+        (
+            ("--option", "proxy_headers=False"),
+            "shop:asgi",
+            "cannot serve shop:asgi as asgi: TypeError: option proxy_headers is true or false, not 'False'",
+        ),
+        (
+            ("--option", "timeout_keep_alive=20s"),
+            "shop:asgi",
+            "cannot serve shop:asgi as asgi: TypeError: option timeout_keep_alive is a number, not '20s'",
         ),
         (
             ("--dispatch", "handoff"),

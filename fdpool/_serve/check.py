@@ -32,7 +32,7 @@ def check(options: Options) -> int:
         sys.stderr.write(f"fdpool serve: {problem}\n")
     if not problems:
         workers = usable_cpus() if options.workers is None else options.workers
-        print(f"would start {workers} workers, dispatch {options.dispatch}")
+        print(f"would start {workers} worker{'s' * (workers != 1)}, dispatch {options.dispatch}")
     return 1 if problems else 0
 
 

@@ -15,7 +15,7 @@ from .._server.signals import Signals
 from ..errors import BindFailed, FdpoolError
 from ..server import Server
 from . import check, log
-from .options import Options, parse, server_of
+from .options import Options, parse, server_of, started_in
 from .pid_file import PidFile, PidFileRefused
 from .watch import Watcher
 
@@ -25,6 +25,7 @@ _FAILED = 1
 
 def main(given: Sequence[str]) -> int:
     """The exit status, once the server has ended."""
+    _go_where_it_was_started()
     options = parse(given)
     log.configure(options.log_json, options.log_level)
     if options.app_dir not in sys.path[:1]:
@@ -38,6 +39,15 @@ def main(given: Sequence[str]) -> int:
             "cannot serve %s: %s", options.target, error, extra={"event": "refused", "reason": str(error)}
         )
         return _FAILED
+
+
+def _go_where_it_was_started() -> None:
+    """A successor begins in the folder that now has the name which that of the first server had: it may be a symbolic
+    link, to the latest release."""
+    with contextlib.suppress(OSError):  # it has been removed
+        if upgrade.is_successor():
+            os.chdir(os.environ["PWD"])
+        os.environ["PWD"] = started_in()
 
 
 def serve(options: Options) -> int:

@@ -195,6 +195,20 @@ def _under_systemd() -> bool:
     return _systemd.passes_sockets() or "systemd" in upgrade.announced_binds()
 
 
+def started_in() -> str:
+    """The folder that this was started in, by the name that its shell has for it: where that is a symbolic link, a
+    reload is to look where it leads by then.
+
+    Raises:
+        FileNotFoundError: it has been removed.
+    """
+    here, named = os.getcwd(), os.environ.get("PWD", "")
+    try:
+        return named if os.path.isabs(named) and os.path.samefile(named, here) else here
+    except OSError:
+        return here
+
+
 def parse(given: Sequence[str], under_systemd: Callable[[], bool] = _under_systemd) -> Options:
     """What the options come to; ends the process, with a message, where they contradict each other."""
     serve = parser()
@@ -211,7 +225,7 @@ def parse(given: Sequence[str], under_systemd: Callable[[], bool] = _under_syste
     if options.reload_dir and not options.reload_on_change:
         serve.error("--reload-dir says what --reload-on-change watches, which is not given")
     try:
-        app_dir = os.path.abspath(options.app_dir)
+        app_dir = started_in() if options.app_dir == os.curdir else os.path.abspath(options.app_dir)
         reload_dirs = [os.path.abspath(folder) for folder in options.reload_dir] or [app_dir]
         pid_file = None if options.pid_file is None else os.path.abspath(options.pid_file)
     except FileNotFoundError:
