@@ -15,12 +15,13 @@ import asyncio
 import concurrent.futures.thread  # noqa: F401 - the loop's executor: the same
 import contextlib
 import importlib
+import inspect
 import logging
 import math
 import os
 import socket
 import time
-from collections.abc import Awaitable, Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import uvicorn
@@ -72,6 +73,7 @@ class AsgiFace:
     ) -> None:
         self._app = _Watched(app, worker, order.request_timeout_s)
         options = {"log_config": None, "backlog": order.backlog, "interface": "asgi3", **order.options}
+        _check_types(options)
         trusts = options.pop("proxy_headers", True)
         config = uvicorn.Config(self._app, **options, proxy_headers=False)
         if trusts:
@@ -100,6 +102,16 @@ class AsgiFace:
 
     def close(self) -> None:
         pass  # nothing is open before it serves
+
+
+def _check_types(options: Mapping[str, Any]) -> None:
+    """Raise TypeError for a text where uvicorn takes a number, or true or false: it would use whatever it is."""
+    parameters = inspect.signature(uvicorn.Config).parameters
+    for name, value in options.items():
+        default = parameters[name].default if name in parameters else None
+        if isinstance(value, str) and isinstance(default, (bool, int, float)):
+            wanted = "true or false" if isinstance(default, bool) else "a number"
+            raise TypeError(f"option {name} is {wanted}, not {value!r}")
 
 
 class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may not be installed

@@ -10,7 +10,7 @@ from typing import Any
 
 from .._options import check_count, check_seconds
 from ..errors import ServerFailed
-from . import apps
+from . import apps, room
 
 _FACES = {
     "asgi": ("uvicorn", "fdpool._server.asgi"),
@@ -62,14 +62,20 @@ def checked_interface(app: Any, interface: str | None, dispatch: str) -> str | N
         raise ValueError(
             "an application that accepts for itself cannot be handed connections (dispatch='handoff')"
         )
-    library = _FACES[interface][0] if interface is not None else None
+    if interface is not None:
+        check_installed(interface)
+    return interface
+
+
+def check_installed(interface: str) -> None:
+    """Raise ModuleNotFoundError, with what to do, where that is missing which serves applications of this kind."""
+    library = _FACES[interface][0]
     if library is not None and not _is_installed(library):
         raise ModuleNotFoundError(
             f"an application of the kind {interface!r} is served by {library}, which is not installed: "
             f"pip install 'fdpool[{interface}]'",
             name=library,
         )
-    return interface
 
 
 def _is_installed(library: str) -> bool:
@@ -78,10 +84,10 @@ def _is_installed(library: str) -> bool:
 
 def modules_to_serve(interface: str | None) -> list[str]:
     """The modules that every worker needs to serve an application of this kind, or of one that is not known yet."""
-    faces = [
-        face for library, face in dict.fromkeys(_FACES.values()) if library is None or _is_installed(library)
-    ]
-    return ["fdpool._server.worker", *(faces if interface is None else [_FACES[interface][1]])]
+    kinds = dict.fromkeys(_FACES.values()) if interface is None else [_FACES[interface]]
+    # One that was guessed may need what is not installed: the worker says so in plain words.
+    faces = [face for library, face in kinds if library is None or _is_installed(library)]
+    return ["fdpool._server.worker", *faces]
 
 
 def modules_to_look_closer(interface: str | None) -> list[str]:
@@ -129,11 +135,11 @@ def handed_at_most(interface: str, threads: int | None) -> int:
     """How many connections a worker may be handed at a time.
 
     One that calls a handler can do with `threads`, and two more, so that it need not wait for the next. What speaks
-    HTTP has many that are idle: waitress takes no more than a hundred, uvicorn as many as there are descriptors for.
+    HTTP has many that are idle: waitress takes up to a thousand, uvicorn as many as there are descriptors for.
     """
     if interface in ("handler", "socketserver"):
         return (threads or 1) + 2
-    return max(90, _most_descriptors()[0] - _BESIDES) if interface == "asgi" else 90
+    return max(90, _most_descriptors()[0] - _BESIDES) if interface == "asgi" else room.for_connections() - 10
 
 
 def check_descriptors(workers: int, dispatch: str) -> None:

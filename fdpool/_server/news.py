@@ -71,14 +71,16 @@ def worker_exited(link: WorkerLink, why: str, end: End, expected: bool) -> None:
     """A worker that has served, or was not to serve any more, is not there any more."""
     seen = link.see()
     stacks = "" if expected else link.stacks()  # what it has left at a fault
+    cut_off = f", {seen.in_flight} running request(s) cut off" if expected and seen.in_flight else ""
     say_of(
         link,
         "worker_exited",
-        "(process %s) has ended: %s%s",
+        "(process %s) has ended: %s%s%s",
         link.pid,
         why,
+        cut_off,
         "" if expected else _below(end.traceback or stacks),
-        level=_level_of(link, expected),
+        level=_level_of(link, expected and not cut_off),
         reason=why,
         traceback=end.traceback,
         stacks=stacks,

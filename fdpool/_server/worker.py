@@ -88,7 +88,13 @@ def _boot_and_serve(
         if order.target is not None:
             app = apps.load(order.target)
         interface = order.interface or apps.interface_of(app)
-        face = _face(interface, app, order, worker, door, listeners)
+        try:
+            face = _face(interface, app, order, worker, door, listeners)
+        except ModuleNotFoundError:
+            from .checks import check_installed  # which none needs that can serve
+
+            check_installed(interface)
+            raise
         worker.interface = interface
         worker.max_requests = order.max_requests
         listening.serves(face)

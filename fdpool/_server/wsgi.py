@@ -25,6 +25,7 @@ from waitress.server import BaseWSGIServer, create_server
 from .._clock import CLOCK
 from .._log import log
 from ..fds import is_readable
+from . import room
 from .context import Order, ServerWorker
 from .courtesy import PolledCourtesy
 from .doors import Door, Listening
@@ -87,7 +88,14 @@ class WsgiFace:
         self._until: float | None = None  # a drain's end
         self._idle_at = 0.0
         self._cleanup_at = 0.0
-        options = {"threads": order.threads or 4, "backlog": order.backlog, "ident": None, **order.options}
+        options = {
+            "threads": order.threads or 4,
+            "backlog": order.backlog,
+            "ident": None,
+            # waitress's own, 100, is used up for two minutes (`channel_timeout`) by so many that are idle.
+            "connection_limit": room.for_connections(),
+            **order.options,
+        }
         threads = int(options["threads"])
         self._tasks: Tasks = InlineTasks() if threads == 1 else Threads(threads)
         if threads > 1:
@@ -340,6 +348,15 @@ def _channel_class(
             finally:
                 # Before any lock: another thread may have held it at the fork, and nobody lets go of it in the child.
                 worker.leave_if_forked()
+
+        def get_environment(self) -> Any:
+            environ = super().get_environment()
+            environ["wsgi.multiprocess"] = True  # PEP 3333: there are other workers
+            if not environ[
+                "SERVER_SOFTWARE"
+            ]:  # so waitress has it where no `Server` header is sent (`ident`)
+                environ["SERVER_SOFTWARE"] = "waitress"
+            return environ
 
         def build_response_header(self) -> Any:
             if worker.draining:

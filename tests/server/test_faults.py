@@ -57,6 +57,7 @@ from tests.server.applications import (
 from tests.server.helpers import (
     ANY_PORT,
     LOOPS,
+    KeptAlive,
     Load,
     ask,
     connect,
@@ -317,6 +318,39 @@ def test_a_connection_handed_to_a_worker_whose_threads_are_busy_has_the_first_th
             (tmp_path / str(each)).touch()
         seen: set[int] = set()
         wait_until(lambda: seen.add(int(get(server)[1])) or len(seen) == 2)  # type: ignore[func-returns-value]
+
+
+@pytest.mark.parametrize("dispatch", DISPATCHES)
+@pytest.mark.parametrize("threads", [1, 4])
+def test_many_clients_that_keep_their_connections_keep_nobody_out(dispatch: Any, threads: int) -> None:
+    """waitress's own limit is a hundred, and an idle one counts for two minutes."""
+    pytest.importorskip("waitress")
+    with (
+        Server(wsgi, ANY_PORT, workers=1, threads=threads, dispatch=dispatch) as server,
+        contextlib.ExitStack() as clients,
+    ):
+        kept = [clients.enter_context(KeptAlive(server)) for _ in range(150)]
+        assert all(client() for client in kept)
+        assert get(server)[0] == 200
+
+
+def test_requests_that_are_cut_off_as_their_grace_is_over_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("waitress")
+
+    def app(environ: Any, start_response: Any) -> list[bytes]:
+        wait_until((tmp_path / "never").exists, 60)
+        return wsgi(environ, start_response)
+
+    with records(caplog) as logged, Server(app, ANY_PORT, workers=1, threads=2, grace=0.3) as server:
+        with connect(server) as client:
+            client.sendall(b"GET / HTTP/1.0\r\n\r\n")
+            wait_until(lambda: workers(server)[0].in_flight == 1)
+            server.stop()
+    [exited] = logged("worker_exited")
+    assert exited.levelname == "WARNING"
+    assert exited.getMessage().endswith("1 running request(s) cut off")
 
 
 @pytest.mark.parametrize("dispatch", DISPATCHES)

@@ -14,6 +14,7 @@ import ssl
 import threading
 from pathlib import Path
 from typing import Any
+from wsgiref.validate import validator
 
 import psutil
 import pytest
@@ -691,3 +692,16 @@ def test_a_thousand_connections_are_echoed() -> None:
             for client in clients:
                 client.close()
         wait_until(lambda: sum(each.requests for each in server.stats().workers) == 1000)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_wsgi_application_is_told_all_that_it_may_rely_on(threads: int) -> None:
+    """PEP 3333, as the standard library checks it."""
+    pytest.importorskip("waitress")
+
+    def app(environ: Any, start_response: Any) -> list[bytes]:
+        start_response("200 OK", [("Content-Type", "text/plain")])
+        return [f"{environ['wsgi.multiprocess']} {environ['wsgi.multithread']}".encode()]
+
+    with Server(validator(app), ANY_PORT, interface="wsgi", workers=1, threads=threads) as server:
+        assert get(server)[:2] == (200, f"True {threads > 1}".encode())
