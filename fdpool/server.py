@@ -47,7 +47,7 @@ class WorkerStats(NamedTuple):
     Attributes:
         slot, generation: its place, and the code that it runs.
         pid: None while it boots.
-        state: "booting", "serving", "draining" or "ending".
+        state: "booting", "standing by", "serving", "draining" or "ending".
         age_s: since it was started.
         requests: finished ones; connections, where the application is called with those.
         in_flight: begun ones.
@@ -99,6 +99,8 @@ class Server:
         bind: where to listen. One or several of "host:port", a number (that port of 127.0.0.1), "unix:path?mode=660",
             "fd:N", "systemd", "systemd:name", and listening sockets (borrowed).
         workers: how many, 512 at most; by default as many as processors may be used.
+        standby: so many more stand by: their application is loaded, and they serve as soon as one that serves is lost.
+            Not with "reuseport".
         interface: which kind of application it is, where that cannot be told: "handler", "socketserver", "asgi",
             "wsgi" or "listeners".
         dispatch: who accepts. "shared": whichever worker is first. "handoff": this process, and it hands each
@@ -123,7 +125,8 @@ class Server:
         options: more arguments for what speaks HTTP: `uvicorn.Config`, waitress's `Adjustments`.
         on_ready: called here, in the server's thread, once as many workers serve as are wanted. A successor calls it
             before the process that it replaces is told; if it raises there, that one goes on, and the successor ends.
-        on_worker_start: called with the `ServerWorker`, in the worker, before the application is loaded.
+        on_worker_start: called with the `ServerWorker`, in the worker, before the application is loaded; also in one
+            that stands by.
         on_worker_exit: the same when it has drained.
         on_reload: called with the new generation's number, here, before a reload begins; if it raises, there is none.
 
@@ -143,6 +146,7 @@ class Server:
         bind: _bind.Bind = "127.0.0.1:8000",
         *,
         workers: int | None = None,
+        standby: int = 0,
         interface: apps.Interface | None = None,
         dispatch: Dispatch = "shared",
         threads: int | None = None,
@@ -171,6 +175,7 @@ class Server:
             boot_limit=boot_limit,
             backlog=backlog,
         )
+        checks.check_standby(standby, dispatch)
         checks.check_counts(optional=True, threads=threads, max_requests=max_requests, max_memory=max_memory)
         checks.check_times(grace=grace, boot_timeout=boot_timeout)
         checks.check_times(optional=True, request_timeout=request_timeout, max_age=max_age)
@@ -187,7 +192,7 @@ class Server:
         self._watch_for = (request_timeout, max_memory)
         self._preload = checks.modules_to_preload(preload, target)
         self._start_method = start_method
-        self._settings = Settings(boot_timeout, grace, reload_batch, boot_limit, max_age, jitter)
+        self._settings = Settings(boot_timeout, grace, reload_batch, boot_limit, max_age, jitter, standby)
         self._workers = workers
         self._order = Order(
             0,
@@ -264,7 +269,7 @@ class Server:
         with self._lock:
             if self._loop is not None:
                 raise RuntimeError("this server was started before; make a new one")
-            checks.check_descriptors(self._workers, self._dispatch)
+            checks.check_descriptors(self._workers + self._settings.standby, self._dispatch)
             predecessor = upgrade.take(None if takes_any else keys_of(self._bind))
             try:
                 listeners = self._listeners = Listeners(

@@ -32,7 +32,8 @@ def check(options: Options) -> int:
         sys.stderr.write(f"fdpool serve: {problem}\n")
     if not problems:
         workers = usable_cpus() if options.workers is None else options.workers
-        print(f"would start {workers} worker{'s' * (workers != 1)}, dispatch {options.dispatch}")
+        by = f", {options.standby} more standing by" if options.standby else ""
+        print(f"would start {workers} worker{'s' * (workers != 1)}{by}, dispatch {options.dispatch}")
     return 1 if problems else 0
 
 
@@ -44,7 +45,7 @@ def _server(options: Options) -> Iterable[str]:
         yield str(error)
         return
     try:
-        checks.check_descriptors(server._workers, options.dispatch)
+        checks.check_descriptors(server._workers + server._settings.standby, options.dispatch)
     except ServerFailed as error:
         yield str(error)
     yield from _application(options, server._order)

@@ -52,6 +52,7 @@ class Options(NamedTuple):
     binds: list[str]
     backlog: int | None
     workers: int | None
+    standby: int | None
     threads: int | None
     dispatch: str
     settings: dict[str, Any]
@@ -134,6 +135,12 @@ def parser() -> argparse.ArgumentParser:
     workers = serve.add_argument_group("workers")
     workers.add_argument(
         "-w", "--workers", type=_whole, metavar="N", help="how many (one for each processor)"
+    )
+    workers.add_argument(
+        "--standby",
+        type=_whole,
+        metavar="N",
+        help="so many more load the application and stand by, to serve as soon as another is lost (0)",
     )
     workers.add_argument(
         "--threads",
@@ -237,6 +244,7 @@ def parse(given: Sequence[str], under_systemd: Callable[[], bool] = _under_syste
         binds=options.bind or ["systemd" if under_systemd() else DEFAULT_BIND],
         backlog=options.backlog,
         workers=options.workers,
+        standby=options.standby,
         threads=options.threads,
         dispatch=options.dispatch,
         settings=dict(options.option),
@@ -265,6 +273,7 @@ def server_of(options: Options, on_ready: Callable[[], object] | None) -> Server
     """
     chosen: dict[str, Any] = {
         "workers": options.workers,
+        "standby": options.standby,
         "threads": options.threads,
         "backlog": options.backlog,
         "grace": options.grace,

@@ -36,6 +36,16 @@ def check_counts(optional: bool = False, **counts: int | None) -> None:
             check_count(name, count, 1)
 
 
+def check_standby(standby: int, dispatch: str) -> None:
+    """Raise TypeError or ValueError where there cannot be so many workers that stand by."""
+    check_count("standby", standby, 0)
+    if standby and dispatch == "reuseport":
+        raise ValueError(
+            "with dispatch='reuseport' each worker has a listener of its own, and nobody can stand by for all of them: "
+            "leave standby at 0, or take 'shared' or 'handoff'"
+        )
+
+
 def check_times(optional: bool = False, **times: float | None) -> None:
     """Raise TypeError or ValueError unless each is a number of seconds; `grace` may be 0."""
     for name, seconds in times.items():

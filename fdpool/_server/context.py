@@ -22,6 +22,7 @@ class Order(NamedTuple):
         max_requests: after so many it asks to be replaced.
         request_timeout_s: for event loops; others are watched by the server.
         reopens_logs: what it is forked from may have a log file open that has been moved away since.
+        stands_by: it is to serve when it is called.
     """
 
     slot: int
@@ -36,6 +37,7 @@ class Order(NamedTuple):
     backlog: int
     options: Mapping[str, Any]
     reopens_logs: bool = False
+    stands_by: bool = False
 
 
 class Face(Protocol):

@@ -46,6 +46,9 @@ class Hears(Protocol):
     def worker_ready(self, number: int) -> None:
         """The worker serves."""
 
+    def worker_stands_by(self, number: int) -> None:
+        """The worker has loaded its application, and waits to be called."""
+
     def worker_retires(self, number: int, why: str) -> None:
         """The worker asks to be replaced."""
 
@@ -95,8 +98,9 @@ class Crew:
         # The last failed boot of which the log has it all: its generation, its traceback.
         self._told = (0, "")
 
-    def start(self, number: int, slot: int, generation: int, spread: float) -> None:
-        """Have a worker started, to serve `spread` times as much as one may. If that fails, a later turn says so."""
+    def start(self, number: int, slot: int, generation: int, spread: float, stands_by: bool) -> None:
+        """Have a worker started, to serve `spread` times as much as one may, or to stand by first. If that fails, a
+        later turn says so."""
         self.started += 1
         link = None
         try:
@@ -104,7 +108,7 @@ class Crew:
             inbox = None if self._handoff is None else self._handoff.seat(link)
             self._turns.watch(link.control, partial(self._hear, link))
             try:
-                self._begin(link, inbox, self._order_of(link, spread))
+                self._begin(link, inbox, self._order_of(link, spread, stands_by))
             except BaseException:
                 self._stop_hearing(link)
                 raise
@@ -116,7 +120,7 @@ class Crew:
         self.links[number] = link
         news.say_of(link, "worker_started", "of generation %d boots", generation, level=logging.DEBUG)
 
-    def _order_of(self, link: WorkerLink, spread: float) -> Order:
+    def _order_of(self, link: WorkerLink, spread: float, stands_by: bool) -> Order:
         order = self._task.order
         most = order.max_requests
         return order._replace(
@@ -124,6 +128,7 @@ class Crew:
             generation=link.generation,
             max_requests=None if most is None else max(1, round(most * spread)),
             reopens_logs=self._reopened_logs,
+            stands_by=stands_by,
         )
 
     def _begin(self, link: WorkerLink, inbox: OwnSocket | None, order: Order, anew: bool = False) -> None:
@@ -192,6 +197,17 @@ class Crew:
                 most = checks.handed_at_most(link.interface, self._task.order.threads)
                 self._handoff.opened(link.number, most, link.interface in apps.HTTP)
             self._boss.worker_ready(link.number)
+        elif said == "standby":
+            link.stood_by = True
+            news.say_of(
+                link,
+                "worker_stands_by",
+                "of generation %d stands by, as process %s",
+                link.generation,
+                link.pid,
+                boot_s=round(CLOCK.monotonic() - link.began_at, 3),
+            )
+            self._boss.worker_stands_by(link.number)
         elif said == "retire":
             self._boss.worker_retires(link.number, str(message["why"]))
         elif said == "closed":
@@ -231,7 +247,8 @@ class Crew:
         self._stop_hearing(link)
         why = link.why or end.why
         expected = (link.draining or self._boss.stopping) and (link.killed or not end.unasked)
-        if link.ready_at is None and not (link.draining or self._boss.stopping):
+        has_booted = link.ready_at is not None or link.stood_by
+        if not (has_booted or link.draining or self._boss.stopping):
             self.failure = why
             traceback = link.traceback or end.traceback
             repeated = bool(traceback) and self._told == (link.generation, traceback)
@@ -270,6 +287,14 @@ class Crew:
         self._reopened_logs = True
         for link in self.links.values():
             link.tell({"do": "reopen"})
+
+    def call(self, number: int) -> None:
+        """Tell a worker that stands by, or is to, to serve."""
+        link = self.links.get(number)
+        if link is not None:
+            link.began_at = CLOCK.monotonic()
+            link.stood_by = False
+            link.tell({"do": "serve"})
 
     def retires(self, number: int, why: str, too_soon: bool) -> None:
         """Have the log say why a worker is to be replaced."""

@@ -57,6 +57,7 @@ class WorkerLink:
         traceback: of a failed boot.
         killed: the server has killed it, or is about to.
         stuck: because it had not moved on.
+        stood_by: it has stood by, or does.
         lost: it served, and is dead; how it ended is not known yet.
         pidfd: readable once it is dead; None before its hello, and where the kernel has none.
     """
@@ -73,6 +74,7 @@ class WorkerLink:
         self.traceback = ""
         self.killed = False
         self.stuck = False
+        self.stood_by = False
         self.lost = False
         self.draining = False
         self.stopped_since: float | None = None  # SIGSTOP

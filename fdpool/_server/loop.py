@@ -24,6 +24,7 @@ from .news import say
 from .plan import (
     Abandoned,
     Action,
+    CallWorker,
     CloseGeneration,
     DrainWorker,
     EndWorker,
@@ -120,6 +121,7 @@ class Loop:
         crew = self.crew
         self._performers: dict[type, Callable[[Any], None]] = {
             StartWorker: lambda action: crew.start(*action),
+            CallWorker: lambda action: crew.call(*action),
             Retires: lambda action: crew.retires(*action),
             DrainWorker: lambda action: crew.drain(*action),
             EndWorker: lambda action: crew.end(*action),
@@ -359,7 +361,7 @@ class Loop:
     def _prepare(self, wanted: int) -> bool:
         """Have listeners for so many; those that are new get no connections before somebody serves there (`_widen`)."""
         try:
-            check_descriptors(wanted, self._dispatch)
+            check_descriptors(wanted + self._plan.settings.standby, self._dispatch)
             self._listeners.steer(self._listeners.served)
             self._listeners.prepare(wanted)
         except FdpoolError as error:
@@ -445,6 +447,9 @@ class Loop:
     def worker_ready(self, number: int) -> None:
         self._perform(self._plan.readied(number, CLOCK.monotonic()))
         self._widen()
+
+    def worker_stands_by(self, number: int) -> None:
+        self._perform(self._plan.stood_by(number, CLOCK.monotonic()))
 
     def worker_retires(self, number: int, why: str) -> None:
         self._perform(self._plan.retire(number, CLOCK.monotonic(), why))

@@ -8,7 +8,9 @@ slot, and does what is missing. So a reload during a reload, a death during eith
 need no cases of their own: what is wanted last is what comes to be.
 
 A slot is one place among the workers, and holds at most one worker that shall stay (*fresh*: of the generation that
-is wanted, and not to be retired), besides those that it takes over from or that are on their way out.
+is wanted, and not to be retired), besides those that it takes over from or that are on their way out. In as many slots
+as are wanted workers *serve*; in those beyond, they stand by, to be called as one that serves is lost. Which slots
+these are changes as that happens.
 """
 
 from collections.abc import Iterator, Sequence
@@ -28,12 +30,19 @@ _DRAIN_MARGIN_S = 1.0  # how much later than it was told a draining worker may b
 
 
 class StartWorker(NamedTuple):
-    """Start a worker; answer with `readied` and `exited`."""
+    """Start a worker; answer with `readied` (or `stood_by`) and `exited`."""
 
     worker: WorkerNumber
     slot: SlotNumber
     generation: Generation
     spread: float  # by which factor its share of requests differs from the others'
+    stands_by: bool = False  # it is to serve only when it is called
+
+
+class CallWorker(NamedTuple):
+    """Tell a worker that stands by, or is to, that it is to serve; answer with `readied`."""
+
+    worker: WorkerNumber
 
 
 class Retires(NamedTuple):
@@ -95,6 +104,7 @@ class Over(NamedTuple):
 
 Action = Union[
     StartWorker,
+    CallWorker,
     Retires,
     DrainWorker,
     EndWorker,
@@ -116,12 +126,14 @@ class Settings(NamedTuple):
     boot_limit: int = 5  # failed attempts to boot workers, in a row
     max_age_s: float | None = None
     jitter: float = 0.1
+    standby: int = 0  # so many more than serve stand by
 
 
 class Worker:
     """One worker, as the plan knows it."""
 
     __slots__ = (
+        "called",
         "closed",
         "deadline",
         "generation",
@@ -135,11 +147,12 @@ class Worker:
     )
 
     def __init__(
-        self, number: WorkerNumber, slot: SlotNumber, generation: Generation, deadline: float
+        self, number: WorkerNumber, slot: SlotNumber, generation: Generation, deadline: float, called: bool
     ) -> None:
         self.number = number
         self.slot = slot
         self.generation = generation
+        self.called = called  # it is to serve
         self.state = State.BOOTING
         self.deadline: float | None = deadline  # of booting or draining
         self.retire_at: float | None = None
@@ -152,15 +165,17 @@ class Worker:
     @property
     def stays(self) -> bool:
         """True unless it is on its way out."""
-        return self.state in (State.BOOTING, State.SERVING)
+        return self.state in (State.BOOTING, State.STANDING_BY, State.SERVING)
 
 
 class _Place:
-    """What is known of a slot beside its workers: losses in a row of young workers, and the pause that follows."""
+    """What is known of a slot beside its workers: whether it is one in which they serve; losses in a row of young
+    workers, and the pause that follows."""
 
-    __slots__ = ("losses", "not_before")
+    __slots__ = ("losses", "not_before", "serves")
 
     def __init__(self) -> None:
+        self.serves = False
         self.losses = 0
         self.not_before = 0.0
 
@@ -250,11 +265,23 @@ class Plan:
             worker.retire_at = now + self.settings.max_age_s * self.spread(number)
         self._forget_failures()
         self._proven.add(worker.generation)
-        actions = self._reconcile(now)
+        return self._heed_early(worker, now, self._reconcile(now))
+
+    def _heed_early(self, worker: Worker, now: float, actions: list[Action]) -> Sequence[Action]:
         if worker.retires_early is None:
             return actions
         self._lost(worker, now)
-        return [*actions, *self.retire(number, now, worker.retires_early)]
+        return [*actions, *self.retire(worker.number, now, worker.retires_early)]
+
+    def stood_by(self, number: WorkerNumber, now: float) -> Sequence[Action]:
+        """The worker stands by."""
+        worker = self.workers.get(number)
+        if worker is None or worker.state is not State.BOOTING or worker.called:
+            return ()
+        worker.state = step(worker.state, Event.STOOD_BY)
+        worker.deadline = None
+        worker.young_until = now + _YOUNG_S
+        return self._heed_early(worker, now, self._reconcile(now))
 
     def exited(self, number: WorkerNumber, now: float, why: str = "") -> Sequence[Action]:
         """The worker is dead, or has done with serving."""
@@ -266,7 +293,7 @@ class Plan:
         actions: list[Action] = []
         if before is State.BOOTING:
             actions += self._boot_failed(worker, now, why)
-        elif before is State.SERVING:
+        elif before in (State.STANDING_BY, State.SERVING):
             self._lost(worker, now)
         return [*actions, *self._reconcile(now)]
 
@@ -279,7 +306,7 @@ class Plan:
         worker = self.workers.get(number)
         if worker is not None and worker.state is State.BOOTING:
             worker.retires_early = why
-        if worker is None or worker.state is not State.SERVING or worker.retiring:
+        if worker is None or worker.state not in (State.STANDING_BY, State.SERVING) or worker.retiring:
             return ()
         worker.retiring = True
         if too_large:
@@ -350,15 +377,17 @@ class Plan:
         self._now = now
         if self.stopping:
             return self._wind_up(now)
-        actions: list[Action] = []
+        actions: list[Action] = [*self._assign(now)]
         for worker in list(self.workers.values()):
-            surplus = worker.slot >= self.wanted
+            surplus = worker.slot not in self._slots or (
+                worker.called and not self._place(worker.slot).serves
+            )
             if worker.stays and (surplus or self._is_superseded(worker)):
                 actions += self._dismiss(worker, now)
         replacing = 0
-        for slot in range(self.wanted):
+        for slot in self._slots:
             actions += self._take_over(slot, now)
-        for slot in range(self.wanted):
+        for slot in self._slots:
             replacing += self._is_being_replaced(slot)
         for slot in self._by_age():
             wanted = self._missing(slot, now, replacing < self.settings.batch)
@@ -366,6 +395,37 @@ class Plan:
                 replacing += bool(self._staying(slot))
                 actions.append(self._start(slot, wanted, now))
         return [*actions, *self._conclude()]
+
+    @property
+    def _slots(self) -> range:
+        return range(self.wanted + self.settings.standby)
+
+    def _assign(self, now: float) -> Iterator[Action]:
+        """Choose the slots in which workers serve: who does goes on, and who stands by is there before who has yet to
+        boot."""
+        serve = sorted(self._slots, key=self._rank)[: self.wanted]
+        for slot, place in self._places.items():
+            place.serves = place.serves and slot in serve
+        for slot in serve:
+            if not self._place(slot).serves:
+                self._place(slot).serves = True
+                for worker in self._staying(slot):
+                    yield self._call(worker, now)
+
+    def _rank(self, slot: SlotNumber) -> int:
+        here = self._staying(slot)
+        if here and self._place(slot).serves:
+            return 0
+        if any(worker.state is State.STANDING_BY for worker in here):
+            return 1
+        return 2 if self._place(slot).serves else 3
+
+    def _call(self, worker: Worker, now: float) -> CallWorker:
+        worker.called = True
+        if worker.state is State.STANDING_BY:
+            worker.deadline = now + self.settings.boot_timeout_s
+        worker.state = step(worker.state, Event.CALLED)
+        return CallWorker(worker.number)
 
     def _staying(self, slot: SlotNumber) -> list[Worker]:
         return [worker for worker in self.workers.values() if worker.slot == slot and worker.stays]
@@ -377,7 +437,7 @@ class Plan:
         for worker in self.workers.values():
             if worker.stays:
                 oldest.setdefault(worker.slot, worker.number)
-        return sorted(range(self.wanted), key=lambda slot: oldest.get(slot, 0))
+        return sorted(self._slots, key=lambda slot: oldest.get(slot, 0))
 
     def _is_fresh(self, worker: Worker) -> bool:
         return worker.generation == self.target and not worker.retiring
@@ -386,17 +446,21 @@ class Plan:
         """True for one that boots with code that is not wanted any more, and that is not needed to fill a gap."""
         if worker.state is not State.BOOTING or worker.generation == self.target:
             return False
-        serves = any(each.state is State.SERVING for each in self._staying(worker.slot))
-        return serves or worker.generation != self.generation
+        is_there = any(self._is_in_place(each) for each in self._staying(worker.slot))
+        return is_there or worker.generation != self.generation
+
+    def _is_in_place(self, worker: Worker) -> bool:
+        """True for one that does what is done in its slot."""
+        return worker.state is (State.SERVING if self._place(worker.slot).serves else State.STANDING_BY)
 
     def _is_being_replaced(self, slot: SlotNumber) -> bool:
         here = self._staying(slot)
         return len(here) > 1 and any(worker.state is State.BOOTING for worker in here)
 
     def _take_over(self, slot: SlotNumber, now: float) -> Iterator[Action]:
-        """Once the slot's fresh worker serves, the others may go."""
+        """Once the slot's fresh worker serves, or stands by, the others may go."""
         here = self._staying(slot)
-        if any(self._is_fresh(worker) and worker.state is State.SERVING for worker in here):
+        if any(self._is_fresh(worker) and self._is_in_place(worker) for worker in here):
             for worker in here:
                 if not self._is_fresh(worker):
                     yield from self._dismiss(worker, now)
@@ -410,6 +474,8 @@ class Plan:
             return None
         if here:
             return self.target if may_replace else None
+        if not (self._place(slot).serves or self._all_serve()):
+            return None  # who is to serve boots first
         # The place is empty. Until the new code has shown that it boots, it is the old that fills gaps; but for the
         # first place of all, or nobody would ever show it.
         if self.coming is None or self.coming in self._proven or self.generation not in self._proven:
@@ -419,8 +485,9 @@ class Plan:
     def _start(self, slot: SlotNumber, generation: Generation, now: float) -> StartWorker:
         self._numbers += 1
         deadline = now + self.settings.boot_timeout_s
-        self.workers[self._numbers] = Worker(self._numbers, slot, generation, deadline)
-        return StartWorker(self._numbers, slot, generation, self.spread(self._numbers))
+        serves = self._place(slot).serves
+        self.workers[self._numbers] = Worker(self._numbers, slot, generation, deadline, serves)
+        return StartWorker(self._numbers, slot, generation, self.spread(self._numbers), not serves)
 
     def _aged(self, worker: Worker) -> str:
         served_s = (self.settings.max_age_s or 0.0) * self.spread(worker.number)
@@ -433,7 +500,7 @@ class Plan:
         if worker.state is State.ENDING:
             worker.deadline = None
             return [EndWorker(worker.number, "it is not wanted any more")]
-        if before is State.SERVING:
+        if before in (State.STANDING_BY, State.SERVING):
             grace_s = self._grace_s if self.stopping else self.settings.grace_s
             worker.deadline = now + grace_s + _DRAIN_MARGIN_S
             return [DrainWorker(worker.number, grace_s, self.stopping and self._leaving)]
@@ -448,7 +515,7 @@ class Plan:
         actions: list[Action] = [EndWorker(worker.number, why, stuck)]
         if before is State.BOOTING and not self.stopping:
             actions += self._boot_failed(worker, now, why)
-        elif before is State.SERVING:
+        elif before in (State.STANDING_BY, State.SERVING):
             self._lost(worker, now)
         return actions
 
@@ -520,23 +587,30 @@ class Plan:
     def _conclude(self) -> Iterator[Action]:
         """Tell what has come to be, and let go of generations that nobody needs any more."""
         # Whether one is to be replaced again already does not matter: under load some may always be.
-        settled = all(
-            any(
-                worker.generation == self.target and worker.state is State.SERVING
+        settled = {
+            slot
+            for slot in self._slots
+            if any(
+                worker.generation == self.target and self._is_in_place(worker)
                 for worker in self._staying(slot)
             )
-            for slot in range(self.wanted)
-        )
-        if settled and not self._started:
+        }
+        if not self._started and all(slot in settled for slot in self._slots if self._place(slot).serves):
             self._started = True
             yield Started()
-        if settled and self.coming is not None and not any(map(self._may_accept, self.workers.values())):
+        all_settled = len(settled) == len(self._slots)
+        if all_settled and self.coming is not None and not any(map(self._may_accept, self.workers.values())):
             self.generation, self.coming = self.coming, None
             yield Reloaded(self.generation)
         used = {worker.generation for worker in self.workers.values()} | {self.generation, self.target}
         for generation in sorted(self._open - used):
             self._open.remove(generation)
             yield CloseGeneration(generation)
+
+    def _all_serve(self) -> bool:
+        """True if somebody serves in each slot that is for it."""
+        serving = {worker.slot for worker in self.workers.values() if worker.state is State.SERVING}
+        return all(slot in serving for slot in self._slots if self._place(slot).serves)
 
     def _may_accept(self, worker: Worker) -> bool:
         """True for one of older code that may still take connections."""
@@ -561,8 +635,13 @@ class Plan:
         for slot in {worker.slot for worker in self.workers.values()}:
             here = self._staying(slot)
             # Invariant: at most one worker boots in a slot, and at most one that is to stay serves there.
-            assert sum(worker.state is State.BOOTING for worker in here) <= 1
+            assert sum(worker.state is State.BOOTING for worker in here) <= 1 + bool(self.settings.standby)
             assert sum(self._is_fresh(worker) for worker in here) <= 1
+        # Invariant: as many slots as are wanted serve, and who is there knows which.
+        if not self.stopping:
+            assert sum(self._place(slot).serves for slot in self._slots) == self.wanted
+            for worker in self.workers.values():
+                assert not worker.stays or worker.called == self._place(worker.slot).serves
         # Invariant: nobody is gone and still here; whoever boots or drains has a deadline.
         for worker in self.workers.values():
             assert worker.state is not State.GONE

@@ -4,8 +4,8 @@ Runs in: a worker of the generation's pool. The main thread boots and serves. A 
 that a drain arrives while the main thread is busy; it only ever sets something or posts something. What runs is told
 in memory that the server sees (`_server.progress`).
 
-    to the server     hello (pid; its pidfd comes along), ready, retire (why), closed, failed (why, traceback)
-    to the worker     drain (grace_s, leaving), reopen
+    to the server     hello (pid; its pidfd comes along), standby, ready, retire (why), closed, failed (why, traceback)
+    to the worker     serve (for one that stands by), drain (grace_s, leaving), reopen
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from .. import _forensics, _platform, payload
@@ -31,6 +32,7 @@ from .balance import Balance
 from .context import Face, Order, ServerWorker, become
 from .logs import reopen_logs
 from .progress import STACKS_AT, Progress
+from .standby import Standby
 
 _LONGEST_GRACE_S = 1e9  # 31 years; a thread cannot be waited for beyond 292 (`threading.TIMEOUT_MAX`)
 _EXIT_S = 5.0  # how long threads and exit handlers may keep a worker that has served
@@ -88,13 +90,11 @@ def _boot_and_serve(
         if order.target is not None:
             app = apps.load(order.target)
         interface = order.interface or apps.interface_of(app)
-        try:
-            face = _face(interface, app, order, worker, door, listeners)
-        except ModuleNotFoundError:
-            from .checks import check_installed  # which none needs that can serve
-
-            check_installed(interface)
-            raise
+        make = partial(_face, interface, app, order, worker, door, listeners)
+        if order.stands_by:
+            face: Face = Standby(worker, make, lambda: _tell(stream, {"say": "standby"}))
+        else:
+            face = make()
         worker.interface = interface
         worker.max_requests = order.max_requests
         listening.serves(face)
@@ -135,6 +135,23 @@ def _face(
     listeners: Sequence[socket.socket],
 ) -> Face:
     """The way to serve this kind of application. What it needs is imported here: each needs something else."""
+    try:
+        return _face_of(interface, app, order, worker, door, listeners)
+    except ModuleNotFoundError:
+        from .checks import check_installed  # which none needs that can serve
+
+        check_installed(interface)
+        raise
+
+
+def _face_of(
+    interface: str,
+    app: Any,
+    order: Order,
+    worker: ServerWorker,
+    door: doors.Door,
+    listeners: Sequence[socket.socket],
+) -> Face:
     if interface == "asgi":
         from .asgi import AsgiFace
 
@@ -176,6 +193,7 @@ class _Listening:
         self._signalled: set[int] = set()
         self._face: Face | None = None
         self._told: tuple[float, bool] | None = None  # a drain that came before there was a face
+        self._called = False  # it is not to stand by any more
         self._lock = threading.Lock()
 
     def start(self) -> None:
@@ -189,9 +207,11 @@ class _Listening:
     def serves(self, face: Face) -> None:
         """The face is there, and drains are its own from now on."""
         with self._lock:
-            self._face, told = face, self._told
+            self._face, told, called = face, self._told, self._called
         if told is not None:
             face.drain(*told)
+        if called and isinstance(face, Standby):
+            face.call()
 
     def _on_signal(self, number: int, _frame: object) -> None:
         self._signalled.add(number)
@@ -234,6 +254,11 @@ class _Listening:
     def _do(self, message: Any) -> None:
         if message["do"] == "reopen":
             reopen_logs()
+        elif message["do"] == "serve":
+            with self._lock:
+                self._called, face = True, self._face
+            if isinstance(face, Standby):
+                face.call()
         elif message["do"] == "drain":
             self._worker.start_draining()
             told = (min(float(message["grace_s"]), _LONGEST_GRACE_S), bool(message["leaving"]))

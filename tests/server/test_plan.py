@@ -11,6 +11,7 @@ import pytest
 from fdpool._server.plan import (
     Abandoned,
     Action,
+    CallWorker,
     CloseGeneration,
     DrainWorker,
     EndWorker,
@@ -34,6 +35,8 @@ class World:
         self.plan = Plan(wanted, Settings(**settings))  # type: ignore[arg-type]
         self.news: list[Action] = []
         self.booting: dict[int, StartWorker] = {}
+        self.standing: dict[int, StartWorker] = {}
+        self.called: set[int] = set()
         self.serving: dict[int, StartWorker] = {}
         self.draining: dict[int, StartWorker] = {}
         self.doomed: set[int] = set()
@@ -50,18 +53,24 @@ class World:
             if isinstance(action, StartWorker):
                 assert action.generation in self.open
                 self.booting[action.worker] = action
+            elif isinstance(action, CallWorker):
+                assert action.worker not in self.called
+                self.called.add(action.worker)
+                if action.worker in self.standing:
+                    self.booting[action.worker] = self.standing.pop(action.worker)
             elif isinstance(action, DrainWorker):
-                if action.worker in self.serving:
-                    self.draining[action.worker] = self.serving.pop(action.worker)
+                for those in (self.serving, self.standing):
+                    if action.worker in those:
+                        self.draining[action.worker] = those.pop(action.worker)
                 assert action.worker in self.draining
             elif isinstance(action, EndWorker):
-                assert action.worker in {**self.booting, **self.serving, **self.draining}
+                assert action.worker in {**self.booting, **self.standing, **self.serving, **self.draining}
                 self.doomed.add(action.worker)
             else:
                 self.news.append(action)
                 if isinstance(action, CloseGeneration):
-                    everybody = [*self.booting.values(), *self.serving.values(), *self.draining.values()]
-                    assert action.generation not in [each.generation for each in everybody]
+                    everybody = {**self.booting, **self.standing, **self.serving, **self.draining}
+                    assert action.generation not in [each.generation for each in everybody.values()]
                     self.open.remove(action.generation)
         while self.closing:
             self.do(self.plan.closed(self.closing.pop(), self.now))
@@ -71,8 +80,12 @@ class World:
         self.do(self.plan.reload(self.now))
 
     def ready(self, worker: int | None = None) -> None:
-        """Have a booting worker serve; the first one, if none is named."""
+        """Have a booting worker serve, or stand by if it was told so; the first one, if none is named."""
         worker = next(each for each in self.booting if each not in self.doomed) if worker is None else worker
+        if self.booting[worker].stands_by and worker not in self.called:
+            self.standing[worker] = self.booting.pop(worker)
+            self.do(self.plan.stood_by(worker, self.now))
+            return
         self.serving[worker] = self.booting.pop(worker)
         self.do(self.plan.readied(worker, self.now))
 
@@ -87,7 +100,7 @@ class World:
                 self.ready()
 
     def exit(self, worker: int, why: str = "it died") -> None:
-        for place in (self.booting, self.serving, self.draining):
+        for place in (self.booting, self.standing, self.serving, self.draining):
             place.pop(worker, None)
         self.doomed.discard(worker)
         self.do(self.plan.exited(worker, self.now, why))
@@ -603,6 +616,90 @@ def test_after_a_stop_nothing_is_started_whatever_happens() -> None:
     assert not world.told(Reloaded)
 
 
+# -- standing by -----------------------------------------------------------------------------------------
+
+
+def test_who_stands_by_is_started_when_all_others_serve() -> None:
+    world = World(2, standby=1)
+    assert [each.slot for each in world.booting.values()] == [0, 1]
+    world.ready()
+    assert len(world.booting) == 1
+    world.ready()
+    assert world.told(Started) == [Started()]
+    [stands_by] = world.booting.values()
+    assert (stands_by.slot, stands_by.stands_by) == (2, True)
+    world.ready()
+    assert not world.booting
+    assert list(world.standing) == [3]
+
+
+def test_who_stands_by_is_called_in_place_of_one_that_is_lost_and_has_a_successor_when_it_serves() -> None:
+    world = started(2, standby=1)
+    world.exit(1)
+    assert world.called == {3}
+    assert list(world.booting) == [3]
+    world.ready()
+    assert sorted(world.serving) == [2, 3]
+    [stands_by] = world.booting.values()
+    assert (stands_by.slot, stands_by.stands_by) == (0, True)
+
+
+def test_where_nobody_stands_by_yet_another_one_is_started() -> None:
+    world = World(2, standby=1)
+    world.ready()
+    world.ready()
+    world.exit(1)  # the third boots
+    assert not world.called
+    assert [(each.slot, each.stands_by) for each in world.booting.values()] == [(2, True), (0, False)]
+
+
+def test_one_that_fails_as_it_is_called_has_failed_to_boot() -> None:
+    world = started(1, standby=1, boot_limit=2)
+    world.exit(1)
+    world.fail_boot("lifespan")
+    assert [each.stands_by for each in world.booting.values()] == []
+    world.wait(0.2)
+    assert [each.stands_by for each in world.booting.values()] == [False]
+    world.fail_boot("lifespan")
+    assert world.told(GaveUp)
+
+
+def test_one_that_stands_by_and_dies_is_replaced() -> None:
+    world = started(1, standby=1)
+    world.exit(2)
+    assert [each.stands_by for each in world.booting.values()] == [True]
+
+
+def test_a_reload_replaces_who_stands_by_too() -> None:
+    world = started(2, standby=1)
+    world.reload()
+    world.all_ready()
+    assert world.told(Reloaded) == [Reloaded(2)]
+    assert world.generations() == [2, 2]
+    assert [each.generation for each in world.standing.values()] == [2]
+
+
+def test_fewer_workers_leave_one_that_stands_by() -> None:
+    world = started(3, standby=1)
+    world.exit(1)
+    world.all_ready()  # 0 stands by
+    world.do(world.plan.scale(1, world.now))
+    world.all_ready()
+    assert (len(world.serving), len(world.standing)) == (1, 1)
+    world.do(world.plan.scale(2, world.now))
+    assert not world.standing
+    world.all_ready()
+    assert (len(world.serving), len(world.standing)) == (2, 1)
+
+
+def test_a_stop_ends_who_stands_by() -> None:
+    world = started(1, standby=1)
+    world.do(world.plan.stop(5.0, world.now))
+    assert sorted(world.draining) == [1, 2]
+    world.all_ready()
+    assert world.told(Over)
+
+
 # -- all of it, in any order --------------------------------------------------------------------------
 
 
@@ -610,9 +707,11 @@ def test_after_a_stop_nothing_is_started_whatever_happens() -> None:
 def test_whatever_happens_in_whatever_order_the_last_wish_comes_true(seed: int) -> None:
     """S3: reloads, scalings, deaths, failed boots and hangs at random; then, left alone, all is as wanted."""
     chance = random.Random(seed)
-    world = started(chance.randrange(1, 5), batch=chance.randrange(1, 3), boot_limit=4, boot_timeout_s=5.0)
+    standby = max(0, chance.randrange(-2, 3))
+    limits = {"boot_limit": 4, "boot_timeout_s": 5.0, "standby": standby}
+    world = started(chance.randrange(1, 5), batch=chance.randrange(1, 3), **limits)
     for _ in range(200):
-        everybody = [*world.booting, *world.serving, *world.draining]
+        everybody = [*world.booting, *world.standing, *world.serving, *world.draining]
         event = chance.randrange(9)
         if event == 0:
             world.reload()
@@ -637,7 +736,8 @@ def test_whatever_happens_in_whatever_order_the_last_wish_comes_true(seed: int) 
     for _ in range(100):
         world.all_ready()
         world.wait(1)
-    assert len(world.serving) == world.plan.wanted
+    assert (len(world.serving), len(world.standing)) == (world.plan.wanted, standby)
     assert set(world.generations()) == {world.plan.target}
+    assert {each.generation for each in world.standing.values()} <= {world.plan.target}
     assert world.plan.coming is None
     assert world.open == {world.plan.generation}

@@ -273,6 +273,25 @@ MEASURES = (
         **_RECOVERIES,
     ),
     _measure(
+        "serve-recovery-standby",
+        "the same, where a worker (ASGI) stands by",
+        {"fdpool": partial(recovery, "fdpool-standby", "asgi"), **_sides(recovery, "asgi", names=_ASGI[1:])},
+        ours="fdpool-standby",
+        goals=_AHEAD,
+        **_RECOVERIES,
+    ),
+    _measure(
+        "serve-recovery-standby-wsgi",
+        "the same, where a worker (WSGI, of one thread) stands by",
+        {
+            "fdpool": partial(recovery, "fdpool-sync-standby", "wsgi"),
+            **_sides(recovery, "wsgi", names=_WSGI[1:]),
+        },
+        ours="fdpool-sync-standby",
+        goals=(ahead_of("gunicorn", 1),),
+        **_RECOVERIES,
+    ),
+    _measure(
         "serve-memory",
         "memory of an ASGI worker with its share of what it shares (PSS)",
         _sides(memory, "asgi", names=(*_ASGI, "fdpool-preload")),
