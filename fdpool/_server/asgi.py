@@ -177,7 +177,10 @@ class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may no
             self._begin_draining()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        # Where uvicorn ends by itself (`limit_max_requests`) nobody has told us to drain. The door closes its own.
+        # Where uvicorn ends by itself (`limit_max_requests`) nobody has told us to drain. The door closes its own; and
+        # what runs here may take long, in which somebody else is to accept.
+        if not self._worker.draining:
+            self._worker.retire("uvicorn ends by itself")
         self._take_no_more(asyncio.get_running_loop())
         await super().shutdown(sockets=[])
 

@@ -73,6 +73,7 @@ class ByLoop:
         self._servers: list[asyncio.AbstractServer] = []
         self._opening: asyncio.Task[None] | None = None
         self._closed = False
+        self._wanted = True  # that the loop accepts
         self._room: float = 0  # so many more may come before it is looked at how many descriptors are left
         self._granted: float = 0  # so many more before anything is
 
@@ -107,6 +108,7 @@ class ByLoop:
 
     def stop(self) -> None:
         """Have the loop accept no more. What it has accepted is uvicorn's, which hears of it in its own time."""
+        self._wanted = False
         for server in self._servers:
             server.close()
         self._servers.clear()
@@ -115,6 +117,7 @@ class ByLoop:
 
     def go_on(self) -> None:
         """Have it accept again."""
+        self._wanted = True
         if self._opening is None and not self._closed:
             self._opening = self._loop.create_task(self._open_again())
 
@@ -127,7 +130,7 @@ class ByLoop:
                 raise
         finally:
             self._opening = None
-            if self._closed:
+            if self._closed or not self._wanted:  # by one that it had accepted before, say, and tells of now
                 self.stop()
 
     def close(self) -> None:

@@ -356,9 +356,11 @@ class Crew:
         generation = [each for each in self.links.values() if each.generation == link.generation]
         if all(each.killed for each in generation):
             self._pools.kill(link.generation)  # the supervisor, too, which may hang in a preload
-        elif not link.cancel() and link.stuck:
-            # Others serve, and are not to suffer. Whoever comes next comes of another supervisor.
-            self._pools.close(link.generation)
+        else:
+            link.end_task()
+            if link.stuck:
+                # Others serve, and are not to suffer. Whoever comes next comes of another supervisor.
+                self._pools.close(link.generation)
 
     def close(self) -> None:
         """Close what is held for those that are left."""

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, NamedTuple
 from .. import _messages, _own_sockets, wire
 from .._clock import CLOCK
 from .._reserve import Reserve
-from ..fds import close_all
+from ..fds import close_all, is_readable
 from .accept import Acceptor, off_stdio
 from .doors import HANDED
-from .silence import Silent
+from .silence import Silent, has_room
 
 if TYPE_CHECKING:
     from .link import WorkerLink
@@ -204,6 +204,8 @@ class Handoff:
         self._clients_speak_first = clients_speak_first
         self._seats[number].most = most
         self._seats[number].serves = True
+        if not clients_speak_first:
+            self._held.extend(self._silent.release())
         self._pump()
 
     def closing(self, number: int) -> None:
@@ -262,13 +264,23 @@ class Handoff:
             not self._held and not self._left and not any(seat.has_waiting for seat in self._seats.values())
         )
 
-    def stop(self) -> None:
-        """The server ends: accept nothing more, and leave it to the workers how long they listen to those who say
-        nothing."""
+    def stop(self, leaving: bool) -> None:
+        """The server ends: accept nothing more.
+
+        Args:
+            leaving: nobody else will answer those who have said nothing. They are idle, and closed as the workers' are;
+                to wait until workers have taken them would be to wait for clients. Otherwise it is left to the workers
+                how long they listen to them.
+        """
         self._watch(False)
         self._listeners = []
+        held, self._held = [*self._held, *self._silent.release()], deque()
+        for connection in held:
+            if leaving and self._clients_speak_first and not is_readable(connection):
+                connection.close()
+            else:
+                self._held.append(connection)
         self._clients_speak_first = False
-        self._held.extend(self._silent.release())
         self._pump()
 
     # -- connections ---------------------------------------------------------------------------------------
@@ -402,6 +414,8 @@ class Handoff:
     def _take_back(self, seat: _Seat) -> bool:
         """Receive what lies in a worker's inbox, as whoever receives a datagram first owns it; False if more may."""
         while True:
+            if self._held and not has_room():
+                return False
             # Kernel: a descriptor for which there is no room is lost on receipt (hazard M5). So room is made first.
             if not (self._reserve.give() or (self._reserve.fill() and self._reserve.give())):
                 return False

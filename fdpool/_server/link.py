@@ -6,12 +6,12 @@ import signal
 import socket
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .. import _forensics
 from .._broken import WorkerLost
 from .._clock import CLOCK
-from .._frames import encode_json
+from .._frames import decode_json, encode_json
 from .._own_sockets import OwnSocket
 from ..errors import FdTransferError, RemoteTraceback, WireError
 from ..fds import Fd, above_stdio, close_all
@@ -22,6 +22,7 @@ from .context import Order
 from .progress import Seen, SeenPage
 
 if TYPE_CHECKING:
+    from .._tasks import TaskFuture
     from ..pool import Pool
 
 _MAX_MESSAGE = 1 << 20
@@ -79,7 +80,7 @@ class WorkerLink:
         self.draining = False
         self.stopped_since: float | None = None  # SIGSTOP
         self.pidfd: int | None = None
-        self._future: Future[str] | None = None
+        self._future: TaskFuture[str] | None = None
         self.control, self._theirs = StreamSocket.pair(max_bytes=_MAX_MESSAGE, max_fds=1)
         try:
             self._page = SeenPage()
@@ -126,8 +127,8 @@ class WorkerLink:
             EOFError: no more will come.
         """
         try:
-            received = self.control.try_receive_with_fds()
-        except (OSError, WireError, FdTransferError) as error:
+            received = self._receive()
+        except (OSError, WireError) as error:
             raise EOFError(str(error)) from error
         if received is None:
             return None
@@ -137,6 +138,13 @@ class WorkerLink:
             self.pidfd, numbers = (above_stdio(numbers[0]), numbers[1:]) if numbers else (None, [])
         close_all(numbers)
         return message if isinstance(message, dict) else None
+
+    def _receive(self) -> tuple[Any, list[int]] | None:
+        try:
+            return self.control.try_receive_with_fds()
+        except FdTransferError as error:
+            # No descriptor was left for its pidfd: it is known by its pid then, as where the kernel has no pidfds.
+            return decode_json(error.data), []
 
     def tell(self, message: object) -> None:
         """Send a message; never waits. A worker that does not listen any more is about to be reported dead."""
@@ -172,9 +180,10 @@ class WorkerLink:
         """What it has written down since this was last called."""
         return _forensics.without_ours(self._page.stacks().rstrip())
 
-    def cancel(self) -> bool:
-        """Have it not begin; False if it may have."""
-        return self._future is not None and self._future.cancel()
+    def end_task(self) -> None:
+        """Have it not begin; or, if it has, without saying hello, have its pool end it."""
+        if self._future is not None:
+            self._future.terminate(0.0)
 
     def kill(self) -> bool:
         """SIGKILL it; its pool's supervisor kills what descends from it. False if nobody knows its pid yet."""

@@ -282,7 +282,8 @@ class Loop:
 
     def _clean_up(self) -> None:
         self.succession.close()
-        self._pools.join(kill=not self._over)
+        # Whoever is still here was lost, and no word has come of how: their supervisor stands still.
+        self._pools.join(kill=not self._over or bool(self.crew.links))
         _process.unregister(self)
         if self.handoff is not None:
             self.handoff.close()
@@ -416,7 +417,7 @@ class Loop:
             if not self.handed_over:
                 self._on_event("stopping")
             if self.handoff is not None:
-                self.handoff.stop()
+                self.handoff.stop(not self.handed_over)
         self.succession.dismiss(grace_s)  # or it would serve on, while what has begun here is finished
         self._stop_by(CLOCK.monotonic() + grace_s, grace_s <= 0)
 

@@ -13,11 +13,19 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from ..fds import is_readable
+from . import room
 
 if TYPE_CHECKING:
     from .turns import Turns
 
 _MOST = 256
+# Of this process: to start a worker takes a dozen for a moment, and that may be the only one.
+_KEPT_FREE = 24
+
+
+def has_room() -> bool:
+    """True if a connection may be kept here, and a worker could be started nevertheless."""
+    return room.unseen(_KEPT_FREE) >= 0
 
 
 class Silent:
@@ -35,7 +43,7 @@ class Silent:
 
     def keep(self, connection: socket.socket) -> bool:
         """Keep it, if it is silent; False if it stays the caller's."""
-        if is_readable(connection):
+        if is_readable(connection) or not has_room():
             return False
         try:
             self._turns.watch(connection, partial(self._let_go, connection))

@@ -59,7 +59,9 @@ class Turns:
     def take(self, until: float | None) -> None:
         """One turn: wait for something to do, but not beyond the moment `until`; and do it."""
         for key, _ in self._selector.select(self._timeout_s(until)):
-            key.data()
+            # One before it may have ended that: it is not watched any more then, or something else is by its number.
+            if self._selector.get_map().get(key.fd) is key:
+                key.data()
         while self._posted:
             self._posted.popleft()()
         now = CLOCK.monotonic()

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .link import WorkerLink
 
 _LOOK_S = 0.5
+_LATE_S = 1.0  # who looks so much later than it was to has stood still itself, as all may have here
 _MOST_STOPPED_S = 10.0  # how long a worker may be stopped (SIGSTOP), if requests have no limit
 _SLOW_S = 30.0  # without moving on, which the log is to say even if nothing has a limit
 
@@ -39,9 +40,13 @@ class Finding(NamedTuple):
     why: str = ""
 
 
-def judge(seen: Seen, now: float, request_timeout_s: float | None) -> str | None:
-    """Why a worker that has got so far is stuck, or None."""
-    if request_timeout_s is None or seen.stuck_s(now) <= request_timeout_s:
+def judge(seen: Seen, now: float, request_timeout_s: float | None, awake_s: float = math.inf) -> str | None:
+    """Why a worker that has got so far is stuck, or None.
+
+    Args:
+        awake_s: for so long it may have moved on.
+    """
+    if request_timeout_s is None or min(seen.stuck_s(now), awake_s) <= request_timeout_s:
         return None
     return f"{how_long(seen, now)}, and request_timeout={request_timeout_s:g}"
 
@@ -78,17 +83,22 @@ class Watch:
             int, float
         ] = {}  # of slow workers, the moment since which they were when the log was told
         self.next_look: float | None = CLOCK.monotonic() + self._pause_s
+        # Before, everything may have stood still: a control group that was frozen, a machine that was stopped.
+        self._awake_since = -math.inf
 
     def look(self, links: "Sequence[WorkerLink]", now: float) -> Iterator[Finding]:
         """If it is time, the workers with which something is wrong."""
         if self.next_look is None or now < self.next_look:
             return
+        if now > self.next_look + _LATE_S:
+            self._awake_since = now
         self.next_look = now + self._pause_s
+        awake_s = now - self._awake_since
         for link in links:
             if link.ready_at is None or link.lost:
                 continue
             seen = link.see()
-            why = judge(seen, now, self._request_timeout_s) or self._stopped(link, now)
+            why = judge(seen, now, self._request_timeout_s, awake_s) or self._stopped(link, now)
             if why is not None:
                 yield Finding(link.number, Verdict.STUCK, why)
             elif (size := self._too_large(link, seen)) is not None:

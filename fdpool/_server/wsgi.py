@@ -251,12 +251,12 @@ def _accept_by(server: Any, door: Door, takes: Callable[[], bool], leaves_it: Ca
     fileno = server.socket.fileno()
     readable = server.readable
 
-    def handle_accept() -> None:
+    def accept() -> None:
         connection = None if leaves_it() else door.take(fileno)
         if connection is not None:
             _take_on(server, connection)
 
-    server.handle_accept = handle_accept
+    server.handle_accept = lambda: _survive(accept)
     server.readable = lambda: takes() and readable()
 
 
@@ -270,6 +270,22 @@ def _take_on(server: Any, connection: socket.socket) -> None:
         connection.close()  # the client has gone
     else:
         channel.read_at_once()
+
+
+def _survive(take: Callable[[], None]) -> None:
+    """Take a connection. What is raised costs that one, and not those to come: waitress would close what they come by
+    for good. (With one thread an application's signal handler may raise anywhere, as an alarm that rings late.)"""
+    try:
+        take()
+    except Exception:
+        log(
+            _LOGGER,
+            logging.ERROR,
+            "a connection could not be taken in process %d",
+            os.getpid(),
+            extra={"event": "connection_lost"},
+            exc_info=True,
+        )
 
 
 class _Intake:
@@ -296,17 +312,7 @@ class _Intake:
         return False
 
     def handle_read_event(self) -> None:
-        try:
-            self._take()
-        except Exception:  # of one connection, and not of those to come; waitress would close this for good
-            log(
-                _LOGGER,
-                logging.ERROR,
-                "a connection could not be taken in process %d",
-                os.getpid(),
-                extra={"event": "connection_lost"},
-                exc_info=True,
-            )
+        _survive(self._take)
 
     def _take(self) -> None:
         connection = self._door.take(self._fileno)

@@ -447,6 +447,35 @@ def test_who_cannot_accept_again_after_it_stood_back_takes_the_door(
     assert told == [error] * isinstance(error, ValueError)
 
 
+def test_who_is_to_stand_back_as_it_is_about_to_accept_again_does(loads: Loads) -> None:
+    """Another connection, of those accepted before, may be told of in that very turn."""
+    pytest.importorskip("uvloop")
+    seen: list[int] = []
+
+    def clients(face: AsgiFace) -> None:
+        by_loop: Any = face._server._by_loop
+
+        def go_on_and_stop() -> None:
+            by_loop.stop()
+            by_loop.go_on()
+            by_loop.stop()
+
+        async def look() -> None:
+            go_on_and_stop()
+            await by_loop._opening
+            seen.append(len(by_loop._servers))
+            by_loop.go_on()
+            await by_loop._opening
+            seen.append(len(by_loop._servers))
+
+        asyncio.run_coroutine_threadsafe(look(), by_loop._loop).result(20)
+
+    told: list[Any] = []
+    serve_to(clients, socket.create_server(("127.0.0.1", 0)), "uvloop", loads, told)
+    assert told == []
+    assert seen == [0, 1]
+
+
 @pytest.mark.parametrize("busy", [0, MANY], ids=["who leads", "who does not"])
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
 def test_no_connection_is_lost_as_requests_take_long_and_are_quick_in_turns(

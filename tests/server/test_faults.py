@@ -31,6 +31,8 @@ import pytest
 from fdpool import ForkedPool, NotPicklable, ServerFailed, current_worker
 from fdpool._serve import log
 from fdpool._server import accept, watch
+from fdpool._server import worker as server_worker
+from fdpool._server.doors import HandedOver, Listening
 from fdpool._server.handoff import Handoff
 from fdpool._server.turns import Turns
 from fdpool.server import Server, ServerWorker
@@ -225,8 +227,27 @@ def test_a_client_that_has_said_nothing_loses_nothing_by_the_end_of_workers(app:
 
 
 @pytest.mark.parametrize(("app", "needs"), [(asgi, "uvicorn"), (wsgi, "waitress")])
-def test_as_a_server_ends_the_silent_have_a_worker_that_listens_for_a_while(app: Any, needs: str) -> None:
-    """S2: a client may be about to speak."""
+def test_silent_clients_that_speak_as_others_come_in_their_place_are_answered(
+    app: Any, needs: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that is given up as another comes may speak in that very turn."""
+    pytest.importorskip(needs)
+    monkeypatch.setattr("fdpool._server.silence._MOST", 4)
+    with (
+        Server(app, ANY_PORT, workers=1, dispatch="handoff") as server,
+        contextlib.ExitStack() as clients,
+    ):
+        silent = [clients.enter_context(connect(server)) for _ in range(4)]
+        for _ in range(300):
+            silent.append(clients.enter_context(connect(server)))
+            with silent.pop(0) as oldest:
+                oldest.sendall(b"GET / HTTP/1.0\r\n\r\n")
+                assert b"200 OK" in read_all(oldest)
+
+
+@pytest.mark.parametrize(("app", "needs"), [(asgi, "uvicorn"), (wsgi, "waitress")])
+def test_as_a_server_ends_the_silent_are_closed(app: Any, needs: str) -> None:
+    """S2: as idle ones are."""
     pytest.importorskip(needs)
     with Server(app, ANY_PORT, workers=1, dispatch="handoff") as server, connect(server) as silent:
         get(server)
@@ -318,6 +339,101 @@ def test_a_connection_handed_to_a_worker_whose_threads_are_busy_has_the_first_th
             (tmp_path / str(each)).touch()
         seen: set[int] = set()
         wait_until(lambda: seen.add(int(get(server)[1])) or len(seen) == 2)  # type: ignore[func-returns-value]
+
+
+def once(folder: Path, name: str) -> bool:
+    """True for the first who asks, in whatever process."""
+    try:
+        (folder / name).touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("dispatch", DISPATCHES)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_what_is_raised_as_a_connection_is_taken_costs_no_other(
+    dispatch: Any, threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By an application's signal handler, say."""
+    pytest.importorskip("waitress")
+    door = Listening if dispatch == "shared" else HandedOver
+    take = door.take
+
+    def take_or_fail(self: Any, fileno: int) -> socket.socket | None:
+        if once(tmp_path, "failed"):
+            raise RuntimeError("an alarm rings late")
+        return take(self, fileno)
+
+    monkeypatch.setattr(door, "take", take_or_fail)
+    options = {"threads": threads, "dispatch": dispatch, "start_method": "fork"}
+    with Server(wsgi, ANY_PORT, workers=1, **options) as server:
+        [pid] = pids(server)
+        assert [int(get(server)[1]) for _ in range(3)] == [pid] * 3
+    assert (tmp_path / "failed").exists()
+
+
+def test_a_worker_that_never_says_hello_is_ended_and_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """S4: it is stopped before that, say; others serve meanwhile, and go on."""
+    say_hello = server_worker._say_hello
+
+    def say_hello_or_hang(stream: Any) -> None:
+        if once(tmp_path, "first"):
+            pass
+        elif once(tmp_path, "hung"):
+            (tmp_path / "hung").write_text(str(os.getpid()))
+            os.kill(os.getpid(), signal.SIGSTOP)
+        say_hello(stream)
+
+    monkeypatch.setattr(server_worker, "_say_hello", say_hello_or_hang)
+    with Server(echo_pid, ANY_PORT, workers=2, boot_timeout=1.5, start_method="fork") as server:
+        hung = int((tmp_path / "hung").read_text())
+        assert len(pids(server)) == 2
+        wait_until(lambda: not psutil.pid_exists(hung))
+        assert hung not in pids(server)
+
+
+def test_a_supervisor_that_stands_still_costs_no_successor_and_not_the_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """W4: whoever is to come next comes of another one."""
+    with Server(echo_pid, ANY_PORT, workers=2, boot_timeout=1.0, grace=3) as server:
+        victim, other = pids(server)
+        psutil.Process(victim).parent().suspend()
+        os.kill(victim, signal.SIGKILL)
+        wait_until(lambda: len({*pids(server)} - {victim}) == 2)
+        assert other in pids(server)
+        ask(server)
+
+
+def test_the_pools_of_generations_that_are_over_are_not_kept() -> None:
+    with Server(echo_pid, ANY_PORT, workers=1) as server:
+        for _ in range(4):
+            server.reload().result(60)
+            wait_until(lambda: len(workers(server)) == 1)
+        assert len(server._loop._pools._closing) <= 2  # type: ignore[union-attr]
+
+
+def test_a_worker_that_uvicorn_ends_is_replaced_before_it_has_finished() -> None:
+    """`limit_max_requests`: it accepts nothing any more, and what it runs may take long."""
+    pytest.importorskip("uvicorn")
+    options = {"limit_max_requests": 2}
+    with (
+        Server(asgi, ANY_PORT, workers=1, options=options) as server,
+        connect(server) as slow,
+    ):
+        slow.sendall(b"GET /sleep/20 HTTP/1.0\r\n\r\n")
+        wait_until(lambda: workers(server)[0].in_flight == 1)
+        [first] = pids(server)
+        begun = time.monotonic()
+        answered = first
+        while answered == first:
+            with contextlib.suppress(ConnectionError):  # uvicorn cuts off what is idle as it ends
+                answered = int(get(server, timeout=10)[1])
+        assert time.monotonic() - begun < 10
+        server.stop(0)
 
 
 @pytest.mark.parametrize("dispatch", DISPATCHES)

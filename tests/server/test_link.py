@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import resource
 import signal
+from collections.abc import Iterator
 from concurrent.futures import Future
 
 import pytest
 
 from fdpool import PoolBroken, WorkerLost
-from fdpool._server.link import End, end_of, in_one_line
+from fdpool._server.link import End, WorkerLink, end_of, in_one_line
 from fdpool.errors import RemoteTraceback
 
 
@@ -74,3 +78,28 @@ def test_one_that_goes_at_sigterm_has_gone_as_it_was_asked_to() -> None:
 def test_a_line_is_not_too_long() -> None:
     assert in_one_line(" short ") == "short"
     assert len(in_one_line("x" * 10_000)) < 600
+
+
+def test_a_worker_is_known_also_where_there_is_no_room_for_its_pidfd() -> None:
+    """T3: or nobody could end it."""
+    with contextlib.closing(WorkerLink(1, 0, 1)) as link:
+        with open("/dev/null") as file:
+            link._theirs.send_with_fds({"say": "hello", "pid": 4711}, [file.fileno()])
+        link._theirs.send({"say": "ready"})
+        with no_room_for_descriptors():
+            assert link.receive() == {"say": "hello", "pid": 4711}
+        assert (link.pid, link.pidfd) == (4711, None)
+        assert link.receive() == {"say": "ready"}
+        link.pid = None
+
+
+@contextlib.contextmanager
+def no_room_for_descriptors() -> Iterator[None]:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = os.dup(0)
+    os.close(lowest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)

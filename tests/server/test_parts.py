@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar, cast
@@ -36,6 +37,7 @@ from fdpool._server.listeners import Listeners, keys_of
 from fdpool._server.logs import reopen_logs
 from fdpool._server.pace import Pace, Weight
 from fdpool._server.progress import Progress, Seen, SeenPage
+from fdpool._server.silence import Silent
 from fdpool._server.steering import queued, steer
 from fdpool._server.succession import Succession
 from fdpool._server.turns import Turns
@@ -613,6 +615,74 @@ def test_a_worker_whose_inbox_cannot_be_watched_has_none_and_costs_no_descriptor
         handoff.gone(1)
 
 
+def test_what_an_event_ends_is_not_told_of_its_own_that_came_with_it() -> None:
+    """Nor is what is watched by the same number from then on."""
+    ours, theirs = zip(*(socket.socketpair() for _ in range(3)))
+    told: list[int] = []
+
+    def on_event(number: int) -> None:
+        told.append(number)
+        for other in {0, 1, 2} - {number}:
+            turns.unwatch(ours[other])
+            turns.watch(ours[other], lambda: told.append(-1))
+
+    with contextlib.closing(Turns()) as turns:
+        for number, source in enumerate(ours):
+            turns.watch(source, partial(on_event, number))
+        for each in theirs:
+            each.send(b"x")
+        turns.take(None)
+        assert len(told) == 1
+        for each in ours:
+            turns.unwatch(each)
+    for each in (*ours, *theirs):
+        each.close()
+
+
+def test_a_connection_is_kept_only_as_long_as_a_worker_could_be_started(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs, contextlib.closing(Turns()) as turns:
+        silent = Silent(turns, lambda _: None)
+        monkeypatch.setattr(room, "unseen", lambda margin: -1)
+        assert not silent.keep(ours)
+        monkeypatch.setattr(room, "unseen", lambda margin: 0)
+        assert silent.keep(ours)
+        assert silent.release() == [ours]
+
+
+def test_those_who_say_nothing_are_handed_over_where_it_is_the_worker_who_speaks_first() -> None:
+    """As after a reload that brings another kind of application."""
+    with silent_and_seated() as (handoff, ours, link):
+        handoff.opened(link.number, 1, clients_speak_first=False)
+        assert handoff.handed == 1
+        assert ours.fileno() == -1
+
+
+@pytest.mark.parametrize("leaving", [True, False])
+def test_as_all_leave_those_who_say_nothing_are_closed_as_idle_ones_are(leaving: bool) -> None:
+    with silent_and_seated() as (handoff, ours, _):
+        handoff.stop(leaving)
+        assert handoff.is_empty == leaving
+        assert (ours.fileno() == -1) == leaving
+
+
+@contextlib.contextmanager
+def silent_and_seated() -> Iterator[tuple[Handoff, socket.socket, Any]]:
+    """A server that has a connection on which nothing was said, and a worker that does not serve yet."""
+    ours, theirs = socket.socketpair()
+    with theirs, contextlib.closing(Turns()) as turns, contextlib.closing(Handoff(turns, [])) as handoff:
+        link: Any = SimpleNamespace(number=1, load=lambda: (0, 0), is_busy=lambda _: False, pid=1)
+        link.wait_for_end, link.see = lambda _: None, lambda: Seen(0, 0, None, None)
+        inbox = handoff.seat(link)
+        handoff._clients_speak_first = True
+        assert handoff._silent.keep(ours)
+        yield handoff, ours, link
+        handoff.gone(1)
+        inbox.close()
+
+
 def test_listeners_that_cannot_be_watched_for_now_are_all_watched_a_little_later() -> None:
     class FullOnce:
         watched: ClassVar[list[object]] = []
@@ -773,6 +843,29 @@ def test_a_worker_is_stuck_if_its_oldest_request_or_its_loop_has_not_moved_on(
     seen: Seen, limit: float | None, stuck: bool
 ) -> None:
     assert (judge(seen, 100.0, limit) is not None) is stuck
+
+
+def test_where_everything_has_stood_still_workers_have_their_time_from_then_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A control group that is frozen, a virtual machine that is stopped."""
+    link: Any = SimpleNamespace(
+        number=1,
+        interface="handler",
+        pid=None,
+        ready_at=0.0,
+        lost=False,
+        see=lambda: Seen(1, 0, 100.0, None),
+        stopped_since=None,
+    )
+    monkeypatch.setattr("fdpool._server.watch.CLOCK", SimpleNamespace(monotonic=lambda: 100.0))
+    watch = Watch(5.0, None)
+    assert list(watch.look([link], 101.0)) == []
+    assert list(watch.look([link], 700.0)) == []
+    for now in (701.0, 702.0, 703.0, 704.0):
+        assert list(watch.look([link], now)) == []
+    [finding] = watch.look([link], 705.5)
+    assert finding.verdict is Verdict.STUCK
 
 
 class Still:
