@@ -198,7 +198,9 @@ class Crew:
                 self._handoff.opened(link.number, most, link.interface in apps.HTTP)
             self._boss.worker_ready(link.number)
         elif said == "standby":
-            link.stood_by = True
+            if link.called:
+                return  # it does not know yet
+            link.stands_by = True
             news.say_of(
                 link,
                 "worker_stands_by",
@@ -247,7 +249,7 @@ class Crew:
         self._stop_hearing(link)
         why = link.why or end.why
         expected = (link.draining or self._boss.stopping) and (link.killed or not end.unasked)
-        has_booted = link.ready_at is not None or link.stood_by
+        has_booted = link.ready_at is not None or link.stands_by
         if not (has_booted or link.draining or self._boss.stopping):
             self.failure = why
             traceback = link.traceback or end.traceback
@@ -293,7 +295,7 @@ class Crew:
         link = self.links.get(number)
         if link is not None:
             link.began_at = CLOCK.monotonic()
-            link.stood_by = False
+            link.called, link.stands_by = True, False
             link.tell({"do": "serve"})
 
     def retires(self, number: int, why: str, too_soon: bool) -> None:

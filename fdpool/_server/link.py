@@ -58,7 +58,8 @@ class WorkerLink:
         traceback: of a failed boot.
         killed: the server has killed it, or is about to.
         stuck: because it had not moved on.
-        stood_by: it has stood by, or does.
+        stands_by: it has loaded its application, and is to serve when it is called.
+        called: it was, though it was started to stand by.
         lost: it served, and is dead; how it ended is not known yet.
         pidfd: readable once it is dead; None before its hello, and where the kernel has none.
     """
@@ -75,7 +76,8 @@ class WorkerLink:
         self.traceback = ""
         self.killed = False
         self.stuck = False
-        self.stood_by = False
+        self.stands_by = False
+        self.called = False
         self.lost = False
         self.draining = False
         self.stopped_since: float | None = None  # SIGSTOP
