@@ -14,7 +14,7 @@ from __future__ import annotations
 _MOMENT_S = 0.002
 _WHILE_S = 0.05
 _MOST = 32  # of eight each costs a quick request 4 % more
-_LONG_S = 0.0005  # with uvloop, to take each by itself costs a fiftieth of it
+_LONG_S = 0.001  # with uvloop, to take each by itself costs a fortieth of it
 _OFTEN_LATE_S = 0.005  # where others want the processors
 
 

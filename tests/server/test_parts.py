@@ -750,16 +750,16 @@ def test_turns_in_which_nothing_is_begun_and_idle_time_say_nothing_of_how_long_r
     assert pace.at_once == 8
 
 
-def test_requests_are_long_that_keep_the_loop_for_half_a_millisecond_by_computing_or_waiting() -> None:
+def test_requests_are_long_that_keep_the_loop_for_a_millisecond_by_computing_or_waiting() -> None:
     weight = Weight()
     assert not weight.is_long(40.0, 9.0, 100)  # what was before says nothing
-    assert not weight.is_long(40.1, 0.0, 600)
-    assert weight.is_long(40.2, 0.0, 700)
-    assert weight.is_long(40.2, 0.0, 700)  # none has begun
-    assert weight.is_long(40.23, 0.0, 800)
-    assert not weight.is_long(40.25, 0.0, 900)
-    assert not weight.is_long(40.25, 0.004, 901)  # others may have had the processor
-    assert weight.is_long(40.25, 0.1, 902)
+    assert not weight.is_long(40.1, 0.0, 300)
+    assert weight.is_long(40.3, 0.0, 400)
+    assert weight.is_long(40.3, 0.0, 400)  # none has begun
+    assert weight.is_long(40.36, 0.0, 500)
+    assert not weight.is_long(40.4, 0.0, 600)
+    assert not weight.is_long(40.4, 0.004, 601)  # others may have had the processor
+    assert weight.is_long(40.4, 0.1, 602)
 
 
 # -- progress --------------------------------------------------------------------------------------------------
