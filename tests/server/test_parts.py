@@ -642,6 +642,7 @@ def test_what_an_event_ends_is_not_told_of_its_own_that_came_with_it() -> None:
 def test_a_connection_is_kept_only_as_long_as_a_worker_could_be_started(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """T3."""
     ours, theirs = socket.socketpair()
     with ours, theirs, contextlib.closing(Turns()) as turns:
         silent = Silent(turns, lambda _: None)
