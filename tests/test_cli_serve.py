@@ -688,6 +688,11 @@ def test_a_check_of_listeners_apart_says_where_they_cannot_be(app_dir: Path) -> 
             "cannot serve shop:wsgi as wsgi: ValueError: Unknown adjustment 'bogus'",
         ),
         (
+            ("--option", "workers=4"),
+            "shop:asgi",
+            "cannot serve shop:asgi as asgi: ValueError: option workers is of no effect here: how many there are",
+        ),
+        (
             ("--option", "proxy_headers=False"),
             "shop:asgi",
             "cannot serve shop:asgi as asgi: TypeError: option proxy_headers is true or false, not 'False'",
@@ -715,6 +720,24 @@ def test_a_check_finds_what_would_keep_the_server_from_beginning(
     done = run("--check", "--app-dir", str(app_dir), "-b", "127.0.0.1:0", *arguments, target)
     assert done.returncode == 1
     assert done.stderr.startswith(f"fdpool serve: {reason}")
+
+
+def test_a_check_that_nobody_reads_to_its_end_says_nothing_of_that(app_dir: Path) -> None:
+    command = f"{sys.executable} -m fdpool serve --check --app-dir {app_dir} -b 127.0.0.1:0 shop:handle"
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as nobody:
+        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(
+            command.split(), env=env, stdout=nobody, stderr=subprocess.PIPE, timeout=60, check=False
+        )
+    assert (done.returncode, done.stderr) == (1, b"")
+
+
+def test_a_file_that_is_named_in_place_of_its_module_is_told(app_dir: Path) -> None:
+    done = run("--check", "--app-dir", str(app_dir), "-b", "127.0.0.1:0", "shop.py:handle")
+    assert done.returncode == 1
+    assert "a module is named without its '.py': shop:handle" in done.stderr
 
 
 def test_a_check_finds_that_there_is_no_such_event_loop(app_dir: Path) -> None:

@@ -31,7 +31,11 @@ def main(given: Sequence[str]) -> int:
     if options.app_dir not in sys.path[:1]:
         sys.path.insert(0, options.app_dir)  # workers get this process's search path
     if options.check:
-        return check.check(options)
+        try:
+            return check.check(options)
+        except BrokenPipeError:  # who reads what it has found has read enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter would try again as it ends
+            return _FAILED
     try:
         return serve(options)
     except (BindFailed, PidFileRefused, FdpoolError, ValueError, TypeError, ImportError) as error:

@@ -51,9 +51,11 @@ def load(target: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise  # one that it imports itself
+        is_file = module_name.endswith(".py")
         raise ModuleNotFoundError(
             f"there is no module {error.name!r}, which {target!r} asks for: it was looked for in "
-            f"{sys.path[0] or os.getcwd()!r} (--app-dir) and the rest of sys.path",
+            f"{sys.path[0] or os.getcwd()!r} (--app-dir) and the rest of sys.path"
+            + (f"; a module is named without its '.py': {module_name[:-3]}:{attribute}" if is_file else ""),
             name=error.name,
         ) from None
     for name in attribute.removesuffix("()").split("."):

@@ -50,6 +50,12 @@ for _name in (
     with contextlib.suppress(ImportError):
         importlib.import_module(f"uvicorn.{_name}")
 
+_NOT_HERE = {
+    **dict.fromkeys(("host", "port", "uds", "fd"), "where it listens is said by bind (--bind)"),
+    "workers": "how many there are is said by workers (--workers)",
+    **dict.fromkeys(("reload", "reload_dirs"), "files are watched by fdpool serve --reload-on-change"),
+}
+
 Message = MutableMapping[str, Any]
 Application = Callable[[Any, Any, Any], Awaitable[None]]
 
@@ -73,7 +79,7 @@ class AsgiFace:
     ) -> None:
         self._app = _Watched(app, worker, order.request_timeout_s)
         options = {"log_config": None, "backlog": order.backlog, "interface": "asgi3", **order.options}
-        _check_types(options)
+        _check_options(options)
         trusts = options.pop("proxy_headers", True)
         config = uvicorn.Config(self._app, **options, proxy_headers=False)
         if trusts:
@@ -104,8 +110,11 @@ class AsgiFace:
         pass  # nothing is open before it serves
 
 
-def _check_types(options: Mapping[str, Any]) -> None:
-    """Raise TypeError for a text where uvicorn takes a number, or true or false: it would use whatever it is."""
+def _check_options(options: Mapping[str, Any]) -> None:
+    """Raise ValueError for an option that uvicorn would take, and that says nothing here; TypeError for a text where it
+    takes a number, or true or false: it would use whatever it is."""
+    for name in _NOT_HERE.keys() & options.keys():
+        raise ValueError(f"option {name} is of no effect here: {_NOT_HERE[name]}")
     parameters = inspect.signature(uvicorn.Config).parameters
     for name, value in options.items():
         default = parameters[name].default if name in parameters else None
