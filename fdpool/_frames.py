@@ -130,7 +130,8 @@ class FrameReader:
         self._close_fds(current)
 
     def __del__(self) -> None:
-        self.close()
+        if hasattr(self, "_current"):  # else a signal handler has raised as it was made
+            self.close()
 
     def _announced(self, current: _Incoming) -> int:
         size = int.from_bytes(current.header, "little")

@@ -401,7 +401,7 @@ class Server:
             ServerFailed: this process may not have as many descriptors as so many workers take.
         """
         checks.check_counts(workers=workers)
-        checks.check_descriptors(workers, self._dispatch)
+        checks.check_descriptors(workers + self._settings.standby, self._dispatch)
         self._running().scale(lambda _: workers)
 
     def upgrade(self) -> None:

@@ -109,6 +109,7 @@ CHANGES: dict[str, dict[str, object]] = {
     "--dispatch handoff": {"_dispatch": "handoff"},
     "--workers 77": {"_workers": 77},
     "--standby 7": {"settings.standby": 7},
+    "--standby 0": {},
     "--threads 7": {"order.threads": 7},
     "--max-requests 7": {"order.max_requests": 7},
     "--max-age 7": {"settings.max_age_s": 7.0},

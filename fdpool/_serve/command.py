@@ -21,6 +21,7 @@ from .watch import Watcher
 
 _LOG = logging.getLogger("fdpool.server")
 _FAILED = 1
+_STARTED_IN = "FDPOOL_STARTED_IN"
 
 
 def main(given: Sequence[str]) -> int:
@@ -48,10 +49,12 @@ def main(given: Sequence[str]) -> int:
 def _go_where_it_was_started() -> None:
     """A successor begins in the folder that now has the name which that of the first server had: it may be a symbolic
     link, to the latest release."""
+    named = os.environ.get(_STARTED_IN)  # not PWD, which is what it likes where no shell has set it
     with contextlib.suppress(OSError):  # it has been removed
-        if upgrade.is_successor():
-            os.chdir(os.environ["PWD"])
-        os.environ["PWD"] = started_in()
+        if named is not None and upgrade.is_successor():
+            os.chdir(named)
+            os.environ["PWD"] = named
+        os.environ[_STARTED_IN] = os.environ["PWD"] = started_in()
 
 
 def serve(options: Options) -> int:

@@ -60,7 +60,6 @@ Message = MutableMapping[str, Any]
 Application = Callable[[Any, Any, Any], Awaitable[None]]
 
 _LOGGER = "fdpool.server"
-_TICK_S = 0.1  # of uvicorn
 _BEAT_S = 0.2  # rarer than uvicorn's ticks, so that it wakes nobody up as long as there are those
 _CLOSE = (b"connection", b"close")
 _FORWARDED = frozenset([b"x-forwarded-for", b"x-forwarded-proto"])  # which uvicorn's middleware looks at
@@ -147,7 +146,6 @@ class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may no
         self._connections = Connections()
         self._intake = Intake(door, worker.progress, self._connections, lambda: app.begun)
         self._weight = Weight()
-        self._weighed_at = math.inf
         self._loop_may_accept = False  # it does while requests are quick
         self._is_shared = isinstance(door, Listening)
         self._has_all = False  # uvicorn knows every connection that was accepted before the drain
@@ -282,11 +280,10 @@ class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may no
     def _weigh_requests(self, loop: asyncio.AbstractEventLoop) -> None:
         """Where they keep the loop for long, take each by itself: who waits meanwhile may be another worker's, and is
         nobody's loss if this one is killed."""
-        now = loop.time()
-        is_long = self._weight.is_long(time.thread_time(), now - self._weighed_at - _TICK_S, self._app.begun)
-        self._weighed_at = now
+        is_long = self._weight.is_long(time.thread_time(), self._app.begun)
         if not self._is_shared or self._order is not None:
             return
+        loop.call_soon(self._see_turn, loop)
         self._intake.one_by_one = is_long
         if is_long and self._by_loop is not None:
             self._by_loop.close()
@@ -296,6 +293,14 @@ class _Server(uvicorn.Server):  # type: ignore[misc, unused-ignore]  # it may no
             if by_loop is not None:
                 self._intake.rest()
                 by_loop.go_on()
+
+    def _see_turn(self, loop: asyncio.AbstractEventLoop, since: float = 0.0, begun: int = 0) -> None:
+        """See how long the next turn takes, in which nobody waits for anything but requests."""
+        now = loop.time()
+        if since:
+            self._weight.took(now - since, self._app.begun - begun)
+        else:
+            loop.call_soon(self._see_turn, loop, now, self._app.begun)
 
     def _prepare_by_loop(self, loop: asyncio.AbstractEventLoop) -> ByLoop | None:
         """What has the loop accept once it is opened; None if there are too few descriptors."""

@@ -137,7 +137,8 @@ class Intake:
 
     def count(self) -> int:
         """How many there are, less those that a turn takes at once: it may well have so many more than others."""
-        return max(0, len(self._connections) + len(self._adopting) - self._pace.at_once)
+        at_once = 1 if self.one_by_one else self._pace.at_once
+        return max(0, len(self._connections) + len(self._adopting) - at_once)
 
     def pause(self) -> None:
         """Take none for now."""

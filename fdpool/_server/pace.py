@@ -11,11 +11,13 @@ Pure. Not thread-safe: the loop's.
 
 from __future__ import annotations
 
+from collections import deque
+
 _MOMENT_S = 0.002
 _WHILE_S = 0.05
 _MOST = 32  # of eight each costs a quick request 4 % more
 _LONG_S = 0.001  # with uvloop, to take each by itself costs a fortieth of it
-_OFTEN_LATE_S = 0.005  # where others want the processors
+_TURNS = 3  # where others want the processors, one of so many is hardly kept from them
 
 
 class Pace:
@@ -62,18 +64,25 @@ class Weight:
     def __init__(self) -> None:
         self._long = False
         self._since: tuple[float, int] | None = None  # processor time, and requests begun until then
+        self._turns: deque[float] = deque(maxlen=_TURNS)
 
-    def is_long(self, cpu_s: float, late_s: float, begun: int) -> bool:
+    def took(self, turn_s: float, begun: int) -> None:
+        """A turn of the loop took so long, in which so many requests have begun: so it shows if they wait in the loop
+        for something."""
+        if begun:
+            self._turns.append(turn_s / begun)
+
+    def is_long(self, cpu_s: float, begun: int) -> bool:
         """Whether a request keeps the loop for long, by those that have begun since this was last asked.
 
         Args:
             cpu_s: processor time that the loop's thread has had so far.
-            late_s: how much later this is asked than it was to be: so it shows if they wait in the loop for something.
             begun: requests begun so far.
         """
         if self._since is not None and begun > self._since[1]:
-            busy_s = max(cpu_s - self._since[0], late_s - _OFTEN_LATE_S)
-            each_s = busy_s / (begun - self._since[1])
+            each_s = (cpu_s - self._since[0]) / (begun - self._since[1])
+            if len(self._turns) == _TURNS:
+                each_s = max(each_s, min(self._turns) / 2)
             self._long = each_s > (_LONG_S / 2 if self._long else _LONG_S)
         self._since = cpu_s, begun
         return self._long

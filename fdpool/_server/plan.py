@@ -137,6 +137,7 @@ class Worker:
         "closed",
         "deadline",
         "generation",
+        "loaded",
         "number",
         "retire_at",
         "retires_early",
@@ -153,6 +154,7 @@ class Worker:
         self.slot = slot
         self.generation = generation
         self.called = called  # it is to serve
+        self.loaded = False  # it has stood by, or served
         self.state = State.BOOTING
         self.deadline: float | None = deadline  # of booting or draining
         self.retire_at: float | None = None
@@ -172,10 +174,11 @@ class _Place:
     """What is known of a slot beside its workers: whether it is one in which they serve; losses in a row of young
     workers, and the pause that follows."""
 
-    __slots__ = ("losses", "not_before", "serves")
+    __slots__ = ("failures", "losses", "not_before", "serves")
 
     def __init__(self) -> None:
         self.serves = False
+        self.failures = 0  # to stand by, in a row
         self.losses = 0
         self.not_before = 0.0
 
@@ -259,6 +262,8 @@ class Plan:
         if worker is None or worker.state is not State.BOOTING:
             return ()
         worker.state = step(worker.state, Event.READIED)
+        worker.loaded = True
+        self._place(worker.slot).failures = 0
         worker.deadline = None
         worker.young_until = now + _YOUNG_S
         if self.settings.max_age_s is not None:
@@ -268,10 +273,11 @@ class Plan:
         return self._heed_early(worker, now, self._reconcile(now))
 
     def _heed_early(self, worker: Worker, now: float, actions: list[Action]) -> Sequence[Action]:
-        if worker.retires_early is None:
+        why, worker.retires_early = worker.retires_early, None
+        if why is None:
             return actions
         self._lost(worker, now)
-        return [*actions, *self.retire(worker.number, now, worker.retires_early)]
+        return [*actions, *self.retire(worker.number, now, why)]
 
     def stood_by(self, number: WorkerNumber, now: float) -> Sequence[Action]:
         """The worker stands by."""
@@ -279,6 +285,8 @@ class Plan:
         if worker is None or worker.state is not State.BOOTING or worker.called:
             return ()
         worker.state = step(worker.state, Event.STOOD_BY)
+        worker.loaded = True
+        self._place(worker.slot).failures = 0
         worker.deadline = None
         worker.young_until = now + _YOUNG_S
         return self._heed_early(worker, now, self._reconcile(now))
@@ -413,12 +421,12 @@ class Plan:
                     yield self._call(worker, now)
 
     def _rank(self, slot: SlotNumber) -> int:
-        here = self._staying(slot)
-        if here and self._place(slot).serves:
+        here, serves = self._staying(slot), self._place(slot).serves
+        if serves and any(worker.loaded for worker in here):
             return 0
         if any(worker.state is State.STANDING_BY for worker in here):
-            return 1
-        return 2 if self._place(slot).serves else 3
+            return 1  # also before one that has yet to load the application
+        return (2 if here else 3) if serves else 4
 
     def _call(self, worker: Worker, now: float) -> CallWorker:
         worker.called = True
@@ -544,6 +552,14 @@ class Plan:
 
     def _boot_failed(self, worker: Worker, now: float, why: str) -> list[Action]:
         if self.stopping:
+            return []
+        if not worker.called and worker.generation == self.generation:
+            # Nobody has waited for it; nor are those to wait, or be given up, who are to serve.
+            place = self._place(worker.slot)
+            place.failures += 1
+            place.not_before = now + min(
+                _FIRST_PAUSE_S * 2.0 ** min(place.failures - 1, 16), _LONGEST_BOOT_PAUSE_S
+            )
             return []
         if worker.number > self._last_of_attempt:
             # Otherwise it began before anybody knew: what all of them lack for a moment has failed once.

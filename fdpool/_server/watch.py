@@ -95,7 +95,7 @@ class Watch:
         self.next_look = now + self._pause_s
         awake_s = now - self._awake_since
         for link in links:
-            if link.ready_at is None or link.lost:
+            if link.lost or (link.ready_at is None and not (link.stands_by or link.called)):
                 continue
             seen = link.see()
             why = judge(seen, now, self._request_timeout_s, awake_s) or self._stopped(link, now)

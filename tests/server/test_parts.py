@@ -753,14 +753,21 @@ def test_turns_in_which_nothing_is_begun_and_idle_time_say_nothing_of_how_long_r
 
 def test_requests_are_long_that_keep_the_loop_for_a_millisecond_by_computing_or_waiting() -> None:
     weight = Weight()
-    assert not weight.is_long(40.0, 9.0, 100)  # what was before says nothing
-    assert not weight.is_long(40.1, 0.0, 300)
-    assert weight.is_long(40.3, 0.0, 400)
-    assert weight.is_long(40.3, 0.0, 400)  # none has begun
-    assert weight.is_long(40.36, 0.0, 500)
-    assert not weight.is_long(40.4, 0.0, 600)
-    assert not weight.is_long(40.4, 0.004, 601)  # others may have had the processor
-    assert weight.is_long(40.4, 0.1, 602)
+    assert not weight.is_long(40.0, 100)  # what was before says nothing
+    assert not weight.is_long(40.1, 300)
+    assert weight.is_long(40.3, 400)
+    assert weight.is_long(40.3, 400)  # none has begun
+    assert weight.is_long(40.36, 500)
+    assert not weight.is_long(40.4, 600)
+    for turn_s, begun in [(0.02, 4), (0.03, 6), (0.001, 2)]:
+        weight.took(turn_s, begun)
+    weight.took(1.0, 0)  # nobody has begun in it
+    assert not weight.is_long(40.4, 700)  # in others it may have been kept from the processor
+    weight.took(0.02, 2)
+    weight.took(0.02, 2)
+    assert not weight.is_long(40.4, 800)
+    weight.took(0.02, 2)
+    assert weight.is_long(40.4, 900)
 
 
 # -- progress --------------------------------------------------------------------------------------------------

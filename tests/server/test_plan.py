@@ -664,6 +664,38 @@ def test_one_that_fails_as_it_is_called_has_failed_to_boot() -> None:
     assert world.told(GaveUp)
 
 
+@pytest.mark.parametrize("why", ["reload", "retire"])
+def test_who_stands_by_is_called_also_where_one_that_has_yet_to_load_is_to_take_that_place(why: str) -> None:
+    world = started(1, standby=1)
+    if why == "reload":
+        world.reload()
+    else:
+        world.do(world.plan.retire(1, world.now, "it is too large"))
+    assert list(world.booting) == [3]
+    world.exit(1)
+    assert world.called == {2}
+    world.ready(2)
+    assert list(world.serving) == [2]
+    world.all_ready()
+    assert (len(world.serving), len(world.standing)) == (1, 1)
+
+
+def test_one_that_fails_to_stand_by_costs_nobody_who_serves_anything() -> None:
+    world = started(1, standby=1, boot_limit=3)
+    world.exit(2)
+    for _ in range(6):
+        world.fail_boot()
+        world.wait(20)
+    world.all_ready()
+    assert len(world.standing) == 1
+    world.exit(1)
+    world.fail_boot("lifespan")  # of the one that was called
+    world.wait(0.2)
+    assert not world.told(GaveUp)
+    world.all_ready()
+    assert (len(world.serving), len(world.standing)) == (1, 1)
+
+
 def test_one_that_stands_by_and_dies_is_replaced() -> None:
     world = started(1, standby=1)
     world.exit(2)

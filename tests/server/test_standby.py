@@ -198,3 +198,16 @@ def test_they_count_among_the_most_workers() -> None:
 
     with pytest.raises(ServerFailed, match="512 workers at most, not 513"):
         Server(echo_pid, ANY_PORT, workers=500, standby=13).start()
+    with Server(echo_pid, ANY_PORT, workers=1, standby=1) as server:
+        with pytest.raises(ServerFailed, match="512 workers at most, not 513"):
+            server.scale(512)
+
+
+def test_one_that_is_stopped_as_it_stands_by_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """W5: before it is needed."""
+    monkeypatch.setattr("fdpool._server.watch._MOST_STOPPED_S", 0.2)
+    with Server(echo_pid, ANY_PORT, workers=1, standby=1) as server:
+        wait_until(lambda: is_as_wanted(server, 1))
+        [stopped] = waiting(server)
+        os.kill(stopped, signal.SIGSTOP)
+        wait_until(lambda: is_as_wanted(server, 1) and waiting(server) != [stopped])
