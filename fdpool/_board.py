@@ -116,8 +116,8 @@ class Board:
         """Close file and mapping; safe to call again."""
         if self.fd >= 0:
             self._areas.close()
-            os.close(self.fd)
-            self.fd = -1
+            fd, self.fd = self.fd, -1  # in this order: a fork may come between
+            os.close(fd)
 
     def _word(self, slot: int, index: int) -> int:
         word: int = _WORD.unpack_from(self._areas, slot * AREA_BYTES + index * _WORD.size)[0]

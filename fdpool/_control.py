@@ -173,8 +173,8 @@ class ControlLink:
     def close(self) -> None:
         """Close the link's descriptors; the supervisor will end itself and all its tree."""
         if self._pidfd is not None:
-            os.close(self._pidfd)
-            self._pidfd = None
+            pidfd, self._pidfd = self._pidfd, None  # in this order: a fork may come between
+            os.close(pidfd)
         self.socket.close()
 
     def _await_death(self, deadline: float) -> None:

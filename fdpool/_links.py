@@ -163,8 +163,8 @@ class SlotLink:
 
     def _close_pidfd(self) -> None:
         if self._pidfd is not None:
-            os.close(self._pidfd)
-            self._pidfd = None
+            pidfd, self._pidfd = self._pidfd, None  # in this order: a fork may come between
+            os.close(pidfd)
 
 
 class Waker:
@@ -208,6 +208,7 @@ class Waker:
     def close(self) -> None:
         """Close both ends."""
         if self._read >= 0:
-            os.close(self._read)
-            os.close(self._write)
+            read, write = self._read, self._write
             self._read = self._write = -1
+            os.close(read)
+            os.close(write)

@@ -57,8 +57,8 @@ class Loads:
         """Close the file; safe to call again."""
         if self.fd >= 0:
             self._words.release()
-            os.close(self.fd)
-            self.fd = -1
+            fd, self.fd = self.fd, -1  # in this order: a fork may come between
+            os.close(fd)
 
 
 class Balance:

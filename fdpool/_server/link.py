@@ -204,8 +204,8 @@ class WorkerLink:
     def close(self) -> None:
         """Close everything held for it; safe to call again."""
         if self.pidfd is not None:
-            os.close(self.pidfd)
-            self.pidfd = None
+            pidfd, self.pidfd = self.pidfd, None  # in this order: a fork may come between
+            os.close(pidfd)
         self.control.close()
         self._theirs.close()
         self._page.close()

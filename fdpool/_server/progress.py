@@ -112,8 +112,8 @@ class SeenPage(_Page):
         """Unmap and close the file; safe to call again."""
         super().close()
         if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+            fd, self.fd = self.fd, -1  # in this order: a fork may come between
+            os.close(fd)
 
 
 class Progress(_Page):

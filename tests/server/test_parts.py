@@ -29,10 +29,13 @@ import psutil
 import pytest
 
 from fdpool import BindFailed
+from fdpool._links import Waker
 from fdpool._reserve import Reserve
 from fdpool._server import apps, room, succession
 from fdpool._server.accept import Acceptor
+from fdpool._server.balance import Loads
 from fdpool._server.handoff import Handoff, Laden, _Seat, choose
+from fdpool._server.link import WorkerLink
 from fdpool._server.listeners import Listeners, keys_of
 from fdpool._server.logs import reopen_logs
 from fdpool._server.pace import Pace, Weight
@@ -1049,3 +1052,25 @@ def test_log_files_behind_other_handlers_are_opened_anew(tmp_path: Path, through
             listener.start()
             listener.stop()
         assert (tmp_path / "log").read_text() == "this\n"
+
+
+@pytest.mark.parametrize("make", [Waker, SeenPage, lambda: Loads(2), lambda: WorkerLink(1, 0, 1)])
+def test_a_child_that_is_forked_as_something_is_closed_closes_no_number_twice(
+    make: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It closes its copies, and may come between the close and what is noted of it; then the number may be another's."""
+    closed: list[int] = []
+    close = os.close
+
+    def close_as_in_a_child(fd: int) -> None:
+        closed.append(fd)
+        made.close()
+        close(fd)
+
+    made = make()
+    if isinstance(made, WorkerLink):
+        made.pidfd = os.dup(0)
+    monkeypatch.setattr(os, "close", close_as_in_a_child)
+    made.close()
+    monkeypatch.undo()
+    assert len(closed) == len(set(closed)) > 0
