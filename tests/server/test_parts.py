@@ -1058,7 +1058,7 @@ def test_log_files_behind_other_handlers_are_opened_anew(tmp_path: Path, through
 def test_a_child_that_is_forked_as_something_is_closed_closes_no_number_twice(
     make: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It closes its copies, and may come between the close and what is noted of it; then the number may be another's."""
+    """It closes its copies, and may come before a close is noted: the number may be another's by then."""
     closed: list[int] = []
     close = os.close
 
