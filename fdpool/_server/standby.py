@@ -20,29 +20,30 @@ class Standby:
     Args:
         make: the face that serves.
         stands_by: says that it is ready to be called.
+        called: set as it is to serve; and here, as it is to go.
     """
 
     def __init__(
-        self, worker: ServerWorker, make: Callable[[], Face], stands_by: Callable[[], object]
+        self,
+        worker: ServerWorker,
+        make: Callable[[], Face],
+        stands_by: Callable[[], object],
+        called: threading.Event,
     ) -> None:
         self._worker = worker
         self._make = make
         self._stands_by = stands_by
-        self._wanted = threading.Event()  # it is called, or to go
+        self._called = called
         self._lock = threading.Lock()
         self._face: Face | None = None
-        self._told: tuple[float, bool] | None = None  # a drain that came before there was a face
-
-    def call(self) -> None:
-        """Runs in: the listening thread. Have it serve."""
-        self._wanted.set()
+        self._is_to_go = False  # by a drain that came before there was a face
 
     def serve(self, ready: Callable[[], None]) -> None:
-        if not self._wanted.is_set():
+        if not self._called.is_set():
             self._stands_by()
-        self._wanted.wait()
+        self._called.wait()
         with self._lock:
-            if self._told is not None:
+            if self._is_to_go:
                 self._worker.closed()
                 return
             face = self._face = self._make()
@@ -51,11 +52,10 @@ class Standby:
     def drain(self, grace_s: float, leaving: bool) -> None:
         with self._lock:
             face = self._face
-            if face is None:
-                self._told = grace_s, leaving
+            self._is_to_go = face is None
         if face is not None:
             face.drain(grace_s, leaving)
-        self._wanted.set()
+        self._called.set()
 
     def close(self) -> None:
         if self._face is not None:

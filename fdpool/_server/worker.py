@@ -92,7 +92,7 @@ def _boot_and_serve(
         interface = order.interface or apps.interface_of(app)
         make = partial(_face, interface, app, order, worker, door, listeners)
         if order.stands_by:
-            face: Face = Standby(worker, make, lambda: _tell(stream, {"say": "standby"}))
+            face: Face = Standby(worker, make, lambda: _tell(stream, {"say": "standby"}), listening.called)
         else:
             face = make()
         worker.interface = interface
@@ -136,30 +136,19 @@ def _face(
 ) -> Face:
     """The way to serve this kind of application. What it needs is imported here: each needs something else."""
     try:
-        return _face_of(interface, app, order, worker, door, listeners)
+        if interface == "asgi":
+            from .asgi import AsgiFace
+
+            return AsgiFace(app, order, worker, door, listeners)
+        if interface == "wsgi":
+            from .wsgi import WsgiFace
+
+            return WsgiFace(app, order, worker, door, listeners)
     except ModuleNotFoundError:
         from .checks import check_installed  # which none needs that can serve
 
         check_installed(interface)
         raise
-
-
-def _face_of(
-    interface: str,
-    app: Any,
-    order: Order,
-    worker: ServerWorker,
-    door: doors.Door,
-    listeners: Sequence[socket.socket],
-) -> Face:
-    if interface == "asgi":
-        from .asgi import AsgiFace
-
-        return AsgiFace(app, order, worker, door, listeners)
-    if interface == "wsgi":
-        from .wsgi import WsgiFace
-
-        return WsgiFace(app, order, worker, door, listeners)
     from . import handler
 
     if interface == "listeners":
@@ -193,8 +182,8 @@ class _Listening:
         self._signalled: set[int] = set()
         self._face: Face | None = None
         self._told: tuple[float, bool] | None = None  # a drain that came before there was a face
-        self._called = False  # it is not to stand by any more
         self._lock = threading.Lock()
+        self.called = threading.Event()  # it is not to stand by any more
 
     def start(self) -> None:
         """Begin; in the main thread."""
@@ -207,11 +196,9 @@ class _Listening:
     def serves(self, face: Face) -> None:
         """The face is there, and drains are its own from now on."""
         with self._lock:
-            self._face, told, called = face, self._told, self._called
+            self._face, told = face, self._told
         if told is not None:
             face.drain(*told)
-        if called and isinstance(face, Standby):
-            face.call()
 
     def _on_signal(self, number: int, _frame: object) -> None:
         self._signalled.add(number)
@@ -255,10 +242,7 @@ class _Listening:
         if message["do"] == "reopen":
             reopen_logs()
         elif message["do"] == "serve":
-            with self._lock:
-                self._called, face = True, self._face
-            if isinstance(face, Standby):
-                face.call()
+            self.called.set()
         elif message["do"] == "drain":
             self._worker.start_draining()
             told = (min(float(message["grace_s"]), _LONGEST_GRACE_S), bool(message["leaving"]))
