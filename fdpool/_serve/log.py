@@ -115,19 +115,18 @@ def configure(as_json: bool, level: str) -> None:
     logger.propagate = False
     for old in [each for each in logger.handlers if isinstance(each, _Stderr)]:
         logger.removeHandler(old)
+    logger.addHandler(_handler(as_json))
+
+
+def _handler(as_json: bool) -> logging.Handler:
     handler = _Stderr()
-    handler.setFormatter(_formatter(as_json))
-    logger.addHandler(handler)
-
-
-def _formatter(as_json: bool) -> logging.Formatter:
-    return Json() if as_json else Lines()
+    handler.setFormatter(Json() if as_json else Lines())
+    return handler
 
 
 def configure_worker(as_json: bool, level: str, _worker: object) -> None:
     """Runs in: each worker, before its application is loaded, which may configure all of it otherwise."""
     configure(as_json, level)
     # What uvicorn, waitress and the application log of what has gone wrong, and nobody else writes.
-    logging.lastResort = handler = _Stderr()
-    handler.setLevel(logging.WARNING)
-    handler.setFormatter(_formatter(as_json))
+    logging.lastResort = last = _handler(as_json)
+    last.setLevel(logging.WARNING)

@@ -138,7 +138,7 @@ def parser() -> argparse.ArgumentParser:
     )
     workers.add_argument(
         "--standby",
-        type=_whole_or_none,
+        type=partial(_whole, least=0),
         metavar="N",
         help="so many more load the application and stand by, to serve as soon as another is lost (0)",
     )
@@ -308,14 +308,10 @@ def _setting(text: str) -> tuple[str, Any]:
         return name, value
 
 
-def _whole(text: str) -> int:
-    if not re.fullmatch("[0-9]{1,9}", text) or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"it must be a whole number from 1, not {text!r}")
+def _whole(text: str, least: int = 1) -> int:
+    if not re.fullmatch("[0-9]{1,9}", text) or int(text) < least:
+        raise argparse.ArgumentTypeError(f"it must be a whole number from {least}, not {text!r}")
     return int(text)
-
-
-def _whole_or_none(text: str) -> int:
-    return 0 if text == "0" else _whole(text)
 
 
 def _seconds(text: str) -> float:

@@ -261,11 +261,7 @@ class Plan:
         worker = self.workers.get(number)
         if worker is None or worker.state is not State.BOOTING:
             return ()
-        worker.state = step(worker.state, Event.READIED)
-        worker.loaded = True
-        self._place(worker.slot).failures = 0
-        worker.deadline = None
-        worker.young_until = now + _YOUNG_S
+        self._booted(worker, Event.READIED, now)
         if self.settings.max_age_s is not None:
             worker.retire_at = now + self.settings.max_age_s * self.spread(number)
         self._forget_failures()
@@ -284,12 +280,15 @@ class Plan:
         worker = self.workers.get(number)
         if worker is None or worker.state is not State.BOOTING or worker.called:
             return ()
-        worker.state = step(worker.state, Event.STOOD_BY)
+        self._booted(worker, Event.STOOD_BY, now)
+        return self._heed_early(worker, now, self._reconcile(now))
+
+    def _booted(self, worker: Worker, event: Event, now: float) -> None:
+        worker.state = step(worker.state, event)
         worker.loaded = True
-        self._place(worker.slot).failures = 0
         worker.deadline = None
         worker.young_until = now + _YOUNG_S
-        return self._heed_early(worker, now, self._reconcile(now))
+        self._place(worker.slot).failures = 0
 
     def exited(self, number: WorkerNumber, now: float, why: str = "") -> Sequence[Action]:
         """The worker is dead, or has done with serving."""
@@ -546,9 +545,7 @@ class Plan:
             return
         place.losses += 1
         if place.losses > 1:
-            place.not_before = now + min(
-                _FIRST_PAUSE_S * 2.0 ** min(place.losses - 2, 16), _LONGEST_LOSS_PAUSE_S
-            )
+            place.not_before = now + _pause_s(place.losses - 1, _LONGEST_LOSS_PAUSE_S)
 
     def _boot_failed(self, worker: Worker, now: float, why: str) -> list[Action]:
         if self.stopping:
@@ -557,9 +554,7 @@ class Plan:
             # Nobody has waited for it; nor are those to wait, or be given up, who are to serve.
             place = self._place(worker.slot)
             place.failures += 1
-            place.not_before = now + min(
-                _FIRST_PAUSE_S * 2.0 ** min(place.failures - 1, 16), _LONGEST_BOOT_PAUSE_S
-            )
+            place.not_before = now + _pause_s(place.failures, _LONGEST_BOOT_PAUSE_S)
             return []
         if worker.number > self._last_of_attempt:
             # Otherwise it began before anybody knew: what all of them lack for a moment has failed once.
@@ -579,8 +574,7 @@ class Plan:
                     f"workers failed to boot in {self.boot_failures} attempts, and none serves; the last: {why}"
                 )
             ]
-        pause_s = min(_FIRST_PAUSE_S * 2.0 ** min(self.boot_failures - 1, 16), _LONGEST_BOOT_PAUSE_S)
-        self._pause_until = now + pause_s
+        self._pause_until = now + _pause_s(self.boot_failures, _LONGEST_BOOT_PAUSE_S)
         return []
 
     def _forget_failures(self) -> None:
@@ -666,6 +660,11 @@ class Plan:
         if not self._over:
             assert {worker.generation for worker in self.workers.values()} <= self._open
             assert {self.generation, self.target} <= self._open
+
+
+def _pause_s(times: int, longest_s: float) -> float:
+    """The pause after the last of so many times in a row: twice as long each time."""
+    return min(_FIRST_PAUSE_S * 2.0 ** min(times - 1, 16), longest_s)
 
 
 def _moments(worker: Worker) -> Iterator[float]:

@@ -358,10 +358,8 @@ def _channel_class(
         def get_environment(self) -> Any:
             environ = super().get_environment()
             environ["wsgi.multiprocess"] = True  # PEP 3333: there are other workers
-            if not environ[
-                "SERVER_SOFTWARE"
-            ]:  # so waitress has it where no `Server` header is sent (`ident`)
-                environ["SERVER_SOFTWARE"] = "waitress"
+            # waitress says None where no `Server` header is sent (`ident`).
+            environ["SERVER_SOFTWARE"] = environ["SERVER_SOFTWARE"] or "waitress"
             return environ
 
         def build_response_header(self) -> Any:
